@@ -1,0 +1,103 @@
+//! The border between device-free code (engine, trainer) and a device.
+//!
+//! A backend owns weights, KV pool, gradients and optimizer state. It knows token ids, block tables and
+//! per-token coefficients; it does not know requests, rewards, losses or files.
+
+pub mod cpu;
+
+use crate::{
+    error::PolicyError,
+    spec::ModelSpec,
+    types::{PackedBatch, SamplingParams, TokenScores},
+};
+
+/// Index of one block of the KV pool.
+pub type BlockId = u32;
+
+/// One sequence's share of an engine step.
+#[derive(Clone, Debug)]
+pub struct StepRow<'a> {
+    /// Tokens not yet in the KV cache: a prompt chunk, or the one last sampled. Never empty.
+    pub tokens: &'a [u32],
+    /// Position of `tokens[0]`, which is the number of tokens of this sequence already cached.
+    pub position: usize,
+    /// KV blocks of the sequence in order; covers `position + tokens.len()` slots.
+    pub blocks: &'a [BlockId],
+    /// Sample a successor of the last token, or only fill the cache.
+    pub sample: Option<SampleArgs<'a>>,
+}
+
+/// What the sampler needs to know beside the logits.
+#[derive(Clone, Debug)]
+pub struct SampleArgs<'a> {
+    pub params: &'a SamplingParams,
+    /// Key of the counter-based generator: stream of the completion, and position of the token to draw.
+    pub stream: u64,
+    pub position: u64,
+    /// All tokens so far, prompt included (repetition penalty).
+    pub history: &'a [u32],
+}
+
+/// A drawn token with its log-probs (see [`crate::types::Completion`]).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampled {
+    pub token: u32,
+    pub logprob: f32,
+    pub policy_logprob: f32,
+}
+
+/// Which weights a scoring pass uses and whether it can be followed by [`Backend::backward`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pass {
+    /// Keep what `backward` needs.
+    Train,
+    /// Current policy, nothing kept.
+    Score,
+    /// Reference policy: adapters off for LoRA, the frozen copy for full fine-tuning.
+    Reference,
+}
+
+/// AdamW and clipping for one step (Loshchilov & Hutter 2019).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OptimStep {
+    pub learning_rate: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    pub weight_decay: f64,
+    /// Gradients are scaled so that their global 2-norm is at most this; `0` is off.
+    pub max_grad_norm: f64,
+}
+
+/// A device that runs the policy. Two implementations: [`cpu::CpuBackend`], and a scripted one in the
+/// engine's tests; CUDA is the next.
+pub trait Backend {
+    fn spec(&self) -> &ModelSpec;
+
+    /// Bytes of keys and values of one token over all layers.
+    fn kv_bytes_per_token(&self) -> usize;
+
+    /// Makes the KV pool: `blocks` blocks of `block_size` tokens. Contents start undefined.
+    fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError>;
+
+    /// Copies whole blocks, `(from, to)`: the private copy of a shared, partly filled block.
+    fn copy_kv(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), PolicyError>;
+
+    /// Runs all rows, writes their keys and values, and samples where asked. Returns one entry per row.
+    fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Option<Sampled>>, PolicyError>;
+
+    /// Log-prob and entropy of every scored token at `temperature` (> 0).
+    fn score(
+        &mut self,
+        batch: &PackedBatch,
+        temperature: f32,
+        pass: Pass,
+    ) -> Result<TokenScores, PolicyError>;
+
+    /// Accumulates gradients of `Σ dlogp[i] · logp[i]` over the scored tokens of the last
+    /// [`Pass::Train`] batch. A trainable weight left without a gradient is an error.
+    fn backward(&mut self, dlogp: &[f32]) -> Result<(), PolicyError>;
+
+    /// Clips, applies AdamW, clears gradients; returns the gradient norm before clipping.
+    fn optimizer_step(&mut self, step: &OptimStep) -> Result<f64, PolicyError>;
+}

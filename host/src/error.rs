@@ -1,0 +1,1 @@
+//! Stub while the crate is being laid out.

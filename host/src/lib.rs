@@ -1,0 +1,15 @@
+//! The host: plugins, data, the GRPO mathematics, the run directory and the loop that joins them to
+//! `grpo-policy`. ARCHITECTURE.md has the map.
+
+pub mod cli;
+pub mod commands;
+pub mod config;
+pub mod data;
+pub mod defaults;
+pub mod error;
+pub mod grpo;
+pub mod hub;
+pub mod plugin;
+pub mod run;
+pub mod trainer;
+pub mod types;
