@@ -8,7 +8,7 @@ use std::cell::RefCell;
 wit_bindgen::generate!({ path: "../../wit/v0.1", world: "curriculum" });
 
 use exports::grpo::plugin::planning::Guest;
-use grpo::plugin::types::{Budget, Outcome, Pick, Plan, PluginError};
+use grpo::plugin::types::{Budget, Outcome, Pick, PluginError, StepPlan};
 
 /// The plugin's config.
 #[derive(Clone, Copy, Deserialize)]
@@ -46,7 +46,7 @@ impl Guest for CurriculumUniform {
         Ok(())
     }
 
-    fn plan(state: Vec<u8>, _: Vec<Outcome>, budget: Budget) -> Result<Plan, PluginError> {
+    fn plan(state: Vec<u8>, _: Vec<Outcome>, budget: Budget) -> Result<StepPlan, PluginError> {
         if budget.rows == 0 {
             return Err(PluginError::Input("the dataset has no rows".to_owned()));
         }
@@ -69,7 +69,7 @@ impl Guest for CurriculumUniform {
             .collect();
         #[expect(clippy::cast_precision_loss, reason = "a number for people")]
         let epoch = state.position as f64 / state.rows as f64;
-        Ok(Plan {
+        Ok(StepPlan {
             picks,
             epoch,
             state: state.to_bytes(),

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 wit_bindgen::generate!({ path: "../../wit/v0.1", world: "reward" });
 
 use exports::grpo::plugin::scoring::Guest;
-use grpo::plugin::types::{Part, PluginError, Sample, Score, Scored};
+use grpo::plugin::types::{Part, PluginError, Sample, Scored, Verdict};
 
 struct RewardFormat;
 
@@ -22,18 +22,18 @@ impl Guest for RewardFormat {
         Ok(())
     }
 
-    fn score(samples: Vec<Sample>) -> Result<Vec<Score>, PluginError> {
+    fn score(samples: Vec<Sample>) -> Result<Vec<Verdict>, PluginError> {
         CHECKER.with_borrow(|checker| Ok(samples.iter().map(|s| score(checker, s)).collect()))
     }
 }
 
-fn score(checker: &Checker, sample: &Sample) -> Score {
+fn score(checker: &Checker, sample: &Sample) -> Verdict {
     let verdict = checker.check(&sample.completion);
     let part = |(name, value): (&str, f64)| Part {
         name: name.to_owned(),
         value,
     };
-    Score::Value(Scored {
+    Verdict::Value(Scored {
         total: verdict.total,
         parts: verdict.parts.into_iter().map(part).collect(),
     })

@@ -1,6 +1,6 @@
 //! The component: config, rows and scores across the border.
 
-use crate::judge::{Config, Verdict};
+use crate::judge::{Config, Judgement};
 use crate::number::Rational;
 use serde_json::value::RawValue;
 use std::borrow::Cow;
@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 wit_bindgen::generate!({ path: "../../wit/v0.1", world: "reward" });
 
 use exports::grpo::plugin::scoring::Guest;
-use grpo::plugin::types::{Part, PluginError, Sample, Score, Scored};
+use grpo::plugin::types::{Part, PluginError, Sample, Scored, Verdict};
 
 struct RewardMath;
 
@@ -26,7 +26,7 @@ impl Guest for RewardMath {
         Ok(())
     }
 
-    fn score(samples: Vec<Sample>) -> Result<Vec<Score>, PluginError> {
+    fn score(samples: Vec<Sample>) -> Result<Vec<Verdict>, PluginError> {
         CONFIG.with_borrow(|config| {
             // The completions of a group share their row: read it once.
             let mut last: Option<(&str, Result<Rational, String>)> = None;
@@ -40,8 +40,8 @@ impl Guest for RewardMath {
                         let answer = sample.answer.as_deref();
                         value(config.judge(&sample.completion, answer, *gold))
                     }
-                    Some((_, Err(reason))) => Score::Skip(reason.clone()),
-                    None => Score::Skip("no row".to_owned()),
+                    Some((_, Err(reason))) => Verdict::Skip(reason.clone()),
+                    None => Verdict::Skip("no row".to_owned()),
                 });
             }
             Ok(scores)
@@ -72,16 +72,16 @@ fn gold(config: &Config, row: &str) -> Result<Result<Rational, String>, PluginEr
     }))
 }
 
-fn value(verdict: Verdict) -> Score {
+fn value(judgement: Judgement) -> Verdict {
     let part = |name: &str, holds: bool| Part {
         name: name.to_owned(),
         value: f64::from(u8::from(holds)),
     };
-    Score::Value(Scored {
-        total: verdict.total,
+    Verdict::Value(Scored {
+        total: judgement.total,
         parts: vec![
-            part("strict", verdict.strict),
-            part("flexible", verdict.flexible),
+            part("strict", judgement.strict),
+            part("flexible", judgement.flexible),
         ],
     })
 }

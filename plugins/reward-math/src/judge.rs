@@ -1,4 +1,4 @@
-//! What a completion is worth: config, the two ways to find an answer, and the verdict.
+//! What a completion is worth: config, the two ways to find an answer, and the judgement.
 
 use crate::number::{self, Rational, Reading};
 use serde::Deserialize;
@@ -13,7 +13,7 @@ pub enum Mode {
     Flexible,
 }
 
-/// The plugin's config, with the rewards of each verdict.
+/// The plugin's config, with the rewards of each judgement.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
@@ -49,7 +49,7 @@ impl Default for Config {
 
 /// A reward and whether each form held the right number.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Verdict {
+pub struct Judgement {
     pub total: f64,
     pub strict: bool,
     pub flexible: bool,
@@ -70,7 +70,7 @@ impl Config {
     }
 
     /// Judges what a model wrote; `answer` is the formatter's reading of it, if it has one.
-    pub fn judge(&self, completion: &str, answer: Option<&str>, gold: Rational) -> Verdict {
+    pub fn judge(&self, completion: &str, answer: Option<&str>, gold: Rational) -> Judgement {
         let text = answer.unwrap_or(completion);
         let marked = text
             .rsplit_once("####")
@@ -89,7 +89,7 @@ impl Config {
             (_, false, false) if strict.or(flexible).is_some() => self.wrong,
             (_, false, false) => self.missing,
         };
-        Verdict {
+        Judgement {
             total,
             strict: strict_right,
             flexible: strict_right || flexible_right,
@@ -134,10 +134,10 @@ mod tests {
             ..Config::default()
         };
         let gold = config.gold("1/2").unwrap();
-        let verdict = config.judge("<think>7</think>50%", Some("50%"), gold);
+        let judgement = config.judge("<think>7</think>50%", Some("50%"), gold);
         assert_eq!(
-            verdict,
-            Verdict {
+            judgement,
+            Judgement {
                 total: 1.0,
                 strict: true,
                 flexible: true
