@@ -12,6 +12,8 @@ use wasmtime::{Config, Engine, PoolingAllocationConfig, WasmFeatures};
 pub(super) const TICK: Duration = Duration::from_millis(10);
 /// Instances that may live at the same time; further callers wait for one to end.
 const SLOTS: u32 = 16;
+/// Memories or tables beyond which wasmtime itself refuses to compile a component.
+const DECLARABLE: u32 = 1000;
 /// Bytes of each memory that stay mapped for the next instance. Zeroing them costs less than taking
 /// the page faults again; measured in `bench plugin`.
 const KEEP_RESIDENT: usize = 1 << 20;
@@ -72,11 +74,12 @@ fn pool() -> PoolingAllocationConfig {
         .total_memories(SLOTS * count(MAX_MEMORIES))
         .total_tables(SLOTS * count(MAX_TABLES))
         .max_core_instances_per_component(count(MAX_CORE_INSTANCES))
-        // These two are checked by `inspect`, which can say what was declared.
-        .max_memories_per_component(u32::MAX)
-        .max_tables_per_component(u32::MAX)
-        .max_memories_per_module(u32::MAX)
-        .max_tables_per_module(u32::MAX)
+        // The real limits are checked by `inspect`, which can say what was declared. No larger,
+        // since wasmtime walks as many slots when a module is dropped.
+        .max_memories_per_component(DECLARABLE)
+        .max_tables_per_component(DECLARABLE)
+        .max_memories_per_module(DECLARABLE)
+        .max_tables_per_module(DECLARABLE)
         .table_elements(MAX_TABLE_ELEMENTS)
         // The reservation of a slot is 4 GiB in any case; the limiter of the store sets the cap.
         .max_memory_size(1 << 32)
