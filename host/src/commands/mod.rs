@@ -1,1 +1,3 @@
-//! Stub while the crate is being laid out.
+//! One file per subcommand.
+
+pub mod bench_plugin;

@@ -80,10 +80,11 @@ pub(crate) fn component(main: &str) -> Vec<u8> {
 }
 
 /// A component whose `score (param $samples i32) (param $n i32)` is `body`, which leaves the address
-/// of a result record.
+/// of a result record. It has i32 locals `$i`, `$at` and `$len` to itself.
 pub(crate) fn scoring(body: &str) -> Vec<u8> {
     component(&format!(
-        r#"(func $score (export "score") (param $samples i32) (param $n i32) (result i32) {body})"#
+        r#"(func $score (export "score") (param $samples i32) (param $n i32) (result i32)
+          (local $i i32) (local $at i32) (local $len i32) {body})"#
     ))
 }
 

@@ -180,20 +180,24 @@ fn memory_bomb() {
 
 #[test]
 fn many_memories() {
-    let main = |count: usize, pages: usize| {
-        let memories = format!("(memory {pages})").repeat(count);
-        format!(r#"{memories} (func (export "score") (param i32 i32) (result i32) (unreachable))"#)
-    };
-    let error = error_of_load(&guest::component(&main(500, 16)));
+    // 500 of 1 MiB, in five instances: a module may not have more than 100.
+    let hundred = "(memory 16)".repeat(100);
+    let five = "(core instance (instantiate $m))".repeat(5);
+    let text = format!("(component (core module $m {hundred}) {five})");
+    let error = error_of_load(&wat::parse_str(text).unwrap());
     let what = "memories";
     let declares = Fault::Declares {
         what,
-        found: 501,
+        found: 500,
         limit: 8,
     };
     assert_eq!((error.call, error.fault), (Call::Load, declares));
     // Few enough to declare, each far below the cap, too much together: 4 + 7 · 40 MiB.
-    let error = error_of_load(&guest::component(&main(7, 640)));
+    let main = format!(
+        r#"{} (func (export "score") (param i32 i32) (result i32) (unreachable))"#,
+        "(memory 640)".repeat(7)
+    );
+    let error = error_of_load(&guest::component(&main));
     let (wanted, limit) = (284 << 20, 256 << 20);
     assert_eq!(
         (error.call, error.fault),
@@ -342,20 +346,19 @@ fn a_case_that_does_not_exist() {
     );
 }
 
-/// 100 000 skips whose reasons are all the same 3 MiB of memory: 300 GB for the host to copy.
+/// 40 000 skips whose reasons are all the same 3 MiB of memory: 120 GB for the host to copy.
 #[test]
 fn amplified_result() {
-    let body = "(local $i i32) (local $at i32)
-        (loop $next
+    let body = "(loop $next
           (local.set $at (i32.add (i32.const 65536) (i32.mul (local.get $i) (i32.const 24))))
           (i32.store8 (local.get $at) (i32.const 1))
-          (i32.store offset=8 (local.get $at) (i32.const 65536))
+          (i32.store offset=8 (local.get $at) (i32.const 1100000))
           (i32.store offset=12 (local.get $at) (i32.const 3000000))
           (local.set $i (i32.add (local.get $i) (i32.const 1)))
-          (br_if $next (i32.lt_u (local.get $i) (i32.const 100000))))
+          (br_if $next (i32.lt_u (local.get $i) (i32.const 40000))))
         (i32.store8 (i32.const 0) (i32.const 0))
         (i32.store offset=4 (i32.const 0) (i32.const 65536))
-        (i32.store offset=8 (i32.const 0) (i32.const 100000))
+        (i32.store offset=8 (i32.const 0) (i32.const 40000))
         (i32.const 0)";
     let fault = fault_of_score(&guest::scoring(body));
     assert!(
@@ -391,11 +394,11 @@ fn wrong_world() {
         (func (export "run") (canon lift (core func $i "f")))
         (instance $e) (export "grpo:plugin/scoring@0.2.0" (instance $e)))"#;
     let error = error_of_load(&wat::parse_str(none).unwrap());
-    let exports = vec!["run".to_owned(), "grpo:plugin/scoring@0.2.0".to_owned()];
+    let exports = vec!["grpo:plugin/scoring@0.2.0".to_owned(), "run".to_owned()];
     assert_eq!(error.fault, Fault::WrongWorld { exports });
     let text = error.to_string();
     assert!(
-        text.contains("`run`, `grpo:plugin/scoring@0.2.0`"),
+        text.contains("`grpo:plugin/scoring@0.2.0`, `run`"),
         "{text}"
     );
     assert!(
@@ -474,8 +477,7 @@ fn log_flood() {
     };
     let host = PluginHost::new(Arc::new(sink)).unwrap();
     // 1000 lines of a clear-screen sequence and a forged line, then one of 3 MB.
-    let body = r#"(local $i i32)
-        (i64.store (i32.const 2048) (i64.const 0x21696b4a325b1b0a))
+    let body = r#"(i64.store (i32.const 2048) (i64.const 0x21696b4a325b1b0a))
         (loop $again
           (call $log (i32.const 2) (i32.const 2048) (i32.const 5))
           (local.set $i (i32.add (local.get $i) (i32.const 1)))
@@ -491,7 +493,7 @@ fn log_flood() {
         ("evil".to_owned(), 71, "\\n\\u{1b}[2J".to_owned())
     );
     assert_eq!(lines[200].2, "800 more lines were dropped");
-    let long = "(call $log (i32.const 0) (i32.const 65536) (i32.const 3000000))
+    let long = "(call $log (i32.const 0) (i32.const 1100000) (i32.const 3000000))
         (call $log (i32.const 3) (i32.const 2040) (i32.const 0))";
     let plugin = load(&host, &guest::scoring_after_ones(long), &limits).unwrap();
     plugin.score(&samples(&["a"])).unwrap();

@@ -8,8 +8,7 @@ use grpo_host::types::Score;
 /// 20 of sample `i`, and a sample takes 120 bytes.
 fn picky() -> Vec<u8> {
     guest::scoring_after_ones(
-        "(local $i i32) (local $len i32)
-         (block $done (loop $next
+        "(block $done (loop $next
            (br_if $done (i32.ge_u (local.get $i) (local.get $n)))
            (local.set $len (i32.load offset=20
              (i32.add (local.get $samples) (i32.mul (local.get $i) (i32.const 120)))))
@@ -60,10 +59,10 @@ fn abort_names_the_guilty_row() {
     assert_eq!(error.row, Some(102));
     let digest = grpo_host::plugin::digest(&picky());
     let text = format!(
-        "plugin `evil` ({}) score, row 102: trapped: wasm `unreachable` instruction executed",
+        "plugin `evil` ({}) score, row 102: trapped: wasm `unreachable` instruction executed in `score`",
         &digest[..19]
     );
-    assert!(error.to_string().starts_with(&text), "{error}");
+    assert_eq!(error.to_string(), text);
     assert_eq!(
         totals(&plugin.score(&samples(&["a"])).unwrap().scores),
         [Some(1.0)]
