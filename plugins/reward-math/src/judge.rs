@@ -65,16 +65,14 @@ impl Config {
 
     /// The expected number: what follows the last `####`, else the whole text, else its last number.
     pub fn gold(&self, text: &str) -> Option<Rational> {
-        let tail = text.rsplit("####").next().unwrap_or(text);
+        let tail = after_mark(text).unwrap_or(text);
         number::whole(tail, self.reading()).or_else(|| number::last(tail, self.reading()))
     }
 
     /// Judges what a model wrote; `answer` is the formatter's reading of it, if it has one.
     pub fn judge(&self, completion: &str, answer: Option<&str>, gold: Rational) -> Judgement {
         let text = answer.unwrap_or(completion);
-        let marked = text
-            .rsplit_once("####")
-            .map(|(_, tail)| tail.lines().next().unwrap_or(""));
+        let marked = after_mark(text).map(|tail| tail.lines().next().unwrap_or(""));
         let strict = match marked {
             Some(line) => number::whole(line, self.reading()),
             None => answer.and_then(|a| number::whole(a, self.reading())),
@@ -95,6 +93,19 @@ impl Config {
             flexible: strict_right || flexible_right,
         }
     }
+}
+
+/// What follows the last `####`. Searching for one byte is several times faster than for the text,
+/// and most completions have no such byte.
+fn after_mark(text: &str) -> Option<&str> {
+    let mut end = text.len();
+    while let Some(at) = text[..end].rfind('#') {
+        if text[..at].ends_with("###") {
+            return Some(&text[at + 1..]);
+        }
+        end = at;
+    }
+    None
 }
 
 #[cfg(test)]
