@@ -21,6 +21,9 @@ const PROMPT_SHARE: usize = 4;
 pub struct PluginBench {
     /// A shipped reward.
     pub plugin: &'static str,
+    /// Its config. The default switches every check of `reward-format` off, which leaves the price of
+    /// the call itself; compare with `reward-math` and `{}`, which read the texts.
+    pub config: serde_json::Value,
     /// Samples per call.
     pub samples: usize,
     /// Bytes of row, prompt and completion of one sample together.
@@ -32,7 +35,8 @@ pub struct PluginBench {
 impl Default for PluginBench {
     fn default() -> Self {
         Self {
-            plugin: "reward-math",
+            plugin: "reward-format",
+            config: serde_json::json!({"tags": []}),
             samples: 64,
             sample_bytes: 2500,
             calls: 2000,
@@ -83,7 +87,7 @@ pub fn run(bench: &PluginBench) -> Result<Vec<PluginMeasure>, PluginBenchError> 
     if samples == 0 || calls == 0 {
         return Err(PluginBenchError::Nothing { samples, calls });
     }
-    let plugin = load(bench.plugin)?;
+    let plugin = load(bench)?;
     let texts = texts(bench);
     let parsed = Parsed::default();
     let batch: Vec<Sample<'_>> = texts.iter().map(|text| sample(text, &parsed)).collect();
@@ -104,11 +108,11 @@ pub fn run(bench: &PluginBench) -> Result<Vec<PluginMeasure>, PluginBenchError> 
     ])
 }
 
-fn load(name: &'static str) -> Result<RewardPlugin, PluginBenchError> {
+fn load(bench: &PluginBench) -> Result<RewardPlugin, PluginBenchError> {
+    let name = bench.plugin;
     let bytes = defaults::component(name).ok_or(PluginBenchError::NotAReward(name))?;
     let host = PluginHost::new(Arc::new(|_| {}))?;
-    let config = serde_json::json!({});
-    match host.load(name, bytes, &config, &Limits::default())? {
+    match host.load(name, bytes, &bench.config, &Limits::default())? {
         Plugin::Reward(plugin) => Ok(plugin),
         Plugin::Formatter(_) | Plugin::Curriculum(_) => Err(PluginBenchError::NotAReward(name)),
     }
