@@ -5,6 +5,7 @@ use std::path::PathBuf;
 /// A property of a model that the decoder here does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Feature {
+    Adapter,
     Activation,
     GgufTokenizer,
     MixtureOfExperts,
@@ -21,6 +22,7 @@ impl std::fmt::Display for Feature {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Activation => "activation",
+            Self::Adapter => "adapter kind",
             Self::GgufTokenizer => "GGUF tokenizer model",
             Self::MixtureOfExperts => "mixture of experts",
             Self::MlpBias => "MLP bias",
@@ -101,6 +103,7 @@ impl PolicyError {
                 Feature::GgufTokenizer | Feature::PreTokenizer => {
                     "use the model's Hugging Face folder, which has a tokenizer.json".to_owned()
                 }
+                Feature::Adapter => "merge the adapter into its base model with PEFT".to_owned(),
                 _ => "Qwen2, Qwen3 and Llama decoders with full attention are supported".to_owned(),
             },
             Self::AdapterFolder { base, .. } => {
