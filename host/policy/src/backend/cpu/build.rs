@@ -123,7 +123,7 @@ impl Builder<'_> {
             false => None,
         };
         let lora = match self.trainable {
-            Trainable::Lora { config, .. } if config.targets(name) => {
+            Trainable::Lora { config, .. } if config.targets_module(name) => {
                 Some(self.adapter(name, out, input, config))
             }
             _ => None,
@@ -144,7 +144,7 @@ impl Builder<'_> {
             b: self
                 .params
                 .add(&format!("{name}.lora_B.weight"), b, 2, true),
-            scale: config.scale(),
+            scale: config.scale() as f32,
         }
     }
 

@@ -8,7 +8,7 @@ use super::{
     mat::Mat,
     simd::{self, dispatch, dot_inline, exp_inline},
 };
-use crate::spec::{ModelSpec, RopeScaling};
+use crate::spec::ModelSpec;
 
 /// Runs `f(row index, row of a)` over all rows, in parallel when there is enough work.
 fn for_rows(out: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync + Send) {
@@ -166,9 +166,13 @@ impl Rope {
     /// Su et al. 2021; the pairing is the half-split one of Hugging Face (`rotate_half`).
     pub(crate) fn new(spec: &ModelSpec) -> Self {
         let half = spec.head_dim / 2;
+        let divisors = spec
+            .rope_scaling
+            .map(|s| s.divisors(spec.head_dim, spec.rope_theta));
         let frequencies: Vec<f64> = (0..half)
             .map(|i| spec.rope_theta.powf(-2.0 * i as f64 / spec.head_dim as f64))
-            .map(|f| spec.rope_scaling.map_or(f, |s| scaled_frequency(f, &s)))
+            .enumerate()
+            .map(|(i, f)| f / divisors.as_ref().map_or(1.0, |d| d[i]))
             .collect();
         let angles = (0..spec.max_position_embeddings)
             .flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
@@ -206,16 +210,6 @@ impl Rope {
             );
         });
     }
-}
-
-/// Llama 3.1's scaling: low frequencies are divided by `factor`, high ones kept, a linear blend between.
-fn scaled_frequency(frequency: f64, scaling: &RopeScaling) -> f64 {
-    let wavelength = 2.0 * std::f64::consts::PI / frequency;
-    let periods = scaling.original_max_position_embeddings as f64 / wavelength;
-    let blend = ((periods - scaling.low_freq_factor)
-        / (scaling.high_freq_factor - scaling.low_freq_factor))
-        .clamp(0.0, 1.0);
-    frequency * ((1.0 - blend) / scaling.factor + blend)
 }
 
 #[cfg(test)]
@@ -286,20 +280,5 @@ mod tests {
         for (x, y) in x.data().iter().zip(y.data()) {
             assert!((x - y).abs() < 1e-6);
         }
-    }
-
-    #[test]
-    fn llama3_scaling_keeps_high_and_divides_low_frequencies() {
-        let scaling = RopeScaling {
-            factor: 8.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_max_position_embeddings: 8192,
-        };
-        assert_eq!(scaled_frequency(1.0, &scaling), 1.0);
-        assert_eq!(scaled_frequency(1e-5, &scaling), 1e-5 / 8.0);
-        // 2.5 periods in the original context is half way between 1 and 4.
-        let middle = 2.5 * 2.0 * std::f64::consts::PI / 8192.0;
-        assert!((scaled_frequency(middle, &scaling) - middle * (0.5 / 8.0 + 0.5)).abs() < 1e-12);
     }
 }
