@@ -35,6 +35,8 @@ pub enum PolicyError {
     Tokenizer(String),
     #[error("chat template: {0}")]
     ChatTemplate(String),
+    #[error("logits of the token at position {position} are not finite")]
+    NonFiniteLogits { position: usize },
     #[error("request {request}: {reason}")]
     Request { request: u64, reason: String },
     #[error(
@@ -55,9 +57,7 @@ impl PolicyError {
     /// What the reader can do about it, if there is something.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
-            Self::Architecture { .. } => {
-                "Qwen2, Qwen3 and Llama decoders are supported".to_owned()
-            }
+            Self::Architecture { .. } => "Qwen2, Qwen3 and Llama decoders are supported".to_owned(),
             Self::MissingWeight { .. } | Self::WeightShape { .. } => {
                 "the weights do not belong to this config.json; download the model again".to_owned()
             }
@@ -66,6 +66,10 @@ impl PolicyError {
             }
             Self::NonFiniteGradient { .. } => {
                 "lower learning_rate, or set max_grad_norm".to_owned()
+            }
+            Self::NonFiniteLogits { .. } => {
+                "the weights diverged; go back to an earlier checkpoint and lower learning_rate"
+                    .to_owned()
             }
             _ => return None,
         })
