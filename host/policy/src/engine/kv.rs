@@ -78,8 +78,13 @@ impl BlockPool {
         self.free.len() + self.idle.len()
     }
 
-    pub(super) fn is_shared(&self, block: BlockId) -> bool {
-        self.blocks[block as usize].refs > 1
+    /// Makes `block` its only owner's alone, to be written to; false if it has others.
+    pub(super) fn make_private(&mut self, block: BlockId) -> bool {
+        let entry = &mut self.blocks[block as usize];
+        if entry.refs == 1 {
+            entry.sharers = 1;
+        }
+        entry.refs == 1
     }
 
     /// Share of `block` that one of its owners answers for: one over the most owners it had. The present

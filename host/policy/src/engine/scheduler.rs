@@ -191,7 +191,11 @@ impl Scheduler {
             return Start::Wait;
         }
         let size = pool.block_size();
-        let mut blocks = pool.lookup(&sequence.tokens[..sequence.tokens.len() - 1]);
+        // A first start has nothing but the prompt to look up, and the hold covers more of it.
+        let mut blocks = match &group.hold {
+            Some(_) if !sequence.started => Vec::new(),
+            _ => pool.lookup(&sequence.tokens[..sequence.tokens.len() - 1]),
+        };
         let mut cached = blocks.len() * size;
         let mut fork = group.hold.as_deref();
         fork = fork.filter(|_| group.shareable() > cached);
@@ -244,10 +248,8 @@ impl Scheduler {
         let new = pool.blocks_for(sequence.cached + tokens) - sequence.blocks.len();
         // Of the blocks a sequence has, only a partly filled last one is written to.
         let partial = !sequence.cached.is_multiple_of(pool.block_size());
-        let shared = sequence
-            .blocks
-            .last_mut()
-            .filter(|block| partial && pool.is_shared(**block));
+        let written = sequence.blocks.last_mut().filter(|_| partial);
+        let shared = written.filter(|block| !pool.make_private(**block));
         if pool.available() < new + usize::from(shared.is_some()) {
             return false;
         }

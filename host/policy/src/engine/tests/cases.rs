@@ -55,13 +55,9 @@ fn a_prompt_is_computed_once_for_all_its_completions() {
     assert_eq!(cached, [0, 10, 10, 10]);
     // 10 shared tokens end inside a block: all but the last owner copy it, the first one its own later.
     assert_eq!(backend.copies, 3);
-    // 16 cached tokens are 4 blocks; 2 full ones are shared by 4, the other 2 are private, except that the
-    // block left to its last owner was once everybody's.
-    let block = (4 * KV_BYTES) as f64;
+    // 16 cached tokens are 4 blocks: 2 full ones shared by 4, and 2 private ones.
     let bytes: Vec<u64> = completions.iter().map(|c| c.telemetry.kv_bytes).collect();
-    let private = (block * 2.5).round() as u64;
-    assert_eq!(bytes[..3], [private; 3]);
-    assert_eq!(bytes[3], (block * (0.5 + 0.25 + 1.0)).round() as u64);
+    assert_eq!(bytes, [(4 * KV_BYTES * 5 / 2) as u64; 4]);
     assert_no_leak(&engine);
     // The next call finds the two full blocks.
     let before = backend.computed;
