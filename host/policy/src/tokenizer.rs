@@ -69,12 +69,12 @@ impl Tokenizer {
             pad: token_text(&config, "pad_token"),
             unk: token_text(&config, "unk_token"),
         };
-        let mut eos_ids = Vec::new();
-        for (name, bytes) in [
-            ("generation_config.json", files.generation_config),
-            ("config.json", files.config),
-        ] {
-            eos_ids.extend(ids(name, &object(name, bytes)?, "eos_token_id")?);
+        // As transformers' generate: the model's config speaks only where generation_config.json does not.
+        let generation = object("generation_config.json", files.generation_config)?;
+        let mut eos_ids = ids("generation_config.json", &generation, "eos_token_id")?;
+        if eos_ids.is_empty() {
+            let model = object("config.json", files.config)?;
+            eos_ids = ids("config.json", &model, "eos_token_id")?;
         }
         if let Some(text) = &special.eos {
             eos_ids.push(inner.token_to_id(text).ok_or_else(|| {
