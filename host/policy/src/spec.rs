@@ -166,3 +166,6 @@ impl RopeScaling {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests;
