@@ -55,9 +55,7 @@ impl PolicyError {
     /// What the reader can do about it, if there is something.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
-            Self::Architecture { .. } => {
-                "Qwen2, Qwen3 and Llama decoders are supported".to_owned()
-            }
+            Self::Architecture { .. } => "Qwen2, Qwen3 and Llama decoders are supported".to_owned(),
             Self::MissingWeight { .. } | Self::WeightShape { .. } => {
                 "the weights do not belong to this config.json; download the model again".to_owned()
             }
