@@ -98,19 +98,35 @@ impl PolicyError {
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::Architecture { .. } => "Qwen2, Qwen3 and Llama decoders are supported".to_owned(),
-            Self::MissingWeight { .. } | Self::WeightShape { .. } => {
+            Self::Unsupported { feature, .. } => match feature {
+                Feature::QuantizedWeights | Feature::WeightType => {
+                    "use the f32, bf16 or f16 weights, or a GGUF file".to_owned()
+                }
+                Feature::GgufTokenizer | Feature::PreTokenizer => {
+                    "use the model's Hugging Face folder, which has a tokenizer.json".to_owned()
+                }
+                Feature::Adapter => "merge the adapter into its base model with PEFT".to_owned(),
+                _ => "Qwen2, Qwen3 and Llama decoders with full attention are supported".to_owned(),
+            },
+            Self::AdapterFolder { base, .. } => {
+                format!("pass the base model `{base}`, or merge the adapter into it first")
+            }
+            Self::MissingWeight { .. }
+            | Self::WeightShape { .. }
+            | Self::UnexpectedWeight { .. } => {
                 "the weights do not belong to this config.json; download the model again".to_owned()
             }
             Self::ChatTemplate(_) => "let the formatter return text instead of messages".to_owned(),
             Self::KvExhausted { .. } => {
                 "lower max_completion_length or raise kv_cache_tokens".to_owned()
             }
+            Self::NonFiniteLogits { .. } => {
+                "the weights have diverged: go back to an earlier checkpoint with a lower \
+                 learning_rate"
+                    .to_owned()
+            }
             Self::NonFiniteGradient { .. } => {
                 "lower learning_rate, or set max_grad_norm".to_owned()
-            }
-            Self::NonFiniteLogits { .. } => {
-                "the weights diverged; go back to an earlier checkpoint and lower learning_rate"
-                    .to_owned()
             }
             _ => return None,
         })

@@ -1,16 +1,46 @@
-//! Text and ids. Placeholder: what the engine calls, until the loader of tokenizer files is in.
+//! Text to ids and back, with what belongs to it: end-of-text ids, special tokens, the chat template's source.
+//! A `tokenizer.json` runs as it stands; one from GGUF metadata is rebuilt in [`gguf`]. Rendering
+//! templates is `chat`'s business.
 
-use crate::error::PolicyError;
+mod detokenizer;
+mod gguf;
 
-/// A tokenizer and its end-of-text ids.
+use serde_json::{Map, Value, json};
+
+pub use detokenizer::Detokenizer;
+
+use crate::{
+    chat::{ChatTemplate, SpecialTokens},
+    error::PolicyError,
+};
+
+/// The contents of the files beside a model that say how text becomes ids. Only `tokenizer.json` is needed.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TokenizerFiles<'a> {
+    /// `tokenizer.json`.
+    pub tokenizer: &'a [u8],
+    /// `tokenizer_config.json`: names of special tokens, chat template.
+    pub tokenizer_config: Option<&'a [u8]>,
+    /// `generation_config.json`: end-of-text ids.
+    pub generation_config: Option<&'a [u8]>,
+    /// `config.json`: end-of-text ids.
+    pub config: Option<&'a [u8]>,
+    /// `chat_template.jinja`; wins over the one in `tokenizer_config.json`.
+    pub chat_template: Option<&'a str>,
+}
+
+/// A tokenizer and what the model's files say about its tokens.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    special: SpecialTokens,
     eos_ids: Vec<u32>,
+    chat_template: Option<String>,
 }
 
 impl Tokenizer {
-    /// A tokenizer from `tokenizer.json`, with the end-of-text ids given.
+    /// A tokenizer from `tokenizer.json` alone, with the end-of-text ids given: no special-token names, no
+    /// chat template.
     pub fn from_json_bytes(tokenizer_json: &[u8], eos_ids: &[u32]) -> Result<Self, PolicyError> {
         let mut tokenizer = Self::from_files(&TokenizerFiles {
             tokenizer: tokenizer_json,
@@ -59,38 +89,159 @@ impl Tokenizer {
             .or_else(|| template_text(&config));
         Ok(Self {
             inner,
-            eos_ids: eos_ids.to_vec(),
+            special,
+            eos_ids,
+            chat_template,
         })
     }
 
-    /// Text of `ids` without special tokens.
+    /// Ids of `text`; special tokens written out in it are recognised. `add_special` adds what the
+    /// tokenizer's post-processor adds (Llama 3: beginning of text).
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, PolicyError> {
+        self.inner
+            .encode_fast(text, add_special)
+            .map(|encoding| encoding.get_ids().to_vec())
+            .map_err(|e| PolicyError::Tokenizer(e.to_string()))
+    }
+
+    /// Ids of a prompt: with the beginning-of-text token if this tokenizer uses one and `text`, say from a
+    /// chat template, does not start with it already.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, PolicyError> {
+        let has_bos = self
+            .special
+            .bos
+            .as_ref()
+            .is_some_and(|bos| !bos.is_empty() && text.starts_with(bos.as_str()));
+        self.encode(text, !has_bos)
+    }
+
+    /// Text of `ids` without special tokens. Bytes that are not UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> Result<String, PolicyError> {
         self.inner
             .decode(ids, true)
             .map_err(|e| PolicyError::Tokenizer(e.to_string()))
     }
 
-    /// Tokens that end a completion.
+    /// Text of `ids` with special tokens written out.
+    pub fn decode_with_special(&self, ids: &[u32]) -> Result<String, PolicyError> {
+        self.inner
+            .decode(ids, false)
+            .map_err(|e| PolicyError::Tokenizer(e.to_string()))
+    }
+
+    /// Tokens that end a completion; the model's own first. Empty when no file names one.
     pub fn eos_ids(&self) -> &[u32] {
         &self.eos_ids
     }
-}
 
-/// Incremental decoder of one sequence; special tokens are skipped.
-#[derive(Clone, Debug, Default)]
-pub struct Detokenizer {
-    window: Vec<u32>,
-    emitted: usize,
-}
+    /// Beginning-of-text token, if the model has one.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.inner.token_to_id(self.special.bos.as_deref()?)
+    }
 
-impl Detokenizer {
-    /// Takes one token and returns the text that is now certain, often empty.
-    pub fn push(&mut self, tokenizer: &Tokenizer, id: u32) -> Result<String, PolicyError> {
-        self.window.push(id);
-        let text = tokenizer.decode(&self.window)?;
-        let certain = text.trim_end_matches('\u{fffd}');
-        let new = certain.get(self.emitted..).unwrap_or_default().to_owned();
-        self.emitted += new.len();
-        Ok(new)
+    /// Padding token, else the first end-of-text token.
+    pub fn pad_id(&self) -> Option<u32> {
+        self.special
+            .pad
+            .as_deref()
+            .and_then(|pad| self.inner.token_to_id(pad))
+            .or_else(|| self.eos_ids.first().copied())
+    }
+
+    /// Number of tokens, added ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// Id of a token by its exact text.
+    pub fn token_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The model's chat template, compiled.
+    ///
+    /// Errors: [`PolicyError::ChatTemplate`] when the model has none or it is not valid.
+    pub fn chat_template(&self) -> Result<ChatTemplate, PolicyError> {
+        let source = self
+            .chat_template
+            .as_deref()
+            .ok_or_else(|| PolicyError::ChatTemplate("the model has none".to_owned()))?;
+        ChatTemplate::new(source, self.special.clone())
+    }
+
+    /// Source of the chat template, for export.
+    pub fn chat_template_source(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+
+    /// `tokenizer.json`, for export.
+    pub fn to_json(&self) -> Result<String, PolicyError> {
+        self.inner
+            .to_string(true)
+            .map_err(|e| PolicyError::Tokenizer(e.to_string()))
+    }
+
+    /// `tokenizer_config.json` without the chat template, for export.
+    pub fn to_config_json(&self) -> Map<String, Value> {
+        let mut config = Map::new();
+        config.insert(
+            "tokenizer_class".to_owned(),
+            json!("PreTrainedTokenizerFast"),
+        );
+        config.insert("clean_up_tokenization_spaces".to_owned(), json!(false));
+        for (key, token) in self.special.named() {
+            if let Some(token) = token {
+                config.insert(key.to_owned(), json!(token));
+            }
+        }
+        config
     }
 }
+
+/// A JSON object, empty when there is no file.
+fn object(name: &str, bytes: Option<&[u8]>) -> Result<Map<String, Value>, PolicyError> {
+    bytes.map_or_else(
+        || Ok(Map::new()),
+        |bytes| {
+            serde_json::from_slice(bytes)
+                .map_err(|e| PolicyError::Tokenizer(format!("{name}: {e}")))
+        },
+    )
+}
+
+/// A token given as text or, in older files, as a serialised `AddedToken`.
+fn token_text(config: &Map<String, Value>, key: &str) -> Option<String> {
+    let value = config.get(key)?;
+    let text = value.as_str().or_else(|| value.get("content")?.as_str())?;
+    Some(text.to_owned())
+}
+
+/// One id, a list of ids, or nothing.
+fn ids(file: &str, config: &Map<String, Value>, key: &str) -> Result<Vec<u32>, PolicyError> {
+    let id = |value: &Value| {
+        value
+            .as_u64()
+            .and_then(|n| u32::try_from(n).ok())
+            .ok_or_else(|| PolicyError::Tokenizer(format!("{file}: `{key}` has `{value}`")))
+    };
+    match config.get(key) {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::Array(values)) => values.iter().map(id).collect(),
+        Some(value) => Ok(vec![id(value)?]),
+    }
+}
+
+/// The template in `tokenizer_config.json`: text, or a list of named ones of which `default` counts.
+fn template_text(config: &Map<String, Value>) -> Option<String> {
+    let template = match config.get("chat_template")? {
+        Value::Array(named) => named
+            .iter()
+            .find(|t| t.get("name").and_then(Value::as_str) == Some("default"))?
+            .get("template")?,
+        one => one,
+    };
+    template.as_str().map(str::to_owned)
+}
+
+#[cfg(test)]
+mod tests;

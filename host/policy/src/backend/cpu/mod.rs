@@ -59,6 +59,7 @@ pub struct CpuBackend {
     optimizer: AdamW,
     kv: Option<KvPool>,
     saved: Option<Saved>,
+    scratch: sampler::Scratch,
     gradient_checkpointing: bool,
 }
 
@@ -86,6 +87,7 @@ impl CpuBackend {
             optimizer: AdamW::default(),
             kv: None,
             saved: None,
+            scratch: sampler::Scratch::default(),
             spec,
             decoder,
             params,
@@ -230,7 +232,7 @@ impl Backend for CpuBackend {
         let logits = self.decoder.head.logits(&self.params, &picked.hidden)?;
         for (i, row) in picked.rows.iter().enumerate() {
             if let Some(args) = &rows[*row].sample {
-                out[*row] = Some(sampler::sample(logits.row(i), args)?);
+                out[*row] = Some(sampler::sample(logits.row(i), args, &mut self.scratch)?);
             }
         }
         Ok(out)

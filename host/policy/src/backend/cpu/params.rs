@@ -146,6 +146,7 @@ impl Grads {
         self.0[id].get_or_insert_with(|| Mat::zeros(value.rows, value.cols))
     }
 
+    #[cfg(test)]
     pub(crate) fn get(&self, id: ParamId) -> Option<&Mat> {
         self.0[id].as_ref()
     }
