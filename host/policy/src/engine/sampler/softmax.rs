@@ -107,16 +107,22 @@ fn finite_max(values: &[f32]) -> Option<f32> {
 
 #[inline(always)]
 fn exp_sums(logits: &[f32], max: f32, inverse_temperature: f32, sums: &mut Vec<f64>) {
+    let mut exps = [0f32; CHUNK];
     for chunk in logits.chunks(CHUNK) {
+        // Two loops: the elementwise one is what the vectoriser does best.
+        let exps = &mut exps[..chunk.len()];
+        for (exp, logit) in exps.iter_mut().zip(chunk) {
+            *exp = exp_nonpositive((logit - max) * inverse_temperature);
+        }
         let mut lanes = [0f32; LANES];
-        let (rows, rest) = chunk.as_chunks::<LANES>();
+        let (rows, rest) = exps.as_chunks::<LANES>();
         for row in rows {
-            for lane in 0..LANES {
-                lanes[lane] += exp_nonpositive((row[lane] - max) * inverse_temperature);
+            for (sum, exp) in lanes.iter_mut().zip(row) {
+                *sum += exp;
             }
         }
-        for (lane, logit) in rest.iter().enumerate() {
-            lanes[lane] += exp_nonpositive((logit - max) * inverse_temperature);
+        for (sum, exp) in lanes.iter_mut().zip(rest) {
+            *sum += exp;
         }
         sums.push(lanes.iter().map(|sum| f64::from(*sum)).sum());
     }
@@ -128,7 +134,7 @@ fn exp_sums(logits: &[f32], max: f32, inverse_temperature: f32, sums: &mut Vec<f
 fn exp_nonpositive(x: f32) -> f32 {
     // Adding it rounds to an integer, which then stands in the low bits.
     const ROUND: f32 = 12_582_912.0;
-    const LN2_HIGH: f32 = 0.693_359_375;
+    const LN2_HIGH: f32 = 355.0 / 512.0;
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let x = if x > -87.0 { x } else { -87.0 };
     let shifted = x * std::f32::consts::LOG2_E + ROUND;

@@ -230,6 +230,10 @@ fn bad_requests_and_sizes_are_refused_with_their_reason() {
         assert_eq!(error.to_string(), format!("request 5: {reason}"));
         assert!(engine.is_idle());
     }
+}
+
+#[test]
+fn the_longest_completion_must_fit_into_the_pool() {
     let small = EngineConfig {
         kv_blocks: 3,
         ..config()
