@@ -5,7 +5,7 @@
 
 use std::error::Error;
 
-use clap::error::{ContextKind, ContextValue};
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use grpo_policy::error::PolicyError;
 
 use crate::config::ConfigError;
@@ -78,10 +78,13 @@ pub fn render_usage(error: &clap::Error) -> String {
         ContextValue::Strings(names) => names.first().cloned(),
         _ => None,
     });
-    let hint = meant.map_or_else(
-        || "`--help` lists commands and flags".to_owned(),
-        |name| format!("did you mean `{name}`?"),
-    );
+    let misplaced = error.kind() == ErrorKind::ArgumentConflict
+        && error.get(ContextKind::InvalidSubcommand).is_some();
+    let hint = match meant {
+        Some(name) => format!("did you mean `{name}`?"),
+        None if misplaced => "put the flags after the command".to_owned(),
+        None => "`--help` lists commands and flags".to_owned(),
+    };
     report(message, Some(&hint))
 }
 

@@ -161,7 +161,7 @@ fn traits_have_two_implementors() {
     let one = "pub trait Door {}\nimpl Door for A {}\nimpl A {}\nimpl Clone for A {}";
     breaks("host/src/a.rs", "trait Door {}", &message(0));
     breaks("host/src/a.rs", one, &message(1));
-    let generic = "impl<T: Fn() -> Vec<u8>> crate::a::Door<T> for B<T> {}";
+    let generic = "impl<T: Fn() -> Vec<u8>> crate::a::Door<T>\n    for B<T> {}";
     passes("host/src/a.rs", &format!("{one}\n{generic}"));
 }
 

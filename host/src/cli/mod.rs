@@ -56,12 +56,12 @@ pub enum Command {
     /// Summarise a run directory
     Results(ResultsArgs),
     /// Measure this machine's speed
-    #[command(subcommand)]
+    #[command(subcommand, arg_required_else_help = false)]
     Bench(BenchCommand),
     /// Show what this build and machine can do
     Doctor(DoctorArgs),
     /// Look at plugin components
-    #[command(subcommand)]
+    #[command(subcommand, arg_required_else_help = false)]
     Plugin(PluginCommand),
 }
 
@@ -102,8 +102,8 @@ pub struct ModelArgs {
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Set any config key, the value in YAML; may be given several times
-    #[arg(long, value_name = "KEY=VALUE")]
-    pub set: Vec<String>,
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_and_value)]
+    pub set: Vec<(String, String)>,
     /// Model folder, GGUF file or hub id [default: the built-in model]
     #[arg(long, value_name = "PATH|HUB-ID")]
     pub model: Option<String>,
@@ -127,9 +127,8 @@ impl ModelArgs {
         if let Some(path) = &self.config {
             base.overlay(RawConfig::from_file(path)?);
         }
-        for pair in &self.set {
-            let yaml = pair.replacen('=', ": ", 1);
-            base.overlay(RawConfig::from_yaml(&yaml, "--set")?);
+        for (key, value) in &self.set {
+            base.overlay(RawConfig::from_pair(key, value, "--set")?);
         }
         set(&mut base, "model", "--model", self.model.as_ref())?;
         set(&mut base, "revision", "--revision", self.revision.as_ref())?;
@@ -138,6 +137,12 @@ impl ModelArgs {
         set(&mut base, "seed", "--seed", self.seed)?;
         Ok(base)
     }
+}
+
+fn key_and_value(text: &str) -> Result<(String, String), String> {
+    text.split_once('=')
+        .map(|(key, value)| (key.trim().to_owned(), value.to_owned()))
+        .ok_or_else(|| "no `=` between key and value".to_owned())
 }
 
 fn set<V: serde::Serialize>(

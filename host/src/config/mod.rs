@@ -92,10 +92,31 @@ impl RawConfig {
                 });
             }
         };
-        let document = validate::Document { text, name };
+        Self::from_mapping(mapping, &validate::Document { text, name })
+    }
+
+    /// One key and its value as YAML, given by `flag`.
+    pub fn from_pair(key: &str, yaml: &str, flag: &'static str) -> Result<Self, ConfigError> {
+        let value: Value = serde_norway::from_str(yaml).map_err(|source| ConfigError::Syntax {
+            name: format!("the value of {flag} {key}"),
+            source,
+        })?;
+        let mapping = Mapping::from_iter([(Value::from(key), value)]);
+        let document = validate::Document {
+            text: "",
+            name: flag,
+        };
+        Self::from_mapping(mapping, &document)
+    }
+
+    fn from_mapping(
+        mapping: Mapping,
+        document: &validate::Document<'_>,
+    ) -> Result<Self, ConfigError> {
         document.refuse_unknown_keys(&mapping)?;
         let mut raw = Self::default();
         for (key, value) in mapping {
+            // The check above let no other kind of key through.
             let Value::String(key) = key else { continue };
             let origin = document.origin(&[&key]);
             raw.entries.insert(key, Entry { value, origin });

@@ -156,7 +156,7 @@ fn words(file: &File, report: &mut impl FnMut(&'static str, String)) {
 
 /// Traits of ours need two implementors, tests' included; else the type itself would do.
 pub(super) fn traits(files: &[File], findings: &mut Vec<Finding>) {
-    let mut implemented: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut implemented: BTreeMap<String, usize> = BTreeMap::new();
     for file in files {
         for end in starts_of(&file.code, "impl") {
             if let Some(name) = implemented_trait(&file.code[end..]) {
@@ -179,8 +179,12 @@ pub(super) fn traits(files: &[File], findings: &mut Vec<Finding>) {
 }
 
 /// Name of the trait in what follows `impl`: `<T> a::Name<T> for X {` gives `Name`.
-fn implemented_trait(after: &str) -> Option<&str> {
-    let head = &after[..after.find(['{', ';', ')'])?];
+fn implemented_trait(after: &str) -> Option<String> {
+    // rustfmt breaks long heads over lines.
+    let head: Vec<&str> = after[..after.find(['{', ';'])?]
+        .split_whitespace()
+        .collect();
+    let head = head.join(" ");
     let path = &head[..head.find(" for ")?];
     // Generics of the impl itself come first, those of the trait last.
     let path = match path.strip_prefix('<') {
@@ -188,7 +192,10 @@ fn implemented_trait(after: &str) -> Option<&str> {
         None => path,
     };
     let path = path.split('<').next()?.trim();
-    path.rsplit("::").next().and_then(first_word)
+    path.rsplit("::")
+        .next()
+        .and_then(first_word)
+        .map(str::to_owned)
 }
 
 /// Offset behind the `>` that closes a just opened `<`.
@@ -216,7 +223,7 @@ pub(super) fn map(files: &[File], map: &str, findings: &mut Vec<Finding>) {
             let top = path
                 .strip_prefix(source)
                 .and_then(|inside| inside.split(['/', '.']).next());
-            rooms.extend(top.filter(|top| *top != "lib"));
+            rooms.extend(top.filter(|top| !["lib", "main"].contains(top)));
         }
     }
     for room in rooms.into_iter().filter(|room| !has_word(map, room)) {
