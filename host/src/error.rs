@@ -8,7 +8,17 @@ use std::error::Error;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use grpo_policy::error::PolicyError;
 
-use crate::config::ConfigError;
+use crate::{
+    commands::{Interrupted, NoSuchDevice},
+    config::ConfigError,
+    data::DataError,
+    grpo::loss::LossError,
+    hub::HubError,
+    plugin::{PluginError, WeightError},
+    run::RunError,
+    setup::MissingPlugin,
+    trainer::TrainError,
+};
 
 /// Exit code of usage and config errors.
 pub const EXIT_USAGE: u8 = 2;
@@ -21,10 +31,24 @@ type Link<'a> = &'a (dyn Error + 'static);
 const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
     |link| hint_of(link, ConfigError::hint),
     |link| hint_of(link, PolicyError::hint),
+    |link| hint_of(link, PluginError::hint),
+    |link| hint_of(link, WeightError::hint),
+    |link| hint_of(link, MissingPlugin::hint),
+    |link| hint_of(link, DataError::hint),
+    |link| hint_of(link, HubError::hint),
+    |link| hint_of(link, RunError::hint),
+    |link| hint_of(link, LossError::hint),
+    |link| hint_of(link, TrainError::hint),
+    |link| hint_of(link, Interrupted::hint),
+    |link| hint_of(link, NoSuchDevice::hint),
 ];
 
 /// One line per error type that is the user's command line or config to mend.
-const USAGE: &[fn(Link<'_>) -> bool] = &[|link| link.is::<ConfigError>()];
+const USAGE: &[fn(Link<'_>) -> bool] = &[
+    |link| link.is::<ConfigError>(),
+    |link| link.is::<WeightError>(),
+    |link| link.is::<MissingPlugin>(),
+];
 
 fn hint_of<E: Error + 'static>(link: Link<'_>, hint: fn(&E) -> Option<String>) -> Option<String> {
     link.downcast_ref::<E>().and_then(hint)

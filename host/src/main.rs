@@ -13,7 +13,7 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(refused) => return usage(&refused),
     };
-    match commands::run(cli.into_command(), Environment::read()) {
+    match commands::run(cli.into_command(), &Environment::read()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{}", error::render(&error));

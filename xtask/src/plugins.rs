@@ -31,7 +31,11 @@ pub(crate) fn run(check_only: bool) -> Result<()> {
     fs::create_dir_all(&dist)?;
     for guest in GUESTS {
         let module = format!("{}.wasm", guest.replace('-', "_"));
-        let path = root.join("plugins/target").join(TARGET).join("release").join(module);
+        let path = root
+            .join("plugins/target")
+            .join(TARGET)
+            .join("release")
+            .join(module);
         let component = componentize(&path)?;
         let out = dist.join(format!("{guest}.wasm"));
         fs::write(&out, component).with_context(|| format!("cannot write {}", out.display()))?;
@@ -101,19 +105,24 @@ fn rustup_target_installed() -> bool {
 fn rust_lld() -> Option<PathBuf> {
     let host = sysroot("rustc")?.join("lib/rustlib");
     let tools = fs::read_dir(host).ok()?.flatten();
-    tools.map(|entry| entry.path().join("bin/rust-lld")).find(|lld| lld.exists())
+    tools
+        .map(|entry| entry.path().join("bin/rust-lld"))
+        .find(|lld| lld.exists())
 }
 
 fn sysroot(rustc: &str) -> Option<PathBuf> {
-    let output = Command::new(rustc).args(["--print", "sysroot"]).output().ok()?;
+    let output = Command::new(rustc)
+        .args(["--print", "sysroot"])
+        .output()
+        .ok()?;
     let text = String::from_utf8(output.stdout).ok()?;
     Some(PathBuf::from(text.trim()))
 }
 
 fn check(root: &Path) -> Result<()> {
     let path = root.join("plugins/dist/SOURCES");
-    let committed = fs::read_to_string(&path)
-        .with_context(|| format!("cannot read {}", path.display()))?;
+    let committed =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let current = sources(root)?;
     for (guest, (old, new)) in GUESTS.iter().zip(committed.lines().zip(current.lines())) {
         ensure!(
@@ -122,7 +131,10 @@ fn check(root: &Path) -> Result<()> {
              committed: {old}\n  current: {new}"
         );
     }
-    ensure!(committed == current, "plugins/dist/SOURCES lists other guests than xtask does");
+    ensure!(
+        committed == current,
+        "plugins/dist/SOURCES lists other guests than xtask does"
+    );
     Ok(())
 }
 
@@ -131,10 +143,14 @@ fn sources(root: &Path) -> Result<String> {
     let mut text = String::new();
     for guest in GUESTS {
         let component = root.join("plugins/dist").join(format!("{guest}.wasm"));
-        let bytes = fs::read(&component)
-            .with_context(|| format!("cannot read {}", component.display()))?;
+        let bytes =
+            fs::read(&component).with_context(|| format!("cannot read {}", component.display()))?;
         let inputs = hash_inputs(root, guest)?;
-        writeln!(text, "{guest} sources:{inputs} component:{}", hex(&Sha256::digest(bytes)))?;
+        writeln!(
+            text,
+            "{guest} sources:{inputs} component:{}",
+            hex(&Sha256::digest(bytes))
+        )?;
     }
     Ok(text)
 }
@@ -142,7 +158,10 @@ fn sources(root: &Path) -> Result<String> {
 /// Hash over names and contents of a guest's crate, the WIT, the workspace manifest and its lock.
 fn hash_inputs(root: &Path, guest: &str) -> Result<String> {
     let crate_dir = format!("plugins/{guest}");
-    let mut files = vec![root.join("plugins/Cargo.toml"), root.join("plugins/Cargo.lock")];
+    let mut files = vec![
+        root.join("plugins/Cargo.toml"),
+        root.join("plugins/Cargo.lock"),
+    ];
     files.push(root.join(&crate_dir).join("Cargo.toml"));
     files.extend(files_in(&root.join(&crate_dir).join("src"), "rs")?);
     files.extend(files_in(&root.join("wit/v0.1"), "wit")?);

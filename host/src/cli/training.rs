@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::{ModelArgs, OutputArgs, PluginArg, set, set_plugins};
-use crate::config::{ConfigError, Device, RawConfig};
+use crate::config::{ConfigError, RawConfig};
 
 #[derive(Args, Debug, Default)]
 pub struct TrainArgs {
@@ -91,16 +91,12 @@ impl EvalArgs {
     }
 }
 
+/// Arguments of `sft`.
 #[derive(Args, Debug)]
 pub struct SftArgs {
-    /// Model to go on from: folder, GGUF file or hub id
-    #[arg(
-        long,
-        value_name = "PATH|HUB-ID",
-        required_unless_present = "init_shape"
-    )]
-    pub model: Option<String>,
-    /// Start from random weights of the shape in this config.json
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Train a new model of this shape (a `config.json`) from random weights instead of `--model`.
     #[arg(
         long,
         value_name = "FILE",
@@ -108,47 +104,62 @@ pub struct SftArgs {
         requires = "tokenizer"
     )]
     pub init_shape: Option<PathBuf>,
-    /// tokenizer.json of a model made with --init-shape
-    #[arg(long, value_name = "FILE")]
+    /// Folder with the `tokenizer.json` and `tokenizer_config.json` of a new model.
+    #[arg(long, value_name = "DIR", requires = "init_shape")]
     pub tokenizer: Option<PathBuf>,
-    /// Rows with a prompt and an answer: JSONL, Parquet or a hub id
+    /// Rows to learn from; the formatter makes their prompts.
     #[arg(long, value_name = "PATH|HUB-ID")]
     pub data: String,
-    /// Split of a hub dataset
+    /// Split of a hub dataset.
     #[arg(long, value_name = "NAME", default_value = "train")]
     pub split: String,
-    /// Column of the prompt
-    #[arg(long, value_name = "NAME", default_value = "prompt")]
-    pub prompt_column: String,
-    /// Column of the answer
+    /// Column that holds what the model should answer.
     #[arg(long, value_name = "NAME", default_value = "answer")]
     pub answer_column: String,
-    /// Optimizer steps
+    /// Optimizer steps.
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(1..))]
     pub steps: u64,
-    /// Rows per step
+    /// Rows of a step.
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
     pub batch: u32,
-    /// Peak learning rate, falling linearly to 0
+    /// Peak learning rate.
     #[arg(long, value_name = "RATE", default_value_t = 1e-5)]
     pub learning_rate: f64,
-    /// Steps over which the learning rate rises
+    /// Steps over which the learning rate rises.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub warmup_steps: u64,
-    /// Where to run
-    #[arg(long, value_name = "auto|cpu|cuda:N", default_value_t = Device::Auto)]
-    pub device: Device,
-    /// CPU threads [default: one per core]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub threads: Option<u32>,
-    /// Source of every random choice
-    #[arg(long, value_name = "N", default_value_t = 42)]
-    pub seed: u64,
-    /// Folder the trained model is written to
+    /// Plugins; only a formatter is used.
+    #[arg(long = "plugin", value_name = "FILE|REF")]
+    pub plugins: Vec<PluginArg>,
+    /// Folder for the result, which must not exist: `model/`, and `adapter/` with LoRA.
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+impl SftArgs {
+    /// The config these flags lay over `base`.
+    pub fn over(&self, base: RawConfig) -> Result<RawConfig, ConfigError> {
+        let mut raw = self.model.over(base)?;
+        set_plugins(&mut raw, &self.plugins)?;
+        set(&mut raw, "data", "--data", Some(&self.data))?;
+        set(&mut raw, "data_split", "--split", Some(&self.split))?;
+        set(&mut raw, "max_steps", "--steps", Some(self.steps))?;
+        set(
+            &mut raw,
+            "learning_rate",
+            "--learning-rate",
+            Some(self.learning_rate),
+        )?;
+        set(
+            &mut raw,
+            "warmup_steps",
+            "--warmup-steps",
+            Some(self.warmup_steps),
+        )?;
+        Ok(raw)
+    }
 }
 
 #[derive(Args, Debug)]

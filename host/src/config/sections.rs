@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::choices::{Device, ImportanceMode, KlEstimator, LossType, LrSchedule, ScaleRewards};
+use grpo_policy::backend::OptimStep;
+
 use crate::types::SamplingParams;
 
 /// What is trained, and on which rows.
@@ -225,6 +227,20 @@ pub struct OptimizerConfig {
     pub adam_epsilon: f64,
     /// Global gradient norm is clipped to this. `0` is off.
     pub max_grad_norm: f64,
+}
+
+impl OptimizerConfig {
+    /// One optimizer step at a learning rate already scheduled.
+    pub fn step(&self, learning_rate: f64) -> OptimStep {
+        OptimStep {
+            learning_rate,
+            beta1: self.adam_beta1,
+            beta2: self.adam_beta2,
+            eps: self.adam_epsilon,
+            weight_decay: self.weight_decay,
+            max_grad_norm: self.max_grad_norm,
+        }
+    }
 }
 
 impl Default for OptimizerConfig {

@@ -4,6 +4,7 @@
 
 mod gguf;
 mod lora;
+mod random;
 mod read;
 mod save;
 
@@ -12,6 +13,7 @@ use std::{collections::BTreeMap, path::Path};
 use candle_core::Tensor;
 
 pub use lora::{ALL_LINEAR, Adapter, LoraConfig, load_adapter, merge, save_adapter};
+pub use random::random_weights;
 pub use save::{SaveType, save_model, write_safetensors};
 
 use crate::{
@@ -101,6 +103,13 @@ pub fn from_bytes(
         tensors,
         tokenizer,
     })
+}
+
+/// Reads one safetensors file, whatever its names mean.
+pub fn read_safetensors(path: &Path) -> Result<Weights, PolicyError> {
+    let mut tensors = Weights::new();
+    read::safetensors(&read::file(path)?, path, &mut tensors)?;
+    Ok(tensors)
 }
 
 fn load_gguf(path: &Path) -> Result<LoadedModel, PolicyError> {

@@ -49,6 +49,15 @@ pub enum Trainable {
     Lora { config: LoraConfig, seed: u64 },
 }
 
+/// Sizes the pool of worker threads; once per process, before the first backend. Without it there is a
+/// thread per core.
+pub fn set_threads(threads: usize) -> Result<(), PolicyError> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|_already_sized| PolicyError::Misuse("the worker threads are running already"))
+}
+
 /// The policy in main memory.
 pub struct CpuBackend {
     spec: ModelSpec,

@@ -235,7 +235,7 @@ impl AdamW {
         let mut out = BTreeMap::new();
         out.insert(
             "step".to_owned(),
-            Tensor::new(&[self.steps as f64], &Device::Cpu)?,
+            Tensor::new(&[self.steps as f32], &Device::Cpu)?,
         );
         for (id, (m, v)) in &self.moments {
             let param = &params.list[*id];
@@ -255,7 +255,8 @@ impl AdamW {
             let found = tensors.get(&name);
             found.ok_or(PolicyError::MissingWeight { name })
         };
-        let steps: Vec<f64> = get("step".to_owned())?.to_vec1()?;
+        // Exact as f32 up to 2²⁴ steps.
+        let steps: Vec<f32> = get("step".to_owned())?.to_vec1()?;
         self.steps = steps.first().copied().unwrap_or(0.0) as u64;
         self.moments.clear();
         for (id, param) in params.list.iter().enumerate().filter(|(_, p)| p.trainable) {
