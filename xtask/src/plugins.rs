@@ -1,6 +1,208 @@
-//! Building of the shipped plugins; nothing to build yet.
+//! `xtask plugins`: builds the shipped guests into `plugins/dist`, and checks that the components
+//! committed there were built from the sources committed beside them.
+//!
+//! The check needs no wasm toolchain: `dist/SOURCES` holds one line per guest with the hash of all
+//! that goes into it and the hash of the component that came out.
 
-/// Builds `plugins/dist`, or with `check_only` tells whether it is up to date.
-pub(crate) fn run(_check_only: bool) -> anyhow::Result<()> {
+use anyhow::{Context, Result, bail, ensure};
+use sha2::{Digest, Sha256};
+use std::ffi::OsStr;
+use std::fmt::Write;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+const GUESTS: [&str; 4] = [
+    "reward-math",
+    "reward-format",
+    "formatter-chat",
+    "curriculum-uniform",
+];
+const TARGET: &str = "wasm32-unknown-unknown";
+
+/// Builds every guest (or only compares hashes, with `check_only`).
+pub(crate) fn run(check_only: bool) -> Result<()> {
+    let root = root()?;
+    if check_only {
+        return check(&root);
+    }
+    build_modules(&root)?;
+    let dist = root.join("plugins/dist");
+    fs::create_dir_all(&dist)?;
+    for guest in GUESTS {
+        let module = format!("{}.wasm", guest.replace('-', "_"));
+        let path = root.join("plugins/target").join(TARGET).join("release").join(module);
+        let component = componentize(&path)?;
+        let out = dist.join(format!("{guest}.wasm"));
+        fs::write(&out, component).with_context(|| format!("cannot write {}", out.display()))?;
+    }
+    fs::write(dist.join("SOURCES"), sources(&root)?)?;
+    check(&root)
+}
+
+fn root() -> Result<PathBuf> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = here.parent().context("xtask has no parent folder")?;
+    Ok(root.to_owned())
+}
+
+/// A core module whose type section was left by wit-bindgen becomes a component. It imports what the
+/// module imports, so a guest that dragged in anything but our `host` would show it here.
+fn componentize(module: &Path) -> Result<Vec<u8>> {
+    let bytes = fs::read(module).with_context(|| format!("cannot read {}", module.display()))?;
+    wit_component::ComponentEncoder::default()
+        .validate(true)
+        .module(&bytes)
+        .and_then(|mut encoder| encoder.encode())
+        .with_context(|| format!("cannot make a component of {}", module.display()))
+}
+
+/// Compiles with an installed rustup target if there is one, else with a distribution's compiler and
+/// its `rust-src`, which can build the standard library for wasm32 itself.
+fn build_modules(root: &Path) -> Result<()> {
+    let mut command = if rustup_target_installed() {
+        let mut cargo = Command::new("cargo");
+        cargo.args(["build", "--release", "--target", TARGET]);
+        cargo
+    } else if Path::new("/usr/lib/rustlib/src/rust/library/std").exists() {
+        // `-Z` flags are for nightly compilers; the bootstrap variable lifts that.
+        let mut cargo = Command::new("/usr/bin/cargo");
+        cargo
+            .args(["build", "--release", "--target", TARGET])
+            .arg("-Zbuild-std=std,panic_abort")
+            .env("RUSTC_BOOTSTRAP", "1")
+            .env("RUSTC", "/usr/bin/rustc");
+        if let Some(lld) = rust_lld() {
+            cargo.env("CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_LINKER", lld);
+        }
+        cargo
+    } else {
+        bail!(
+            "no compiler for {TARGET}; install one with `rustup target add {TARGET}`, or on Debian \
+             with `apt-get install rustc-web cargo-web rust-web-src lld`"
+        );
+    };
+    // A flag meant for the host, such as target-cpu, must not reach wasm.
+    let status = command
+        .env_remove("RUSTFLAGS")
+        .env_remove("RUSTUP_TOOLCHAIN")
+        .current_dir(root.join("plugins"))
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(status.success(), "the guests do not build");
     Ok(())
+}
+
+fn rustup_target_installed() -> bool {
+    sysroot("rustc").is_some_and(|root| root.join("lib/rustlib").join(TARGET).exists())
+}
+
+/// Where Debian has no `rust-lld`, that of a rustup toolchain links just as well.
+fn rust_lld() -> Option<PathBuf> {
+    let host = sysroot("rustc")?.join("lib/rustlib");
+    let tools = fs::read_dir(host).ok()?.flatten();
+    tools.map(|entry| entry.path().join("bin/rust-lld")).find(|lld| lld.exists())
+}
+
+fn sysroot(rustc: &str) -> Option<PathBuf> {
+    let output = Command::new(rustc).args(["--print", "sysroot"]).output().ok()?;
+    let text = String::from_utf8(output.stdout).ok()?;
+    Some(PathBuf::from(text.trim()))
+}
+
+fn check(root: &Path) -> Result<()> {
+    let path = root.join("plugins/dist/SOURCES");
+    let committed = fs::read_to_string(&path)
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    let current = sources(root)?;
+    for (guest, (old, new)) in GUESTS.iter().zip(committed.lines().zip(current.lines())) {
+        ensure!(
+            old == new,
+            "plugins/dist/{guest}.wasm is not what its sources give; run `cargo xtask plugins`\n\
+             committed: {old}\n  current: {new}"
+        );
+    }
+    ensure!(committed == current, "plugins/dist/SOURCES lists other guests than xtask does");
+    Ok(())
+}
+
+/// The text of `SOURCES`: guest, hash of its inputs, hash of its component.
+fn sources(root: &Path) -> Result<String> {
+    let mut text = String::new();
+    for guest in GUESTS {
+        let component = root.join("plugins/dist").join(format!("{guest}.wasm"));
+        let bytes = fs::read(&component)
+            .with_context(|| format!("cannot read {}", component.display()))?;
+        let inputs = hash_inputs(root, guest)?;
+        writeln!(text, "{guest} sources:{inputs} component:{}", hex(&Sha256::digest(bytes)))?;
+    }
+    Ok(text)
+}
+
+/// Hash over names and contents of a guest's crate, the WIT, the workspace manifest and its lock.
+fn hash_inputs(root: &Path, guest: &str) -> Result<String> {
+    let crate_dir = format!("plugins/{guest}");
+    let mut files = vec![root.join("plugins/Cargo.toml"), root.join("plugins/Cargo.lock")];
+    files.push(root.join(&crate_dir).join("Cargo.toml"));
+    files.extend(files_in(&root.join(&crate_dir).join("src"), "rs")?);
+    files.extend(files_in(&root.join("wit/v0.1"), "wit")?);
+    files.sort();
+    let mut hash = Sha256::new();
+    for file in files {
+        let bytes = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        let name = file.strip_prefix(root)?.to_string_lossy().into_owned();
+        hash.update(format!("{name}\n{}\n", bytes.len()));
+        hash.update(&bytes);
+    }
+    Ok(hex(&hash.finalize()))
+}
+
+fn files_in(dir: &Path, extension: &str) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry?.path();
+        if path.extension() == Some(OsStr::new(extension)) {
+            files.push(path);
+        }
+    }
+    Ok(files)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn committed_components_come_from_the_committed_sources() {
+        super::run(true).unwrap();
+    }
+
+    /// A hash that ignored a file would let sources and component drift apart unseen.
+    #[test]
+    fn every_input_changes_the_hash() {
+        let dir = std::env::temp_dir().join(format!("grpo-xtask-{}", std::process::id()));
+        let inputs = [
+            "plugins/Cargo.toml",
+            "plugins/Cargo.lock",
+            "plugins/g/Cargo.toml",
+            "plugins/g/src/lib.rs",
+            "wit/v0.1/types.wit",
+        ];
+        for input in inputs {
+            let path = dir.join(input);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "a").unwrap();
+        }
+        let before = super::hash_inputs(&dir, "g").unwrap();
+        for input in inputs {
+            std::fs::write(dir.join(input), "b").unwrap();
+            assert_ne!(super::hash_inputs(&dir, "g").unwrap(), before, "{input}");
+            std::fs::write(dir.join(input), "a").unwrap();
+        }
+        assert_eq!(super::hash_inputs(&dir, "g").unwrap(), before);
+        std::fs::remove_dir_all(dir).unwrap();
+    }
 }

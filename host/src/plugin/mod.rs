@@ -1,1 +1,184 @@
-//! Stub while the crate is being laid out.
+//! Plugins: untrusted WebAssembly components that score, format and plan.
+//!
+//! wasmtime lives here and nowhere else. A plugin is compiled once and instantiated afresh for every
+//! request (or every sample); it can neither outlive its deadline, outgrow its memory, nor reach
+//! anything but its arguments. This room knows nothing of files, models or the training loop.
+
+mod check;
+mod curriculum;
+mod engine;
+mod error;
+mod formatter;
+mod inspect;
+mod limits;
+mod log;
+mod reward;
+mod reward_set;
+mod sandbox;
+mod v0_1;
+
+pub use curriculum::CurriculumPlugin;
+pub use error::{Call, Fault, GuestErrorKind, PluginError};
+pub use formatter::{FormatterPlugin, RowText};
+pub use limits::{Isolation, Limits, OnFailure};
+pub use log::{LogLevel, LogLine, LogSink, printable};
+pub use reward::{RewardPlugin, Scoring, WarmReward};
+pub use reward_set::{RewardSet, SetScoring, WeightError, Weighted};
+
+use crate::types::{PluginId, Role};
+use engine::Slots;
+use sandbox::{CallState, Loaded};
+use sha2::{Digest, Sha256};
+use std::fmt::Write;
+use std::sync::{Arc, OnceLock};
+use v0_1::EveryRole;
+use wasmtime::Engine;
+use wasmtime::component::{HasSelf, Linker};
+
+/// The engines that plugins run on. One per process is enough; it is cheap until the first load.
+pub struct PluginHost {
+    plain: Running,
+    /// Counts fuel; made when the first plugin asks for it.
+    fueled: OnceLock<Running>,
+    sink: LogSink,
+}
+
+/// An engine and the instances it may hold.
+#[derive(Clone)]
+struct Running {
+    engine: Engine,
+    slots: Arc<Slots>,
+}
+
+impl Running {
+    fn start(fuel: bool) -> Result<Self, Fault> {
+        Ok(Self {
+            engine: engine::start(fuel)?,
+            slots: Arc::new(Slots::new()),
+        })
+    }
+}
+
+/// A loaded plugin in its role.
+pub enum Plugin {
+    Reward(RewardPlugin),
+    Formatter(FormatterPlugin),
+    Curriculum(CurriculumPlugin),
+}
+
+impl Plugin {
+    /// Role, name and digest.
+    pub fn id(&self) -> &PluginId {
+        match self {
+            Self::Reward(plugin) => plugin.id(),
+            Self::Formatter(plugin) => plugin.id(),
+            Self::Curriculum(plugin) => plugin.id(),
+        }
+    }
+}
+
+impl PluginHost {
+    /// Starts an engine. Lines that guests log go to `sink`.
+    ///
+    /// # Errors
+    /// [`Fault::Engine`] if the address space for the instance pool is refused.
+    pub fn new(sink: LogSink) -> Result<Self, PluginError> {
+        let plain = Running::start(false).map_err(|fault| PluginError {
+            plugin: "host".into(),
+            digest: "".into(),
+            call: Call::Load,
+            row: None,
+            fault,
+        })?;
+        Ok(Self {
+            plain,
+            fueled: OnceLock::new(),
+            sink,
+        })
+    }
+
+    /// Compiles a component, reads its role from its exports, and makes a first instance of it with
+    /// `config` (a JSON object for its `configure`), so that a plugin that loads is one that works.
+    ///
+    /// # Errors
+    /// Everything in [`Fault`] that can be known before the first batch, with plugin and digest.
+    pub fn load(
+        &self,
+        name: &str,
+        bytes: &[u8],
+        config: &serde_json::Value,
+        limits: &Limits,
+    ) -> Result<Plugin, PluginError> {
+        let (name, digest): (Arc<str>, Arc<str>) = (name.into(), digest(bytes).into());
+        let attribute = |fault| PluginError {
+            plugin: Arc::clone(&name),
+            digest: Arc::clone(&digest),
+            call: Call::Load,
+            row: None,
+            fault,
+        };
+        limits.check().map_err(&attribute)?;
+        let running = self.running(limits).map_err(&attribute)?;
+        let (role, pre) = link(&running.engine, bytes).map_err(&attribute)?;
+        let loaded = Loaded {
+            id: PluginId {
+                role,
+                name: name.to_string(),
+                digest: digest.to_string(),
+            },
+            config: config.to_string(),
+            limits: limits.clone(),
+            pre,
+            slots: running.slots,
+            sink: Arc::clone(&self.sink),
+            name: Arc::clone(&name),
+            digest: Arc::clone(&digest),
+        };
+        Ok(match role {
+            Role::Reward => Plugin::Reward(RewardPlugin::new(loaded)?),
+            Role::Formatter => Plugin::Formatter(FormatterPlugin::new(loaded)?),
+            Role::Curriculum => Plugin::Curriculum(CurriculumPlugin::new(loaded)?),
+        })
+    }
+
+    fn running(&self, limits: &Limits) -> Result<Running, Fault> {
+        if limits.fuel.is_none() {
+            return Ok(self.plain.clone());
+        }
+        if let Some(running) = self.fueled.get() {
+            return Ok(running.clone());
+        }
+        // Two threads may both start one; the loser's is dropped unused.
+        let running = Running::start(true)?;
+        Ok(self.fueled.get_or_init(|| running).clone())
+    }
+}
+
+/// `sha256:` and the hex digest of a component's bytes, as in `plugins.lock`.
+pub fn digest(bytes: &[u8]) -> String {
+    let mut text = "sha256:".to_owned();
+    for byte in Sha256::digest(bytes) {
+        // Writing to a `String` cannot fail.
+        let _: Result<(), std::fmt::Error> = write!(text, "{byte:02x}");
+    }
+    text
+}
+
+fn link(
+    engine: &Engine,
+    bytes: &[u8],
+) -> Result<(Role, wasmtime::component::InstancePre<CallState>), Fault> {
+    let component = inspect::compile(engine, bytes)?;
+    let role = inspect::role(&component)?;
+    let imports = inspect::unknown_imports(&component);
+    if !imports.is_empty() {
+        return Err(Fault::UnknownImports { imports });
+    }
+    let signature = |error: wasmtime::Error| Fault::Signature {
+        reason: printable(&format!("{error:#}"), 1024),
+    };
+    let mut linker = Linker::new(engine);
+    EveryRole::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state).map_err(signature)?;
+    let pre = linker.instantiate_pre(&component).map_err(signature)?;
+    Ok((role, pre))
+}

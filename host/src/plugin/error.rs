@@ -1,0 +1,191 @@
+//! The one error of this room: who failed (plugin, digest, call, row) and how ([`Fault`]).
+
+use crate::types::Role;
+use std::fmt;
+use std::sync::Arc;
+
+/// What was being asked of a plugin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Call {
+    Load,
+    Instantiate,
+    Configure,
+    Score,
+    Format,
+    Parse,
+    Plan,
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Load => "load",
+            Self::Instantiate => "instantiate",
+            Self::Configure => "configure",
+            Self::Score => "score",
+            Self::Format => "format",
+            Self::Parse => "parse",
+            Self::Plan => "plan",
+        })
+    }
+}
+
+/// A failure of a plugin, attributed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PluginError {
+    pub plugin: Arc<str>,
+    /// `sha256:` and 64 hex digits; empty if nothing was loaded.
+    pub digest: Arc<str>,
+    pub call: Call,
+    /// Dataset position of the row concerned, if it is known.
+    pub row: Option<u64>,
+    pub fault: Fault,
+}
+
+impl std::error::Error for PluginError {}
+
+impl fmt::Display for PluginError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "plugin `{}`", self.plugin)?;
+        if let Some(hex) = self.digest.get(..19) {
+            write!(f, " ({hex})")?;
+        }
+        write!(f, " {}", self.call)?;
+        if let Some(row) = self.row {
+            write!(f, ", row {row}")?;
+        }
+        write!(f, ": {}", self.fault)
+    }
+}
+
+/// Which of the guest's own errors it returned; see `plugin-error` in the WIT.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestErrorKind {
+    Config,
+    Input,
+    Internal,
+}
+
+/// How a plugin failed. Texts that come from a guest are escaped and cut.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Fault {
+    #[error("is {found}, not a WebAssembly component")]
+    NotAComponent { found: &'static str },
+    #[error("has {bytes} bytes, more than the limit of {limit}")]
+    TooLarge { bytes: usize, limit: usize },
+    #[error("does not compile: {reason}")]
+    Compile { reason: String },
+    #[error(
+        "exports {}; expected one of {}",
+        list(exports),
+        super::inspect::ROLE_EXPORTS.join(", ")
+    )]
+    WrongWorld { exports: Vec<String> },
+    #[error("exports the interfaces of {} roles ({roles:?}); expected one", roles.len())]
+    ManyRoles { roles: Vec<Role> },
+    #[error("imports {}, which this host does not offer", list(imports))]
+    UnknownImports { imports: Vec<String> },
+    #[error("does not fit the interface: {reason}")]
+    Signature { reason: String },
+    #[error("declares {found} {what}, more than the limit of {limit}")]
+    Declares {
+        what: &'static str,
+        found: u64,
+        limit: u64,
+    },
+    #[error("limit `{key}` is {value}, outside 1 to {max}")]
+    LimitRange {
+        key: &'static str,
+        value: u64,
+        max: u64,
+    },
+    #[error("ran past its deadline of {limit_ms} ms")]
+    Deadline { limit_ms: u64 },
+    #[error("the request took longer than its wall-clock limit of {limit_ms} ms")]
+    Wall { limit_ms: u64 },
+    #[error("used up its fuel of {limit}")]
+    Fuel { limit: u64 },
+    #[error("wanted {wanted} bytes of memory in all, more than the limit of {limit}")]
+    Memory { wanted: usize, limit: usize },
+    #[error("wanted {wanted} table elements in all, more than the limit of {limit}")]
+    Table { wanted: usize, limit: usize },
+    #[error("trapped: {reason}")]
+    Trap { reason: String },
+    #[error("broke the component ABI: {reason}")]
+    Abi { reason: String },
+    #[error("returned {found} results for {expected} inputs")]
+    Length { expected: usize, found: usize },
+    #[error("returned {what} = {value}, which is not finite or beyond ±{limit:e}")]
+    Number {
+        what: String,
+        value: f64,
+        limit: f64,
+    },
+    #[error("returned {what}: {found}, limit {limit}")]
+    Size {
+        what: &'static str,
+        found: u64,
+        limit: u64,
+    },
+    #[error("returned {what}")]
+    BadResult { what: String },
+    #[error("{message}")]
+    Guest {
+        kind: GuestErrorKind,
+        message: String,
+    },
+    #[error("the WebAssembly engine did not start: {reason}")]
+    Engine { reason: String },
+}
+
+// `Number` holds an `f64`, so equality is not total; `PartialEq` is there for tests and for counting.
+
+fn list(names: &[String]) -> String {
+    match names {
+        [] => "nothing".to_owned(),
+        names => format!("`{}`", names.join("`, `")),
+    }
+}
+
+impl PluginError {
+    /// What the reader can do about it, if there is something.
+    pub fn hint(&self) -> Option<String> {
+        let plugin = &self.plugin;
+        Some(match &self.fault {
+            Fault::NotAComponent {
+                found: "a core module",
+            } => "make a component of it: wasm-tools component new MODULE -o COMPONENT".to_owned(),
+            Fault::NotAComponent { .. } | Fault::Compile { .. } => {
+                "give the .wasm file of a component built against wit/v0.1".to_owned()
+            }
+            Fault::WrongWorld { .. } | Fault::ManyRoles { .. } | Fault::Signature { .. } => {
+                "build against one world of wit/v0.1: reward, formatter or curriculum".to_owned()
+            }
+            Fault::UnknownImports { imports } if imports.iter().any(|i| i.starts_with("wasi:")) => {
+                "build for wasm32-unknown-unknown, or with WASI stubbed out".to_owned()
+            }
+            Fault::UnknownImports { .. } => "a plugin may import grpo:plugin/host only".to_owned(),
+            Fault::Deadline { .. } => format!("raise limits.deadline_ms of `{plugin}`"),
+            Fault::Wall { .. } => format!("raise limits.wall_ms of `{plugin}`"),
+            Fault::Fuel { .. } => format!("raise limits.fuel of `{plugin}`"),
+            Fault::Memory { .. } => format!("raise limits.memory_mib of `{plugin}`"),
+            Fault::Guest {
+                kind: GuestErrorKind::Config,
+                ..
+            } => {
+                format!("correct the config of `{plugin}`")
+            }
+            Fault::Guest {
+                kind: GuestErrorKind::Input,
+                ..
+            } => "rename the dataset's columns in data.columns, or configure the plugin".to_owned(),
+            Fault::Trap { .. } | Fault::Guest { .. } if self.call == Call::Score => {
+                "on_failure: skip leaves such samples out of training".to_owned()
+            }
+            Fault::Engine { .. } => {
+                "plugins need address space: raise `ulimit -v`, or remove it".to_owned()
+            }
+            _ => return None,
+        })
+    }
+}

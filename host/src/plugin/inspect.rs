@@ -1,0 +1,155 @@
+//! What a component is, read from its bytes and types before any of it runs.
+
+use super::error::Fault;
+use super::limits::{MAX_COMPONENT_BYTES, MAX_MEMORIES, MAX_TABLES};
+use super::log::printable;
+use crate::types::Role;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use wasmtime::Engine;
+use wasmtime::component::Component;
+use wasmtime::component::types::ComponentItem;
+
+/// The exports that give a component its role. Any 0.1.x of them will do.
+pub(super) const ROLE_EXPORTS: [&str; 3] = [
+    "grpo:plugin/scoring@0.1.0",
+    "grpo:plugin/formatting@0.1.0",
+    "grpo:plugin/planning@0.1.0",
+];
+const ROLES: [Role; 3] = [Role::Reward, Role::Formatter, Role::Curriculum];
+
+/// What the host offers; `types` holds no functions.
+const HOST: &str = "grpo:plugin/host@0.1.0";
+const HOST_FUNCTIONS: [&str; 1] = ["log"];
+const TYPES: &str = "grpo:plugin/types@0.1.0";
+
+/// Compiles untrusted bytes.
+pub(super) fn compile(engine: &Engine, bytes: &[u8]) -> Result<Component, Fault> {
+    let limit = MAX_COMPONENT_BYTES;
+    if bytes.len() > limit {
+        let bytes = bytes.len();
+        return Err(Fault::TooLarge { bytes, limit });
+    }
+    if let Some(found) = not_a_component(bytes) {
+        return Err(Fault::NotAComponent { found });
+    }
+    // `from_binary` and nothing else: `new` also takes text, `deserialize` machine code. Compiling
+    // has been seen to panic on odd input, and a panic must not take the host along.
+    let compiled = catch_unwind(AssertUnwindSafe(|| Component::from_binary(engine, bytes)));
+    let component = match compiled {
+        Ok(Ok(component)) => component,
+        Ok(Err(error)) => {
+            let reason = printable(&error.root_cause().to_string(), 512);
+            return Err(Fault::Compile { reason });
+        }
+        Err(_) => {
+            let reason = "the compiler panicked".to_owned();
+            return Err(Fault::Compile { reason });
+        }
+    };
+    check_declared(&component)?;
+    Ok(component)
+}
+
+fn not_a_component(bytes: &[u8]) -> Option<&'static str> {
+    // The preamble: magic, then version and layer as 16-bit words; layer 1 is a component.
+    match bytes {
+        [0, b'a', b's', b'm', _, _, 1, 0, ..] => None,
+        [0, b'a', b's', b'm', 1, 0, 0, 0, ..] => Some("a core module"),
+        [0x7f, b'E', b'L', b'F', ..] => Some("machine code"),
+        [] => Some("an empty file"),
+        _ => Some("something else"),
+    }
+}
+
+fn check_declared(component: &Component) -> Result<(), Fault> {
+    let Some(needs) = component.resources_required() else {
+        return Ok(()); // It imports modules or components; `unknown_imports` refuses those.
+    };
+    for (what, found, limit) in [
+        ("memories", needs.num_memories, MAX_MEMORIES),
+        ("tables", needs.num_tables, MAX_TABLES),
+    ] {
+        let (found, limit) = (u64::from(found), limit as u64);
+        if found > limit {
+            return Err(Fault::Declares { what, found, limit });
+        }
+    }
+    Ok(())
+}
+
+/// The role of a component, or what it exports instead.
+pub(super) fn role(component: &Component) -> Result<Role, Fault> {
+    let ty = component.component_type();
+    let exports: Vec<&str> = ty
+        .exports(component.engine())
+        .map(|(name, _)| name)
+        .collect();
+    let mut roles = ROLE_EXPORTS
+        .iter()
+        .zip(ROLES)
+        .filter(|(wanted, _)| exports.iter().any(|name| same_track(name, wanted)))
+        .map(|(_, role)| role);
+    match (roles.next(), roles.next()) {
+        (Some(role), None) => Ok(role),
+        (Some(first), Some(second)) => Err(Fault::ManyRoles {
+            roles: [first, second].into_iter().chain(roles).collect(),
+        }),
+        (None, _) => Err(Fault::WrongWorld {
+            exports: exports
+                .iter()
+                .take(64)
+                .map(|name| printable(name, 200))
+                .collect(),
+        }),
+    }
+}
+
+/// Imports that the host has no answer to, `INTERFACE#FUNCTION` where only a function is missing.
+pub(super) fn unknown_imports(component: &Component) -> Vec<String> {
+    let engine = component.engine();
+    let mut unknown = Vec::new();
+    for (name, import) in component.component_type().imports(engine) {
+        match import.ty {
+            ComponentItem::ComponentInstance(instance) if same_track(name, HOST) => {
+                let missing = instance.exports(engine).filter(|(function, item)| {
+                    matches!(item.ty, ComponentItem::ComponentFunc(_))
+                        && !HOST_FUNCTIONS.contains(function)
+                });
+                unknown.extend(missing.map(|(function, _)| format!("{name}#{function}")));
+            }
+            ComponentItem::ComponentInstance(_) if same_track(name, TYPES) => {}
+            _ => unknown.push(name.to_owned()),
+        }
+    }
+    unknown
+        .iter()
+        .take(64)
+        .map(|name| printable(name, 200))
+        .collect()
+}
+
+/// Whether two versioned names differ in their patch version at most; `0.1.0` and `0.1.7` are
+/// compatible by semver, and wasmtime's linker treats them so.
+fn same_track(name: &str, wanted: &str) -> bool {
+    let track = |name: &str| {
+        let (path, version) = name.split_once('@')?;
+        let (track, patch) = version.rsplit_once('.')?;
+        patch.parse::<u64>().ok()?;
+        Some((path.to_owned(), track.to_owned()))
+    };
+    track(name).is_some_and(|t| Some(t) == track(wanted))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patch_versions_are_compatible() {
+        assert!(same_track("a:b/c@0.1.7", "a:b/c@0.1.0"));
+        assert!(!same_track("a:b/c@0.2.0", "a:b/c@0.1.0"));
+        assert!(!same_track("a:b/c@0.1.0-rc1", "a:b/c@0.1.0"));
+        assert!(!same_track("a:b/c", "a:b/c@0.1.0"));
+        assert!(!same_track("a:b/d@0.1.0", "a:b/c@0.1.0"));
+    }
+}

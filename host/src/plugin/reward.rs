@@ -1,0 +1,247 @@
+//! A reward plugin: one call per batch, and what to do when it fails.
+
+use super::check;
+use super::error::{Call, Fault, PluginError};
+use super::limits::{Isolation, OnFailure};
+use super::sandbox::{Loaded, Session, Wall};
+use super::v0_1::{scoring, wit};
+use crate::types::{Finish, PluginId, Sample, Score};
+
+/// A loaded reward. Calls from several threads run side by side, each in an instance of its own.
+pub struct RewardPlugin {
+    loaded: Loaded,
+    exports: scoring::GuestIndices,
+}
+
+/// The scores of a batch, and the failures met on the way to them.
+#[derive(Debug, PartialEq)]
+pub struct Scoring {
+    /// One per sample, in order.
+    pub scores: Vec<Score>,
+    /// Failures that `on_failure` dealt with: those of skipped samples, those a retry cured, and
+    /// those of a batch whose samples all pass alone.
+    pub faults: Vec<PluginError>,
+}
+
+/// A sample's score, or why it has none.
+type Outcome = Result<Score, PluginError>;
+
+/// An instance that scores batch after batch, for measuring the bare call. State may pass from one
+/// batch to the next, so training does not use it.
+pub struct WarmReward<'a> {
+    plugin: &'a RewardPlugin,
+    session: Session,
+    guest: scoring::Guest,
+}
+
+impl RewardPlugin {
+    pub(super) fn new(loaded: Loaded) -> Result<Self, PluginError> {
+        let exports = scoring::GuestIndices::new(&loaded.pre).map_err(|e| loaded.misfit(&e))?;
+        let plugin = Self { loaded, exports };
+        plugin.open(plugin.loaded.wall())?;
+        Ok(plugin)
+    }
+
+    /// Role, name and digest.
+    pub fn id(&self) -> &PluginId {
+        &self.loaded.id
+    }
+
+    /// Scores a batch in fresh instances, as `isolation` says. Where a batch fails, its samples are
+    /// scored one by one to find the guilty ones, and `on_failure` is applied to those alone. Never
+    /// makes up a score.
+    ///
+    /// # Errors
+    /// Under `abort`, and under `retry` once the retries are used up: the first failure, with its row.
+    pub fn score(&self, samples: &[Sample<'_>]) -> Result<Scoring, PluginError> {
+        let wall = self.loaded.wall();
+        let mut faults = Vec::new();
+        let mut outcomes = match self.loaded.limits.isolation {
+            Isolation::Batch => self.batch(samples, wall, &mut faults)?,
+            Isolation::Sample => self.one_by_one(samples, wall),
+        };
+        if self.loaded.limits.on_failure == OnFailure::Retry {
+            self.retry(samples, &mut outcomes, wall, &mut faults);
+        }
+        let mut scores = Vec::with_capacity(samples.len());
+        for outcome in outcomes {
+            match (outcome, self.loaded.limits.on_failure) {
+                (Ok(score), _) => scores.push(score),
+                (Err(error), OnFailure::Skip) => {
+                    scores.push(Score::Skip(error.fault.to_string()));
+                    faults.push(error);
+                }
+                (Err(error), OnFailure::Abort | OnFailure::Retry) => return Err(error),
+            }
+        }
+        Ok(Scoring { scores, faults })
+    }
+
+    /// Opens an instance that stays, for [`WarmReward::score`].
+    ///
+    /// # Errors
+    /// As for loading.
+    pub fn warm(&self) -> Result<WarmReward<'_>, PluginError> {
+        let (session, guest) = self.open(self.loaded.wall())?;
+        Ok(WarmReward {
+            plugin: self,
+            session,
+            guest,
+        })
+    }
+
+    /// One call for all; if it fails as a whole, one by one. Under `abort` the error then names the
+    /// first sample that fails alone as well, and the batch's failure stands if none does.
+    fn batch(
+        &self,
+        samples: &[Sample<'_>],
+        wall: Wall,
+        faults: &mut Vec<PluginError>,
+    ) -> Result<Vec<Outcome>, PluginError> {
+        let whole = match self.fresh(samples, wall) {
+            Ok(outcomes) => return Ok(outcomes),
+            Err(error) => error,
+        };
+        if let [only] = samples {
+            let row = Some(only.row_id);
+            return Ok(vec![Err(PluginError { row, ..whole })]);
+        }
+        let outcomes = self.one_by_one(samples, wall);
+        if outcomes.iter().all(Result::is_ok) {
+            if self.loaded.limits.on_failure == OnFailure::Abort {
+                return Err(whole);
+            }
+            faults.push(whole);
+        }
+        Ok(outcomes)
+    }
+
+    /// Linear rather than by halves: what fails is mostly a deadline, and halving meets each guilty
+    /// sample's deadline once per level.
+    fn one_by_one(&self, samples: &[Sample<'_>], wall: Wall) -> Vec<Outcome> {
+        let stop_early = self.loaded.limits.on_failure == OnFailure::Abort;
+        let mut outcomes = Vec::with_capacity(samples.len());
+        for sample in samples {
+            outcomes.push(self.single(sample, wall));
+            if stop_early && outcomes.last().is_some_and(Result::is_err) {
+                break;
+            }
+        }
+        outcomes
+    }
+
+    fn single(&self, sample: &Sample<'_>, wall: Wall) -> Outcome {
+        let name_row = |error| PluginError {
+            row: Some(sample.row_id),
+            ..error
+        };
+        let mut outcomes = self
+            .fresh(std::slice::from_ref(sample), wall)
+            .map_err(name_row)?;
+        outcomes.pop().unwrap_or_else(|| {
+            let fault = Fault::Length {
+                expected: 1,
+                found: 0,
+            };
+            Err(name_row(self.loaded.error(Call::Score, fault)))
+        })
+    }
+
+    fn retry(
+        &self,
+        samples: &[Sample<'_>],
+        outcomes: &mut [Outcome],
+        wall: Wall,
+        faults: &mut Vec<PluginError>,
+    ) {
+        for (sample, outcome) in samples.iter().zip(outcomes) {
+            for _ in 0..self.loaded.limits.retries {
+                if outcome.is_ok() {
+                    break;
+                }
+                let again = self.single(sample, wall);
+                if let Err(error) = std::mem::replace(outcome, again) {
+                    faults.push(error);
+                }
+            }
+        }
+    }
+
+    fn fresh(&self, samples: &[Sample<'_>], wall: Wall) -> Result<Vec<Outcome>, PluginError> {
+        let (mut session, guest) = self.open(wall)?;
+        self.call(&mut session, &guest, samples)
+    }
+
+    fn open(&self, wall: Wall) -> Result<(Session, scoring::Guest), PluginError> {
+        let mut session = self.loaded.start(wall)?;
+        let guest = self
+            .loaded
+            .call(&mut session, Call::Configure, |store, instance| {
+                let guest = self.exports.load(&mut *store, instance)?;
+                let configured = guest.call_configure(store, &self.loaded.config)?;
+                Ok(configured.map(|()| guest))
+            })?;
+        Ok((session, guest))
+    }
+
+    /// The outer error is one of the whole batch, the inner ones are of single samples.
+    fn call(
+        &self,
+        session: &mut Session,
+        guest: &scoring::Guest,
+        samples: &[Sample<'_>],
+    ) -> Result<Vec<Outcome>, PluginError> {
+        let lowered: Vec<wit::Sample<'_>> = samples.iter().map(lower).collect();
+        let verdicts = self.loaded.call(session, Call::Score, |store, _| {
+            guest.call_score(store, &lowered)
+        })?;
+        let error = |fault| self.loaded.error(Call::Score, fault);
+        let verdicts = check::length(verdicts, samples.len()).map_err(error)?;
+        let outcome = |(verdict, sample): (_, &Sample<'_>)| {
+            check::score(verdict).map_err(|fault| PluginError {
+                row: Some(sample.row_id),
+                ..error(fault)
+            })
+        };
+        Ok(verdicts.into_iter().zip(samples).map(outcome).collect())
+    }
+}
+
+impl WarmReward<'_> {
+    /// Scores a batch in the same instance as the one before; no failure policy.
+    ///
+    /// # Errors
+    /// The first failure. The instance cannot be used after a trap.
+    pub fn score(&mut self, samples: &[Sample<'_>]) -> Result<Vec<Score>, PluginError> {
+        let outcomes = self.plugin.call(&mut self.session, &self.guest, samples)?;
+        outcomes.into_iter().collect()
+    }
+}
+
+fn lower<'a>(sample: &Sample<'a>) -> wit::Sample<'a> {
+    let t = sample.telemetry;
+    wit::Sample {
+        row: sample.row_json,
+        prompt: sample.prompt,
+        completion: sample.completion,
+        reasoning: sample.parsed.reasoning.as_deref(),
+        answer: sample.parsed.answer.as_deref(),
+        finish: match sample.finish {
+            Finish::Stop => wit::Finish::Stop,
+            Finish::Length => wit::Finish::Length,
+            Finish::Abort => wit::Finish::Abort,
+        },
+        telemetry: wit::Telemetry {
+            latency_ms: t.latency_ms,
+            queue_ms: t.queue_ms,
+            prefill_ms: t.prefill_ms,
+            decode_ms: t.decode_ms,
+            prompt_tokens: t.prompt_tokens,
+            cached_prompt_tokens: t.cached_prompt_tokens,
+            generated_tokens: t.generated_tokens,
+            draft_tokens: t.draft_tokens,
+            accepted_tokens: t.accepted_tokens,
+            kv_bytes: t.kv_bytes,
+        },
+    }
+}

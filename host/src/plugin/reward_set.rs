@@ -1,0 +1,184 @@
+//! Several rewards as one: a weighted sum per sample, with every reward's own numbers as parts.
+
+use super::error::PluginError;
+use super::reward::{RewardPlugin, Scoring};
+use crate::types::{PluginId, Sample, Score, Scored};
+use std::collections::HashMap;
+
+/// A reward and its factor in the sum.
+pub struct Weighted {
+    pub reward: RewardPlugin,
+    /// Finite, may be negative. A reward of weight 0 is only watched: it excludes no sample.
+    pub weight: f64,
+}
+
+/// A weight that cannot be used.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum WeightError {
+    #[error("weight `{text}` of plugin `{plugin}` is not a finite number")]
+    NotANumber { plugin: String, text: String },
+    #[error("no reward has a weight other than 0")]
+    AllZero,
+}
+
+impl WeightError {
+    /// What the reader can do about it.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::NotANumber { plugin, .. } => format!("write {plugin}=0.5"),
+            Self::AllZero => {
+                "give at least one reward a weight, as in --plugin a.wasm=1".to_owned()
+            }
+        })
+    }
+}
+
+/// The rewards of a run.
+pub struct RewardSet {
+    /// Each with the name its numbers go by, unique in the set.
+    members: Vec<(String, Weighted)>,
+}
+
+/// Combined scores, and what each reward contributed to trouble.
+#[derive(Debug, PartialEq)]
+pub struct SetScoring {
+    /// One per sample. The total is the weighted sum; the parts are `NAME` for each reward's own
+    /// total, unweighted, and `NAME/PART` for its parts.
+    pub scores: Vec<Score>,
+    /// Samples each reward skipped or failed on, in the order of [`RewardSet::names`].
+    pub skipped: Vec<u32>,
+    /// Failures that the rewards' policies dealt with.
+    pub faults: Vec<PluginError>,
+}
+
+impl RewardSet {
+    /// Joins rewards. Of several with the same name the second is called `NAME#2`, and so on.
+    ///
+    /// # Errors
+    /// A weight that is not finite, or none that counts.
+    pub fn new(members: Vec<Weighted>) -> Result<Self, WeightError> {
+        if let Some(bad) = members.iter().find(|m| !m.weight.is_finite()) {
+            return Err(WeightError::NotANumber {
+                plugin: bad.reward.id().name.clone(),
+                text: bad.weight.to_string(),
+            });
+        }
+        if members.iter().all(|m| m.weight == 0.0) {
+            return Err(WeightError::AllZero);
+        }
+        let mut seen: HashMap<String, u32> = HashMap::new();
+        let named = |member: Weighted| {
+            let name = member.reward.id().name.clone();
+            let count = seen.entry(name.clone()).or_insert(0);
+            *count += 1;
+            match *count {
+                1 => (name, member),
+                n => (format!("{name}#{n}"), member),
+            }
+        };
+        Ok(Self {
+            members: members.into_iter().map(named).collect(),
+        })
+    }
+
+    /// The names of the rewards, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.members.iter().map(|(name, _)| name.as_str())
+    }
+
+    /// Identities of the rewards, in order.
+    pub fn ids(&self) -> impl Iterator<Item = &PluginId> {
+        self.members.iter().map(|(_, member)| member.reward.id())
+    }
+
+    /// Scores a batch with every reward. A sample that a reward of weight other than 0 skips is
+    /// skipped, for the reasons of all that did.
+    ///
+    /// # Errors
+    /// The first failure of a reward whose policy is to abort.
+    pub fn score(&self, samples: &[Sample<'_>]) -> Result<SetScoring, PluginError> {
+        let mut columns = Vec::with_capacity(self.members.len());
+        let mut faults = Vec::new();
+        for (_, member) in &self.members {
+            let Scoring {
+                scores,
+                faults: met,
+            } = member.reward.score(samples)?;
+            faults.extend(met);
+            columns.push(scores.into_iter());
+        }
+        let mut skipped = vec![0_u32; self.members.len()];
+        let mut scores = Vec::with_capacity(samples.len());
+        for _ in samples {
+            let row: Vec<Score> = columns.iter_mut().filter_map(Iterator::next).collect();
+            for (count, score) in skipped.iter_mut().zip(&row) {
+                *count += u32::from(matches!(score, Score::Skip(_)));
+            }
+            scores.push(self.combine(row));
+        }
+        Ok(SetScoring {
+            scores,
+            skipped,
+            faults,
+        })
+    }
+
+    fn combine(&self, row: Vec<Score>) -> Score {
+        let mut sum = Scored::default();
+        let mut reasons = Vec::new();
+        for ((name, member), score) in self.members.iter().zip(row) {
+            match score {
+                Score::Skip(_) if member.weight == 0.0 => {}
+                Score::Skip(reason) => reasons.push(format!("{name}: {reason}")),
+                Score::Value(scored) => {
+                    sum.total += member.weight * scored.total;
+                    sum.parts.push((name.clone(), scored.total));
+                    let own = scored.parts.into_iter();
+                    sum.parts
+                        .extend(own.map(|(part, v)| (format!("{name}/{part}"), v)));
+                }
+            }
+        }
+        if reasons.is_empty() {
+            Score::Value(sum)
+        } else {
+            Score::Skip(reasons.join("; "))
+        }
+    }
+}
+
+impl Weighted {
+    /// Splits `LOCATION=WEIGHT` of the command line; without a weight it is 1. Only text after the
+    /// last `=` that has no `/` counts as a weight, so that paths may hold `=`.
+    ///
+    /// # Errors
+    /// [`WeightError::NotANumber`] if what follows the `=` is not a finite number.
+    pub fn split(argument: &str) -> Result<(&str, f64), WeightError> {
+        let Some((plugin, text)) = argument.rsplit_once('=').filter(|(_, w)| !w.contains('/'))
+        else {
+            return Ok((argument, 1.0));
+        };
+        match text.parse::<f64>() {
+            Ok(weight) if weight.is_finite() => Ok((plugin, weight)),
+            Ok(_) | Err(_) => Err(WeightError::NotANumber {
+                plugin: plugin.to_owned(),
+                text: text.to_owned(),
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_on_the_command_line() {
+        assert_eq!(Weighted::split("a.wasm"), Ok(("a.wasm", 1.0)));
+        assert_eq!(Weighted::split("a.wasm=0.8"), Ok(("a.wasm", 0.8)));
+        assert_eq!(Weighted::split("x=1/a.wasm"), Ok(("x=1/a.wasm", 1.0)));
+        assert_eq!(Weighted::split("a.wasm=-2"), Ok(("a.wasm", -2.0)));
+        let error = Weighted::split("a.wasm=inf").unwrap_err();
+        assert_eq!(error.hint().unwrap(), "write a.wasm=0.5");
+    }
+}
