@@ -60,7 +60,7 @@ fn steps(tally: &mut Tally) -> anyhow::Result<()> {
     if guests {
         step(
             "format of plugins",
-            &[&["fmt", "--check"], &in_guests[..]].concat(),
+            &[&["fmt", "--all", "--check"], &in_guests[..]].concat(),
         )?;
         step(
             "clippy of plugins",
