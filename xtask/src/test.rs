@@ -60,7 +60,7 @@ fn steps(tally: &mut Tally) -> anyhow::Result<()> {
     if guests {
         step(
             "format of plugins",
-            &[&["fmt", "--check"], &in_guests[..]].concat(),
+            &[&["fmt", "--all", "--check"], &in_guests[..]].concat(),
         )?;
         step(
             "clippy of plugins",
@@ -177,8 +177,8 @@ fn relay(from: Option<impl Read>, mut to: impl Write) -> anyhow::Result<Tally> {
 /// Reads a summary line of nextest (`Summary [ 1.0s] 5 tests run: 4 passed, 1 failed, …`) or of libtest
 /// (`test result: ok. 4 passed; 0 failed; …`); any other line counts nothing.
 fn count(line: &str) -> Tally {
-    let line = line.trim_start();
-    if !line.starts_with("Summary [") && !line.starts_with("test result: ") {
+    // nextest repeats a failed test's own `test result: …`, indented: not to be counted again.
+    if !line.trim_start().starts_with("Summary [") && !line.starts_with("test result: ") {
         return Tally::default();
     }
     let words: Vec<&str> = line
@@ -221,6 +221,10 @@ mod tests {
         assert_eq!(
             counts("test result: FAILED. 3 passed; 2 failed; 0 ignored; 0 measured"),
             (3, 2)
+        );
+        assert_eq!(
+            counts("    test result: FAILED. 0 passed; 1 failed;"),
+            (0, 0)
         );
         assert_eq!(counts("test result_is_7 passed ... ok"), (0, 0));
     }
