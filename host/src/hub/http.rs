@@ -29,7 +29,7 @@ pub(super) struct Http {
     attempts: u32,
     backoff: Duration,
     client: Client,
-    /// Stays on the hub's host: the headers that describe a file come before the redirect to the store.
+    /// Stays on the hub: the headers that describe a file come before the redirect to the store.
     metadata_client: Client,
 }
 
@@ -52,9 +52,15 @@ impl Http {
             url: config.endpoint.clone(),
             source,
         };
-        let same_host = Policy::custom(|attempt| {
-            let from = attempt.previous().last().and_then(|url| url.host_str());
-            match from == attempt.url().host_str() && attempt.previous().len() < 6 {
+        let same_origin = Policy::custom(|attempt| {
+            let origin = |url: &reqwest::Url| {
+                (
+                    url.host_str().map(str::to_owned),
+                    url.port_or_known_default(),
+                )
+            };
+            let from = attempt.previous().last().map(origin);
+            match from == Some(origin(attempt.url())) && attempt.previous().len() < 6 {
                 true => attempt.follow(),
                 false => attempt.stop(),
             }
@@ -71,7 +77,7 @@ impl Http {
             attempts: config.attempts.max(1),
             backoff: config.backoff,
             client: builder().build().map_err(fail)?,
-            metadata_client: builder().redirect(same_host).build().map_err(fail)?,
+            metadata_client: builder().redirect(same_origin).build().map_err(fail)?,
         })
     }
 
