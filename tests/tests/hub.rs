@@ -1,5 +1,10 @@
 //! Downloads against a hub on this machine: resuming, errors, offline mode, changing files.
 
+#![expect(
+    clippy::unwrap_used,
+    reason = "clippy spares #[test] functions, not what they share"
+)]
+
 mod hub_server;
 
 use std::{fs, path::Path, time::Duration};

@@ -220,23 +220,12 @@ impl Http {
         if done > 0 && remote.size == Some(done) {
             return Ok(());
         }
-        let mut request = self
-            .client
-            .get(&remote.url)
-            .header("accept-encoding", "identity");
-        if done > 0 {
-            request = request.header(RANGE, format!("bytes={done}-"));
-        }
-        let mut response = self.send(request, &remote.url)?;
+        let mut response = self.ask(remote, done)?;
         if done > 0 && !continues_at(&response, done) {
             // The server sends the whole file, or something else than was asked for.
             done = restart(file).map_err(fail)?;
             if response.status() == StatusCode::PARTIAL_CONTENT {
-                let request = self
-                    .client
-                    .get(&remote.url)
-                    .header("accept-encoding", "identity");
-                response = self.send(request, &remote.url)?;
+                response = self.ask(remote, 0)?;
             }
         }
         let mut buffer = vec![0; CHUNK];
@@ -264,6 +253,18 @@ impl Http {
             }),
             _ => Ok(()),
         }
+    }
+
+    /// Asks for the bytes from `from` on.
+    fn ask(&self, remote: &Remote, from: u64) -> Result<Response, HubError> {
+        let mut request = self
+            .client
+            .get(&remote.url)
+            .header("accept-encoding", "identity");
+        if from > 0 {
+            request = request.header(RANGE, format!("bytes={from}-"));
+        }
+        self.send(request, &remote.url)
     }
 
     fn send(&self, request: RequestBuilder, url: &str) -> Result<Response, HubError> {

@@ -30,12 +30,15 @@ pub(crate) struct Request {
     pub(crate) authorization: Option<String>,
 }
 
+/// Names and contents.
+type Files = Vec<(String, Vec<u8>)>;
+
 #[derive(Default)]
 struct State {
     /// Repository → newest commit.
     heads: HashMap<String, String>,
     /// (repository, commit) → files.
-    commits: HashMap<(String, String), Vec<(String, Vec<u8>)>>,
+    commits: HashMap<(String, String), Files>,
     faults: Vec<(String, VecDeque<Fault>)>,
     requests: Vec<Request>,
 }
