@@ -191,7 +191,10 @@ impl Http {
         // Two processes may want the same file; the second one waits and then finds it done.
         file.lock().map_err(fail)?;
         if blob.exists() {
-            return Ok(());
+            return match fs::remove_file(part) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => Err(fail(e)),
+                _ => Ok(()),
+            };
         }
         self.retry(|| self.fetch(remote, &mut file, part, name, progress))?;
         file.sync_all().map_err(fail)?;
