@@ -1,141 +1,14 @@
 //! The GRPO loss and its gradient with respect to every token's log-prob.
 //!
-//! Owns the configuration, the input and output structs and the walk over sequences; the per-token
-//! formulas are in `objective`, the counters in `stats`. No model and no autograd: a backend propagates
-//! `dlogp` further.
-
-use serde::{Deserialize, Serialize};
+//! Owns the input and output structs and the walk over sequences; the choices are in `config`, the
+//! per-token formulas in `objective`, the counters in `stats`. No model and no autograd: a backend
+//! propagates `dlogp` further.
 
 use super::{
+    config::{Aggregation, LossConfig},
     objective::{self, Term},
     stats::LossStats,
 };
-
-/// The published variants. Each is one [`Objective`] with one [`Aggregation`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LossType {
-    /// Shao et al. 2024: clipped token ratio, mean of the sequences' means.
-    Grpo,
-    /// Liu et al. 2025: clipped token ratio, divided by the constant `B · max_completion_length`.
-    DrGrpo,
-    /// Yu et al. 2025: clipped token ratio, mean over all tokens of the step. TRL's default and ours.
-    #[default]
-    Dapo,
-    /// As `dapo`, but the mean is taken over each rank's own tokens first.
-    Bnpo,
-    /// Zheng et al. 2025: clipped length-normalised sequence ratio, mean over sequences.
-    Gspo,
-    /// MiniMax 2025: REINFORCE weighted with a capped, constant ratio, mean over all tokens of the step.
-    Cispo,
-}
-
-/// What is maximised per token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Objective {
-    TokenRatio,
-    SequenceRatio,
-    CappedReinforce,
-}
-
-/// How token losses become one number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Aggregation {
-    SequenceMean,
-    Constant,
-    StepTokens,
-    RankTokens,
-}
-
-impl LossType {
-    pub(super) fn objective(self) -> Objective {
-        match self {
-            Self::Grpo | Self::DrGrpo | Self::Dapo | Self::Bnpo => Objective::TokenRatio,
-            Self::Gspo => Objective::SequenceRatio,
-            Self::Cispo => Objective::CappedReinforce,
-        }
-    }
-
-    fn aggregation(self) -> Aggregation {
-        match self {
-            Self::Grpo | Self::Gspo => Aggregation::SequenceMean,
-            Self::DrGrpo => Aggregation::Constant,
-            Self::Dapo | Self::Cispo => Aggregation::StepTokens,
-            Self::Bnpo => Aggregation::RankTokens,
-        }
-    }
-}
-
-/// Estimator of KL(policy ‖ reference) from one sampled token (Schulman 2020), d = logp − ref.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum KlEstimator {
-    /// d: unbiased, high variance, may be negative.
-    K1,
-    /// d²/2: biased, always ≥ 0.
-    K2,
-    /// e⁻ᵈ − 1 + d: unbiased, always ≥ 0.
-    #[default]
-    K3,
-}
-
-/// Correction for tokens drawn from another distribution than `old`, with ρ = exp(old − behaviour).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Correction {
-    Off,
-    /// Each token's ρ, at most `c_max`.
-    TokenTruncate,
-    /// Each token's ρ, 0 above `c_max`.
-    TokenMask,
-    /// The sequence's product of ρ, at most `c_max`.
-    SequenceTruncate,
-    /// The sequence's product of ρ, 0 above `c_max`. TRL's default.
-    #[default]
-    SequenceMask,
-}
-
-/// Everything that picks the loss. Names and defaults follow TRL 1.16.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct LossConfig {
-    pub loss_type: LossType,
-    /// Lower clip: ratios below `1 − epsilon` stop earning when the advantage is negative.
-    pub epsilon: f64,
-    /// Upper clip `1 + epsilon_high`; `epsilon` when unset. For `cispo` it is the cap of the ratio itself,
-    /// as in TRL, and 5 when unset.
-    pub epsilon_high: Option<f64>,
-    /// Two-sided clip: the unclipped ratio is at most `delta` (INTELLECT-2). Off when unset.
-    pub delta: Option<f64>,
-    /// Weight of the KL term. 0 needs no reference log-probs.
-    pub beta: f64,
-    pub kl_estimator: KlEstimator,
-    /// Multiply the KL estimate by the token ratio, differentiated through, which makes its gradient
-    /// unbiased off-policy (DeepSeek-V3.2). Always the token ratio, also for `gspo`.
-    pub kl_bias_correction: bool,
-    pub importance_correction: Correction,
-    /// C_max of the correction.
-    pub importance_c_max: f64,
-    /// Leave sequences that hit the length limit out of the loss.
-    pub mask_truncated_completions: bool,
-}
-
-impl Default for LossConfig {
-    fn default() -> Self {
-        Self {
-            loss_type: LossType::default(),
-            epsilon: 0.2,
-            epsilon_high: None,
-            delta: None,
-            beta: 0.0,
-            kl_estimator: KlEstimator::K3,
-            kl_bias_correction: true,
-            importance_correction: Correction::SequenceMask,
-            importance_c_max: 3.0,
-            mask_truncated_completions: false,
-        }
-    }
-}
 
 /// One micro-batch. `T` completion tokens of `B` sequences laid end to end; log-probs in nats at the
 /// sampling temperature.
@@ -209,6 +82,19 @@ pub enum LossError {
     Offsets { tokens: usize },
     #[error("beta is {beta} but the batch has no reference log-probs")]
     MissingReference { beta: f64 },
+    #[error("`{field}` of token {token} of sequence {sequence} is {value}")]
+    Input {
+        field: &'static str,
+        sequence: usize,
+        token: usize,
+        value: f64,
+    },
+    #[error("`{field}` is {value}, expected {expected}")]
+    Config {
+        field: &'static str,
+        value: f64,
+        expected: &'static str,
+    },
     #[error("the loss gradient of token {token} of sequence {sequence} is {value}")]
     NonFinite {
         sequence: usize,
@@ -226,7 +112,8 @@ impl LossError {
                  or set delta"
             }
             Self::MissingReference { .. } => "set beta to 0, or keep a reference model",
-            Self::Shape { .. } | Self::Offsets { .. } => return None,
+            Self::Input { .. } => "the model's output is broken: check its weights, or lower learning_rate",
+                Self::Config { .. } | Self::Shape { .. } | Self::Offsets { .. } => return None,
         }
         .to_owned())
     }
@@ -263,6 +150,7 @@ pub fn loss(
         if tokens.is_empty() {
             continue;
         }
+        check_finite(input, sequence, ends[0], &tokens)?;
         let weight = token_weight(config.loss_type.aggregation(), normalisers, tokens.len());
         let terms = objective::sequence(input, config, sequence, &tokens, &mut out.stats);
         for (&t, Term { value, slope }) in tokens.iter().zip(terms) {
@@ -327,6 +215,54 @@ fn check(input: &LossInput<'_>, config: &LossConfig) -> Result<(), LossError> {
     Ok(())
 }
 
+/// Minimum and maximum swallow NaN, so a broken log-prob could pass through a clip unseen.
+fn check_finite(
+    input: &LossInput<'_>,
+    sequence: usize,
+    start: usize,
+    tokens: &[usize],
+) -> Result<(), LossError> {
+    let fields = [
+        ("logp", Some(input.logp)),
+        ("old", Some(input.old)),
+        ("reference", input.reference),
+        ("behaviour", input.behaviour),
+    ];
+    for (field, values) in fields
+        .into_iter()
+        .filter_map(|(field, v)| Some((field, v?)))
+    {
+        if let Some(&t) = tokens.iter().find(|t| !values[**t].is_finite()) {
+            let (token, value) = (t - start, f64::from(values[t]));
+            return Err(LossError::Input {
+                field,
+                sequence,
+                token,
+                value,
+            });
+        }
+    }
+    let value = input.advantages[sequence];
+    if !value.is_finite() {
+        return Err(LossError::Input {
+            field: "advantages",
+            sequence,
+            token: 0,
+            value,
+        });
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "loss_fixture.rs"]
+mod fixture;
+#[cfg(test)]
+#[path = "loss_gradient_tests.rs"]
+mod gradient_tests;
+#[cfg(test)]
+#[path = "loss_input_tests.rs"]
+mod input_tests;
 #[cfg(test)]
 #[path = "loss_tests.rs"]
 mod tests;

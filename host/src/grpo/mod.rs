@@ -4,6 +4,7 @@
 //! log-probs, this room answers with ∂loss/∂logp, and the backend propagates it.
 
 pub mod advantage;
+pub mod config;
 pub mod filter;
 pub mod loss;
 mod objective;

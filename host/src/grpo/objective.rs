@@ -5,7 +5,8 @@
 //! w the importance weight (constant).
 
 use super::{
-    loss::{Correction, KlEstimator, LossConfig, LossInput, Objective},
+    config::{Correction, KlEstimator, LossConfig, Objective},
+    loss::LossInput,
     stats::{Gap, LossStats},
 };
 
@@ -43,12 +44,7 @@ pub(super) fn sequence(
             capped_reinforce(logp, &log_ratio, &weights, clip)
         }
     };
-    stats.record_clipping(
-        &clip.ratios(config, &log_ratio),
-        clip.low,
-        clip.high,
-        advantage,
-    );
+    clip.record(config, &log_ratio, stats);
     stats.record_policy(&log_ratio);
     if let Some(entropy) = input.entropy {
         stats.record_entropy(tokens.iter().map(|&t| f64::from(entropy[t])));
@@ -72,6 +68,7 @@ pub(super) fn sequence(
     terms
 }
 
+/// Difference of two log-probs that `loss` found to be finite.
 fn diff(a: &[f32], b: &[f32], t: usize) -> f64 {
     f64::from(a[t]) - f64::from(b[t])
 }
@@ -114,7 +111,7 @@ impl Clip {
         };
         let inside = (self.low..=self.high).contains(&r);
         let clipped = Term {
-            value: r.clamp(self.low, self.high) * a,
+            value: r.max(self.low).min(self.high) * a,
             slope: if inside { a } else { 0.0 },
         };
         let least = if free.value <= clipped.value {
@@ -128,11 +125,21 @@ impl Clip {
         }
     }
 
-    /// The ratios that the clip statistics count: one per sequence for `gspo`, else one per token.
-    fn ratios(self, config: &LossConfig, log_ratio: &[f64]) -> Vec<f64> {
+    /// Counts what was clipped: one ratio per sequence for `gspo`, else one per token.
+    fn record(self, config: &LossConfig, log_ratio: &[f64], stats: &mut LossStats) {
+        let per_token = || log_ratio.iter().map(|lr| lr.exp()).collect::<Vec<f64>>();
+        let Self {
+            low,
+            high,
+            advantage,
+            ..
+        } = self;
         match config.loss_type.objective() {
-            Objective::SequenceRatio => vec![mean(log_ratio).exp()],
-            _ => log_ratio.iter().map(|lr| lr.exp()).collect(),
+            Objective::TokenRatio => stats.record_clipping(&per_token(), low, high, advantage),
+            Objective::SequenceRatio => {
+                stats.record_clipping(&[mean(log_ratio).exp()], low, high, advantage);
+            }
+            Objective::CappedReinforce => stats.record_capping(&per_token(), high, advantage),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Statistics of the loss under TRL's metric names, as sums that add up over micro-batches.
 //!
-//! Owns counting and naming. Means are over counted tokens; `clip_ratio` minima and maxima are over
-//! sequences (TRL's are over ranks), so that no number depends on how a step was cut into micro-batches.
+//! Owns counting and naming. Means are over counted tokens, `clip_ratio` minima and maxima over sequences,
+//! as TRL's; so no number depends on how a step was cut into micro-batches.
 
 /// Sum, extremes and number of what was seen.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -58,13 +58,15 @@ pub(super) struct Gap<'a> {
 pub struct LossStats {
     /// 1 for a ratio below the clip range that would have lowered the loss further, else 0.
     pub low: Series,
-    /// The same above the range. For `cispo` this is TRL's `cispo_clip_ratio`.
+    /// The same above the range.
     pub high: Series,
     /// Either of them.
     pub region: Series,
     /// Per sequence: share of `low` and of `high` among its ratios.
     pub low_by_sequence: Series,
     pub high_by_sequence: Series,
+    /// `cispo` instead of the five above: 1 for a ratio above the cap with a positive advantage, else 0.
+    pub capped: Series,
     /// Estimate of KL(policy ‖ reference), uncorrected, nats.
     pub kl: Series,
     pub entropy: Series,
@@ -102,6 +104,7 @@ impl LossStats {
             ("clip_ratio/high_mean", &self.high, Series::mean),
             ("clip_ratio/high_max", &self.high_by_sequence, |s| s.max),
             ("clip_ratio/region_mean", &self.region, Series::mean),
+            ("cispo_clip_ratio", &self.capped, Series::mean),
             ("policy/ratio_mean", &self.ratio, Series::mean),
             ("policy/ratio_max", &self.ratio, |s| s.max),
             ("policy/old_kl", &self.old_kl, Series::mean),
@@ -144,13 +147,14 @@ impl LossStats {
             .collect()
     }
 
-    fn all_mut(&mut self) -> [&mut Series; 13] {
+    fn all_mut(&mut self) -> [&mut Series; 14] {
         [
             &mut self.low,
             &mut self.high,
             &mut self.region,
             &mut self.low_by_sequence,
             &mut self.high_by_sequence,
+            &mut self.capped,
             &mut self.kl,
             &mut self.entropy,
             &mut self.ratio,
@@ -176,6 +180,13 @@ impl LossStats {
         self.high_by_sequence.push(above.mean());
         self.low.merge(&below);
         self.high.merge(&above);
+    }
+
+    pub(super) fn record_capping(&mut self, ratios: &[f64], cap: f64, advantage: f64) {
+        for r in ratios {
+            self.capped
+                .push(f64::from(u8::from(*r > cap && advantage > 0.0)));
+        }
     }
 
     pub(super) fn record_policy(&mut self, log_ratio: &[f64]) {

@@ -29,7 +29,7 @@ pub(super) struct Http {
     attempts: u32,
     backoff: Duration,
     client: Client,
-    /// Stays on the hub's host: the headers that describe a file come before the redirect to the store.
+    /// Stays on the hub: the headers that describe a file come before the redirect to the store.
     metadata_client: Client,
 }
 
@@ -52,9 +52,15 @@ impl Http {
             url: config.endpoint.clone(),
             source,
         };
-        let same_host = Policy::custom(|attempt| {
-            let from = attempt.previous().last().and_then(|url| url.host_str());
-            match from == attempt.url().host_str() && attempt.previous().len() < 6 {
+        let same_origin = Policy::custom(|attempt| {
+            let origin = |url: &reqwest::Url| {
+                (
+                    url.host_str().map(str::to_owned),
+                    url.port_or_known_default(),
+                )
+            };
+            let from = attempt.previous().last().map(origin);
+            match from == Some(origin(attempt.url())) && attempt.previous().len() < 6 {
                 true => attempt.follow(),
                 false => attempt.stop(),
             }
@@ -71,7 +77,7 @@ impl Http {
             attempts: config.attempts.max(1),
             backoff: config.backoff,
             client: builder().build().map_err(fail)?,
-            metadata_client: builder().redirect(same_host).build().map_err(fail)?,
+            metadata_client: builder().redirect(same_origin).build().map_err(fail)?,
         })
     }
 
@@ -185,7 +191,10 @@ impl Http {
         // Two processes may want the same file; the second one waits and then finds it done.
         file.lock().map_err(fail)?;
         if blob.exists() {
-            return Ok(());
+            return match fs::remove_file(part) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => Err(fail(e)),
+                _ => Ok(()),
+            };
         }
         self.retry(|| self.fetch(remote, &mut file, part, name, progress))?;
         file.sync_all().map_err(fail)?;
@@ -214,23 +223,12 @@ impl Http {
         if done > 0 && remote.size == Some(done) {
             return Ok(());
         }
-        let mut request = self
-            .client
-            .get(&remote.url)
-            .header("accept-encoding", "identity");
-        if done > 0 {
-            request = request.header(RANGE, format!("bytes={done}-"));
-        }
-        let mut response = self.send(request, &remote.url)?;
+        let mut response = self.ask(remote, done)?;
         if done > 0 && !continues_at(&response, done) {
             // The server sends the whole file, or something else than was asked for.
             done = restart(file).map_err(fail)?;
             if response.status() == StatusCode::PARTIAL_CONTENT {
-                let request = self
-                    .client
-                    .get(&remote.url)
-                    .header("accept-encoding", "identity");
-                response = self.send(request, &remote.url)?;
+                response = self.ask(remote, 0)?;
             }
         }
         let mut buffer = vec![0; CHUNK];
@@ -258,6 +256,18 @@ impl Http {
             }),
             _ => Ok(()),
         }
+    }
+
+    /// Asks for the bytes from `from` on.
+    fn ask(&self, remote: &Remote, from: u64) -> Result<Response, HubError> {
+        let mut request = self
+            .client
+            .get(&remote.url)
+            .header("accept-encoding", "identity");
+        if from > 0 {
+            request = request.header(RANGE, format!("bytes={from}-"));
+        }
+        self.send(request, &remote.url)
     }
 
     fn send(&self, request: RequestBuilder, url: &str) -> Result<Response, HubError> {

@@ -89,9 +89,9 @@ fn page(
     plugin_table(&mut out, summary);
     metric_table(&mut out, summary);
     // Writing to a String cannot fail, here and below.
-    _ = write!(
+    _ = writeln!(
         out,
-        "<h2>Configuration</h2><pre>{}</pre></body></html>\n",
+        "<h2>Configuration</h2><pre>{}</pre></body></html>",
         escape(config)
     );
     out

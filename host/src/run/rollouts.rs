@@ -129,14 +129,52 @@ fn malformed(path: &Path, error: &serde_json::Error) -> RunError {
     }
 }
 
-fn columns_of<'a>(rollouts: &'a [Rollout], json: &'a Json) -> Vec<(&'static str, Column<'a>)> {
-    let int = |f: &dyn Fn(&Rollout) -> u64| {
-        Column::Int(rollouts.iter().map(|r| f(r).cast_signed()).collect())
-    };
+fn columns_of<'a>(
+    rollouts: &'a [Rollout],
+    json_columns: &'a Json,
+) -> Vec<(&'static str, Column<'a>)> {
+    let int = |f: fn(&Rollout) -> u64| integers(rollouts, f);
     let text = |f: fn(&Rollout) -> &str| Column::Text(rollouts.iter().map(f).collect());
     let optional =
         |f: fn(&Rollout) -> Option<&str>| Column::OptionalText(rollouts.iter().map(f).collect());
-    let telemetry = |f: fn(&Telemetry) -> f64| {
+    let ids = |f: fn(&Rollout) -> &[u32]| Column::Ids(rollouts.iter().map(f).collect());
+    let floats = |f: fn(&Rollout) -> &[f32]| Column::Floats(rollouts.iter().map(f).collect());
+    let json = |texts: &'a [String]| Column::Text(texts.iter().map(String::as_str).collect());
+    let mut columns = vec![
+        ("step", int(|r| r.step)),
+        ("row_id", int(|r| r.row_id)),
+        ("row", text(|r| &r.row)),
+        ("group", int(|r| r.group.into())),
+        ("sample", int(|r| r.completion.index.into())),
+        ("request", int(|r| r.completion.request)),
+        ("prompt", text(|r| &r.prompt)),
+        ("completion", text(|r| &r.completion.text)),
+        ("reasoning", optional(|r| r.parsed.reasoning.as_deref())),
+        ("answer", optional(|r| r.parsed.answer.as_deref())),
+        ("prompt_ids", ids(|r| &r.prompt_ids)),
+        ("completion_ids", ids(|r| &r.completion.tokens)),
+        ("logprobs", floats(|r| &r.completion.logprobs)),
+        ("policy_logprobs", floats(|r| &r.completion.policy_logprobs)),
+        (
+            "reward",
+            Column::OptionalFloat(rollouts.iter().map(|r| r.reward).collect()),
+        ),
+        ("parts", json(&json_columns.parts)),
+        (
+            "advantage",
+            Column::Float(rollouts.iter().map(|r| r.advantage).collect()),
+        ),
+        ("finish", text(|r| finish_name(r.completion.finish))),
+        ("skip", optional(|r| r.skip.as_deref())),
+        ("plugins", json(&json_columns.plugins)),
+    ];
+    columns.extend(telemetry_columns(rollouts));
+    columns
+}
+
+fn telemetry_columns(rollouts: &[Rollout]) -> [(&'static str, Column<'_>); 10] {
+    let count = |f: fn(&Rollout) -> u64| integers(rollouts, f);
+    let time = |f: fn(&Telemetry) -> f64| {
         Column::Float(
             rollouts
                 .iter()
@@ -144,76 +182,38 @@ fn columns_of<'a>(rollouts: &'a [Rollout], json: &'a Json) -> Vec<(&'static str,
                 .collect(),
         )
     };
-    let count = |f: fn(&Telemetry) -> u64| int(&|r| f(&r.completion.telemetry));
-    vec![
-        ("step", int(&|r| r.step)),
-        ("row_id", int(&|r| r.row_id)),
-        ("row", text(|r| &r.row)),
-        ("group", int(&|r| r.group.into())),
-        ("sample", int(&|r| r.completion.index.into())),
-        ("request", int(&|r| r.completion.request)),
-        ("prompt", text(|r| &r.prompt)),
-        ("completion", text(|r| &r.completion.text)),
-        ("reasoning", optional(|r| r.parsed.reasoning.as_deref())),
-        ("answer", optional(|r| r.parsed.answer.as_deref())),
+    [
+        ("latency_ms", time(|t| t.latency_ms)),
+        ("queue_ms", time(|t| t.queue_ms)),
+        ("prefill_ms", time(|t| t.prefill_ms)),
+        ("decode_ms", time(|t| t.decode_ms)),
         (
-            "prompt_ids",
-            Column::Ids(rollouts.iter().map(|r| &r.prompt_ids[..]).collect()),
+            "prompt_tokens",
+            count(|r| r.completion.telemetry.prompt_tokens.into()),
         ),
-        (
-            "completion_ids",
-            Column::Ids(rollouts.iter().map(|r| &r.completion.tokens[..]).collect()),
-        ),
-        (
-            "logprobs",
-            Column::Floats(
-                rollouts
-                    .iter()
-                    .map(|r| &r.completion.logprobs[..])
-                    .collect(),
-            ),
-        ),
-        (
-            "policy_logprobs",
-            Column::Floats(
-                rollouts
-                    .iter()
-                    .map(|r| &r.completion.policy_logprobs[..])
-                    .collect(),
-            ),
-        ),
-        (
-            "reward",
-            Column::OptionalFloat(rollouts.iter().map(|r| r.reward).collect()),
-        ),
-        (
-            "parts",
-            Column::Text(json.parts.iter().map(String::as_str).collect()),
-        ),
-        (
-            "advantage",
-            Column::Float(rollouts.iter().map(|r| r.advantage).collect()),
-        ),
-        ("finish", text(|r| finish_name(r.completion.finish))),
-        ("skip", optional(|r| r.skip.as_deref())),
-        (
-            "plugins",
-            Column::Text(json.plugins.iter().map(String::as_str).collect()),
-        ),
-        ("latency_ms", telemetry(|t| t.latency_ms)),
-        ("queue_ms", telemetry(|t| t.queue_ms)),
-        ("prefill_ms", telemetry(|t| t.prefill_ms)),
-        ("decode_ms", telemetry(|t| t.decode_ms)),
-        ("prompt_tokens", count(|t| t.prompt_tokens.into())),
         (
             "cached_prompt_tokens",
-            count(|t| t.cached_prompt_tokens.into()),
+            count(|r| r.completion.telemetry.cached_prompt_tokens.into()),
         ),
-        ("generated_tokens", count(|t| t.generated_tokens.into())),
-        ("draft_tokens", count(|t| t.draft_tokens.into())),
-        ("accepted_tokens", count(|t| t.accepted_tokens.into())),
-        ("kv_bytes", count(|t| t.kv_bytes)),
+        (
+            "generated_tokens",
+            count(|r| r.completion.telemetry.generated_tokens.into()),
+        ),
+        (
+            "draft_tokens",
+            count(|r| r.completion.telemetry.draft_tokens.into()),
+        ),
+        (
+            "accepted_tokens",
+            count(|r| r.completion.telemetry.accepted_tokens.into()),
+        ),
+        ("kv_bytes", count(|r| r.completion.telemetry.kv_bytes)),
     ]
+}
+
+/// Ids use all 64 bits; Parquet's INT64 holds the same bits.
+fn integers(rollouts: &[Rollout], f: fn(&Rollout) -> u64) -> Column<'static> {
+    Column::Int(rollouts.iter().map(|r| f(r).cast_signed()).collect())
 }
 
 fn rollout(record: &Record<'_>, path: &Path) -> Result<Rollout, RunError> {
@@ -263,7 +263,7 @@ fn telemetry(record: &Record<'_>) -> Result<Telemetry, RunError> {
     })
 }
 
-/// Ids use all 64 bits; Parquet's INT64 holds the same bits.
+/// The inverse of [`integers`].
 fn unsigned(record: &Record<'_>, column: &'static str) -> Result<u64, RunError> {
     record.int::<i64>(column).map(i64::cast_unsigned)
 }
