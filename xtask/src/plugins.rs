@@ -86,15 +86,25 @@ fn build_modules(root: &Path) -> Result<()> {
              with `apt-get install rustc-web cargo-web rust-web-src lld`"
         );
     };
-    // A flag meant for the host, such as target-cpu, must not reach wasm.
     let status = command
-        .env_remove("RUSTFLAGS")
+        .env("RUSTFLAGS", path_flags())
         .env_remove("RUSTUP_TOOLCHAIN")
         .current_dir(root.join("plugins"))
         .status()
         .context("cannot run cargo")?;
     ensure!(status.success(), "the guests do not build");
     Ok(())
+}
+
+/// In place of flags meant for the host, such as target-cpu. Panic messages hold the paths of
+/// sources; those of this machine have no place in a committed file.
+fn path_flags() -> String {
+    let registries = std::env::home_dir()
+        .unwrap_or_default()
+        .join(".cargo/registry/src");
+    let folders = fs::read_dir(registries).into_iter().flatten().flatten();
+    let flags = folders.map(|f| format!("--remap-path-prefix={}=crates", f.path().display()));
+    flags.collect::<Vec<_>>().join(" ")
 }
 
 fn rustup_target_installed() -> bool {

@@ -1,5 +1,6 @@
 //! One file per subcommand; this one chooses, and holds what several of them begin with.
 
+mod bench_plugin;
 mod doctor;
 mod eval;
 mod progress;

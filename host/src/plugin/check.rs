@@ -7,12 +7,11 @@ use super::error::Fault;
 use super::log::printable;
 use super::v0_1::wit;
 use crate::types::{Budget, Message, Parsed, Pick, Plan, Prompt, PromptBody, Score, Scored};
-use std::collections::HashSet;
 
 /// Rewards beyond this lose the precision that group statistics need.
 const MAX_REWARD: f64 = 1e9;
 const MAX_NAMED: usize = 64;
-const MAX_NAME_CHARS: usize = 64;
+const MAX_NAME_BYTES: usize = 64;
 const MAX_REASON_BYTES: usize = 256;
 const MAX_PROMPT_BYTES: usize = 1 << 20;
 const MAX_STOPS: usize = 64;
@@ -139,14 +138,14 @@ fn named(
     limit: f64,
 ) -> Result<Vec<(String, f64)>, Fault> {
     size("named numbers", values.len(), MAX_NAMED)?;
-    let mut seen = HashSet::with_capacity(values.len());
-    for (name, value) in &values {
-        let chars = name.chars().count();
-        if !(1..=MAX_NAME_CHARS).contains(&chars) || name.chars().any(char::is_control) {
+    for (i, (name, value)) in values.iter().enumerate() {
+        let fits = (1..=MAX_NAME_BYTES).contains(&name.len());
+        if !fits || name.chars().any(char::is_control) {
             let name = printable(name, 100);
             return Err(bad(&format!("a {what} named `{name}`")));
         }
-        if !seen.insert(name) {
+        // At most 64 short names: comparing them all costs less than a hash set.
+        if values[..i].iter().any(|(other, _)| other == name) {
             return Err(bad(&format!("two {what}s named `{name}`")));
         }
         number(|| format!("{what} `{name}`"), *value, limit)?;

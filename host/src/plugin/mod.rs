@@ -29,7 +29,6 @@ use crate::types::{PluginId, Role};
 use engine::Slots;
 use sandbox::{CallState, Loaded};
 use sha2::{Digest, Sha256};
-use std::fmt::Write;
 use std::sync::{Arc, OnceLock};
 use v0_1::EveryRole;
 use wasmtime::Engine;
@@ -156,12 +155,9 @@ impl PluginHost {
 
 /// `sha256:` and the hex digest of a component's bytes, as in `plugins.lock`.
 pub fn digest(bytes: &[u8]) -> String {
-    let mut text = "sha256:".to_owned();
-    for byte in Sha256::digest(bytes) {
-        // Writing to a `String` cannot fail.
-        let _: Result<(), std::fmt::Error> = write!(text, "{byte:02x}");
-    }
-    text
+    let hex = |byte: u8| format!("{byte:02x}");
+    let hex: String = Sha256::digest(bytes).into_iter().map(hex).collect();
+    format!("sha256:{hex}")
 }
 
 fn link(

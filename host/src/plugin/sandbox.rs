@@ -288,9 +288,11 @@ fn trap_reason(trap: Trap, error: &wasmtime::Error) -> String {
     let place = error
         .downcast_ref::<WasmBacktrace>()
         .and_then(|trace| trace.frames().first()?.func_name());
+    let text = trap.to_string();
+    let what = text.strip_prefix("wasm trap: ").unwrap_or(&text);
     match place {
-        Some(name) => format!("{trap} in `{}`", printable(name, 200)),
-        None => trap.to_string(),
+        Some(name) => format!("{what} in `{}`", printable(name, 200)),
+        None => what.to_owned(),
     }
 }
 

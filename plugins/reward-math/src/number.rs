@@ -21,6 +21,9 @@ pub struct Rational {
 
 impl Rational {
     fn new(num: i128, den: i128) -> Option<Self> {
+        if den == 1 {
+            return Some(Self { num, den }); // Most answers; division of 128 bits is slow on wasm.
+        }
         let (mut a, mut b) = (num.unsigned_abs(), den.unsigned_abs());
         while b != 0 {
             (a, b) = (b, a % b);
@@ -99,12 +102,12 @@ pub fn whole(text: &str, reading: Reading) -> Option<Rational> {
 /// Reads a run of digits, points, commas and slashes: all of it if that makes sense, else what
 /// follows the last separator. Returns what was read beside its value.
 fn unsigned(token: &str, reading: Reading) -> Option<(&str, Rational)> {
-    if let Some((a, b)) = token.split_once('/').filter(|_| reading.fractions) {
-        if let (Some(a), Some(b)) = (Rational::decimal(a), Rational::decimal(b)) {
-            // A division by zero is no number, and not the number zero either.
-            let num = a.num.checked_mul(b.den)?;
-            return Some((token, Rational::new(num, a.den.checked_mul(b.num)?)?));
-        }
+    if let Some((a, b)) = token.split_once('/').filter(|_| reading.fractions)
+        && let (Some(a), Some(b)) = (Rational::decimal(a), Rational::decimal(b))
+    {
+        // A division by zero is no number, and not the number zero either.
+        let num = a.num.checked_mul(b.den)?;
+        return Some((token, Rational::new(num, a.den.checked_mul(b.num)?)?));
     }
     for separators in ["/", "/,", "/,."] {
         let tail = token.rsplit(|c| separators.contains(c)).next()?;
