@@ -184,7 +184,9 @@ fn broken_files_are_named() {
     std::fs::write(path(shard), &bytes[..bytes.len() - 1]).unwrap();
     assert!(message().contains(shard), "{}", message());
     std::fs::remove_file(path(shard)).unwrap();
-    assert!(message().starts_with("cannot read "), "{}", message());
+    let error = load(folder.path()).unwrap_err();
+    assert!(error.to_string().starts_with("cannot read "), "{error}");
+    assert!(error.hint().unwrap().contains(".gguf"));
     let index = path("model.safetensors.index.json");
     std::fs::write(index, r#"{"weight_map": {"a": "../a.safetensors"}}"#).unwrap();
     assert!(message().ends_with("`../a.safetensors` is not a file name"));
