@@ -74,8 +74,12 @@ impl ChatTemplate {
             },
         );
         environment.add_filter("tojson", tojson);
+        // In Python None is not iterable, and templates guard `tools | length` with this test.
+        environment.add_test("iterable", |value: &Value| {
+            !value.is_none() && minijinja::tests::is_iterable(value)
+        });
         environment
-            .add_template_owned(NAME, without_generation_tags(source))
+            .add_template_owned(NAME, normalised(source))
             .map_err(|error| PolicyError::ChatTemplate(error.to_string()))?;
         Ok(Self {
             environment,
@@ -122,9 +126,12 @@ impl ChatTemplate {
 
 /// transformers' `{% generation %}` marks assistant text for its loss mask and prints its body; here the
 /// rollout says what was generated, so the tags become a block that always prints.
-fn without_generation_tags(source: &str) -> String {
+///
+/// Line ends become `\n`, as Jinja makes them.
+fn normalised(source: &str) -> String {
+    let source = source.replace("\r\n", "\n");
     let mut out = String::with_capacity(source.len());
-    let mut rest = source;
+    let mut rest = source.as_str();
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
         out.push_str(before);

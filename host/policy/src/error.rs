@@ -98,6 +98,12 @@ impl PolicyError {
     pub fn hint(&self) -> Option<String> {
         Some(match self {
             Self::Architecture { .. } => "Qwen2, Qwen3 and Llama decoders are supported".to_owned(),
+            // Everything this crate reads is part of a model.
+            Self::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                "a model is a Hugging Face folder (config.json, tokenizer.json, model.safetensors) \
+                 or a .gguf file"
+                    .to_owned()
+            }
             Self::Unsupported { feature, .. } => match feature {
                 Feature::QuantizedWeights | Feature::WeightType => {
                     "use the f32, bf16 or f16 weights, or a GGUF file".to_owned()

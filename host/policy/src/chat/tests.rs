@@ -85,3 +85,12 @@ fn a_bad_date_format_is_an_error_not_a_panic() {
     let error = render("{{ strftime_now('%!') }}").unwrap_err();
     assert!(error.to_string().contains("strftime_now(`%!`)"), "{error}");
 }
+
+#[test]
+fn line_ends_of_the_template_become_newlines() {
+    let messages = [json!({ "role": "user", "content": "x\r\ny" })];
+    let text = template("{% if true %}\r\na\r\n{% endif %}\r\n{{ messages[0].content }}")
+        .render(&messages, &ChatOptions::default())
+        .unwrap();
+    assert_eq!(text, "a\nx\r\ny");
+}

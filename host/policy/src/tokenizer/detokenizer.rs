@@ -28,6 +28,7 @@ impl Detokenizer {
         // An unfinished character decodes to U+FFFD for now; one that was really sampled waits with it.
         let certain = text.trim_end_matches(REPLACEMENT);
         let complete = certain.len() == text.len();
+        // `None` needs a decoder that takes back text, which no byte-level one does; then nothing is new.
         let new = certain.get(self.emitted..).unwrap_or_default().to_owned();
         self.emitted += new.len();
         if complete && !new.is_empty() {

@@ -193,3 +193,31 @@ fn prepend(id: u32, text: &str) -> Value {
         "special_tokens": { text: { "id": text, "ids": [id], "tokens": [text] } },
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use tokenizers::{
+        OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, PreTokenizerWrapper,
+    };
+
+    use super::*;
+
+    fn pieces(name: &str) -> String {
+        let json = Splitting::by_name(name).unwrap().pre_tokenizer();
+        let pre_tokenizer: PreTokenizerWrapper = serde_json::from_value(json).unwrap();
+        let mut text = PreTokenizedString::from("I'LL pay 12345\n\n  now");
+        pre_tokenizer.pre_tokenize(&mut text).unwrap();
+        let splits = text.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        let splits: Vec<&str> = splits.iter().map(|split| split.0).collect();
+        splits.join("|")
+    }
+
+    /// Worked by hand from the published expressions; Ġ is a space, Ċ a line end in byte-level spelling.
+    #[test]
+    fn text_is_cut_as_each_name_says() {
+        assert_eq!(pieces("llama-bpe"), "I|'LL|Ġpay|Ġ|123|45|ĊĊ|Ġ|Ġnow");
+        assert_eq!(pieces("qwen2"), "I|'LL|Ġpay|Ġ|1|2|3|4|5|ĊĊ|Ġ|Ġnow");
+        assert_eq!(pieces("smollm"), "I|'|LL|Ġpay|Ġ|1|2|3|4|5|ĊĊĠ|Ġnow");
+        assert_eq!(pieces("gpt-2"), "I|'|LL|Ġpay|Ġ12345|ĊĊĠ|Ġnow");
+    }
+}
