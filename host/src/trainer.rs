@@ -10,8 +10,8 @@ use crate::{
     evaluate::{EvalReport, EvalSettings, Judges, evaluate, samples_of},
     grpo::{
         advantage::{Advantages, advantages},
+        config::LossConfig,
         filter::{self, DynamicSampling, Refill},
-        loss::LossConfig,
     },
     policy::Policy,
     rollout::{Job, RolledOut, Rollouts, mix, roll},

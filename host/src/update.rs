@@ -8,7 +8,8 @@ use grpo_policy::{
 
 use crate::{
     grpo::{
-        loss::{LossConfig, LossInput, Normalisers, loss, loss_mask},
+        config::LossConfig,
+        loss::{LossInput, Normalisers, loss, loss_mask},
         stats::LossStats,
     },
     types::Completion,

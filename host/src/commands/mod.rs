@@ -44,7 +44,9 @@ fn config_over_defaults(
 
 /// Sizes the thread pool that all tensor work runs on.
 fn set_threads(threads: Option<u32>) -> anyhow::Result<()> {
-    Ok(threads.map_or(Ok(()), |n| grpo_policy::backend::cpu::set_threads(n as usize))?)
+    Ok(threads.map_or(Ok(()), |n| {
+        grpo_policy::backend::cpu::set_threads(n as usize)
+    })?)
 }
 
 /// This build computes on the CPU only.

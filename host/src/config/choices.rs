@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 pub use crate::grpo::{
     advantage::ScaleRewards,
-    loss::{Correction as ImportanceMode, KlEstimator, LossType},
+    config::{Correction as ImportanceMode, KlEstimator, LossType},
     schedule::Schedule as LrSchedule,
 };
 

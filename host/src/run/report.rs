@@ -14,7 +14,7 @@ const CHARTS: [(&str, &[&str]); 10] = [
     ("Reward", &["reward", "reward_std"]),
     (
         "Evaluation accuracy",
-        &["eval/accuracy_strict", "eval/accuracy_flexible"],
+        &["eval_accuracy_strict", "eval_accuracy_flexible"],
     ),
     (
         "Completion length (tokens)",

@@ -336,7 +336,7 @@ fn results_and_report() {
         metrics.append(step, &values(reward)).unwrap();
     }
     let extra = [
-        ("eval/accuracy_strict".to_owned(), json!(0.5)),
+        ("eval_accuracy_strict".to_owned(), json!(0.5)),
         ("nan".to_owned(), json!(null)),
     ];
     metrics.append(4, &extra.into_iter().collect()).unwrap();
