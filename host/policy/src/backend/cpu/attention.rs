@@ -227,7 +227,7 @@ impl KvHeadGradients {
                 #[inline(always)]
                 || {
                     let delta = dot_inline(g, o);
-                    for (p, ds) in p.iter_mut().zip(ds) {
+                    for (p, ds) in p.iter_mut().zip(ds.iter_mut()) {
                         // exp_inline clamps, so the mask's −∞ needs its own zero.
                         let value = exp_inline(*p - lse);
                         *p = if *p == f32::NEG_INFINITY { 0.0 } else { value };

@@ -311,7 +311,8 @@ impl Update {
             dispatch(
                 #[inline(always)]
                 || {
-                    for (((w, g), m), v) in w.iter_mut().zip(g).zip(m).zip(v) {
+                    let moments = m.iter_mut().zip(v.iter_mut());
+                    for ((w, g), (m, v)) in w.iter_mut().zip(g).zip(moments) {
                         let g = g * self.clip;
                         *m += (1.0 - self.beta1) * (g - *m);
                         *v += (1.0 - self.beta2) * (g * g - *v);

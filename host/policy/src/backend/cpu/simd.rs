@@ -2,7 +2,7 @@
 //!
 //! Reductions carry 16 partial sums, because the compiler may not reorder floating-point additions.
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::{Arch, NullaryFnOnce, Simd, WithSimd};
 
 const LANES: usize = 16;
 
@@ -54,18 +54,22 @@ pub(crate) fn exp_inline(x: f32) -> f32 {
     p * scale
 }
 
-/// Runs `f` compiled for the CPU's vector units; `f` must be a closure over `#[inline(always)]` code.
+/// Runs `f` compiled for the CPU's vector units; `f` must be a closure marked `#[inline(always)]` over
+/// code that is, too.
+///
+/// `FnMut`, because a closure is called through a shim where only `FnOnce` is asked for, and that shim is
+/// not inlined: the loop then stays compiled for the oldest CPU.
 #[inline(always)]
-pub(crate) fn dispatch<R>(f: impl FnOnce() -> R) -> R {
-    struct Closure<F>(F);
-    impl<R, F: FnOnce() -> R> WithSimd for Closure<F> {
+pub(crate) fn dispatch<R>(f: impl FnMut() -> R) -> R {
+    struct Inlined<F>(F);
+    impl<R, F: FnMut() -> R> NullaryFnOnce for Inlined<F> {
         type Output = R;
         #[inline(always)]
-        fn with_simd<S: Simd>(self, simd: S) -> R {
-            simd.vectorize(|| (self.0)())
+        fn call(mut self) -> R {
+            (self.0)()
         }
     }
-    Arch::new().dispatch(Closure(f))
+    Arch::new().dispatch(Inlined(f))
 }
 
 /// `y += x`.
