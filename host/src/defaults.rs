@@ -1,12 +1,70 @@
-//! What the binary carries so that it runs without any file: the shipped plugins.
+//! What the binary carries so that it runs without any file: the shipped plugins and the arithmetic
+//! task (`examples/arith`) with its tiny model and config.
+
+use grpo_policy::{
+    error::PolicyError,
+    weights::{self, LoadedModel},
+};
+
+use crate::{
+    config::{ConfigError, RawConfig},
+    data::{DataError, Dataset, LoadOptions, parse_jsonl},
+};
+
+/// The shipped components by name.
+pub const COMPONENTS: [(&str, &[u8]); 4] = [
+    (
+        "reward-math",
+        include_bytes!("../../plugins/dist/reward-math.wasm"),
+    ),
+    (
+        "reward-format",
+        include_bytes!("../../plugins/dist/reward-format.wasm"),
+    ),
+    (
+        "formatter-chat",
+        include_bytes!("../../plugins/dist/formatter-chat.wasm"),
+    ),
+    (
+        "curriculum-uniform",
+        include_bytes!("../../plugins/dist/curriculum-uniform.wasm"),
+    ),
+];
 
 /// The bytes of a shipped component by its name, or `None` if there is none of that name.
 pub fn component(name: &str) -> Option<&'static [u8]> {
-    Some(match name {
-        "reward-math" => include_bytes!("../../plugins/dist/reward-math.wasm"),
-        "reward-format" => include_bytes!("../../plugins/dist/reward-format.wasm"),
-        "formatter-chat" => include_bytes!("../../plugins/dist/formatter-chat.wasm"),
-        "curriculum-uniform" => include_bytes!("../../plugins/dist/curriculum-uniform.wasm"),
-        _ => return None,
-    })
+    COMPONENTS
+        .iter()
+        .find(|(shipped, _)| *shipped == name)
+        .map(|(_, bytes)| *bytes)
+}
+
+/// The arithmetic model: 0.8 M parameters, made by `sft` (see `examples/arith/README.md`).
+pub fn model() -> Result<LoadedModel, PolicyError> {
+    weights::from_bytes(
+        include_bytes!("../../examples/arith/model/config.json"),
+        include_bytes!("../../examples/arith/model/model.safetensors"),
+        include_bytes!("../../examples/arith/model/tokenizer.json"),
+        include_bytes!("../../examples/arith/model/tokenizer_config.json"),
+    )
+}
+
+/// The arithmetic problems to train on.
+pub fn train_rows() -> Result<Dataset, DataError> {
+    let text = include_str!("../../examples/arith/train.jsonl");
+    parse_jsonl(text, "embedded train.jsonl", &LoadOptions::default())
+}
+
+/// Arithmetic problems that are in no training data.
+pub fn heldout_rows() -> Result<Dataset, DataError> {
+    let text = include_str!("../../examples/arith/heldout.jsonl");
+    parse_jsonl(text, "embedded heldout.jsonl", &LoadOptions::default())
+}
+
+/// The config of the arithmetic run, under every other setting when no model is named.
+pub fn config() -> Result<RawConfig, ConfigError> {
+    RawConfig::from_yaml(
+        include_str!("../../examples/arith/run.yaml"),
+        "examples/arith/run.yaml",
+    )
 }

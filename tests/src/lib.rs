@@ -1,1 +1,1 @@
-
+//! End-to-end tests are in `tests/`; there is no code here.

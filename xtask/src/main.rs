@@ -1,6 +1,50 @@
-//! Stub while the crate is being laid out.
-mod plugins;
+//! `cargo xtask NAME`: the chores of this repository. Owns the dispatch only.
 
-fn main() -> anyhow::Result<()> {
-    plugins::run(std::env::args().any(|a| a == "--check"))
+mod plugins;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+
+const USAGE: &str = "\
+usage: cargo xtask <command>
+  test              everything CI runs: format, lints, plugins, tests
+  plugins [--check] build the shipped plugins into plugins/dist, or check that dist is up to date
+  tidy              the layering, size and naming rules alone";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> anyhow::Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match args[..] {
+        ["test"] => test::run(),
+        ["plugins"] => plugins::run(false),
+        ["plugins", "--check"] => plugins::run(true),
+        ["tidy"] => tidy(),
+        _ => bail!("unknown arguments {args:?}\n{USAGE}"),
+    }
+}
+
+fn tidy() -> anyhow::Result<()> {
+    let root = xtask::tidy::workspace_root();
+    let findings =
+        xtask::tidy::check(&root).with_context(|| format!("reading {}", root.display()))?;
+    for finding in &findings {
+        eprintln!("{finding}");
+    }
+    if !findings.is_empty() {
+        bail!("{} tidy findings", findings.len());
+    }
+    println!("tidy: nothing found");
+    Ok(())
 }

@@ -2,6 +2,40 @@
 
 use std::path::PathBuf;
 
+/// A property of a model that the decoder here does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Feature {
+    Adapter,
+    Activation,
+    GgufTokenizer,
+    MixtureOfExperts,
+    MlpBias,
+    PartialRotary,
+    PreTokenizer,
+    QuantizedWeights,
+    RopeScaling,
+    SlidingWindow,
+    WeightType,
+}
+
+impl std::fmt::Display for Feature {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Activation => "activation",
+            Self::Adapter => "adapter kind",
+            Self::GgufTokenizer => "GGUF tokenizer model",
+            Self::MixtureOfExperts => "mixture of experts",
+            Self::MlpBias => "MLP bias",
+            Self::PartialRotary => "partial rotary factor",
+            Self::PreTokenizer => "GGUF pre-tokenizer",
+            Self::QuantizedWeights => "quantized weights",
+            Self::RopeScaling => "RoPE scaling",
+            Self::SlidingWindow => "sliding-window attention",
+            Self::WeightType => "weight type",
+        })
+    }
+}
+
 /// What can go wrong between a model folder and a sampled token.
 #[derive(Debug, thiserror::Error)]
 pub enum PolicyError {
@@ -19,6 +53,10 @@ pub enum PolicyError {
     Malformed { path: PathBuf, reason: String },
     #[error("unsupported model architecture `{found}`")]
     Architecture { found: String },
+    #[error("the model needs {feature} `{found}`, which is not supported")]
+    Unsupported { feature: Feature, found: String },
+    #[error("{path} is a LoRA adapter of `{base}`, not a model")]
+    AdapterFolder { path: PathBuf, base: String },
     #[error("weight `{name}` is missing")]
     MissingWeight { name: String },
     #[error("weight `{name}` has shape {found:?}, expected {expected:?}")]
@@ -27,6 +65,8 @@ pub enum PolicyError {
         found: Vec<usize>,
         expected: Vec<usize>,
     },
+    #[error("weight `{name}` is not part of this architecture")]
+    UnexpectedWeight { name: String },
     #[error("no gradient reached `{name}`")]
     MissingGradient { name: String },
     #[error("gradient of `{name}` is not finite")]
@@ -35,6 +75,8 @@ pub enum PolicyError {
     Tokenizer(String),
     #[error("chat template: {0}")]
     ChatTemplate(String),
+    #[error("logits of the token at position {position} are not finite")]
+    NonFiniteLogits { position: usize },
     #[error("request {request}: {reason}")]
     Request { request: u64, reason: String },
     #[error(
@@ -55,14 +97,39 @@ impl PolicyError {
     /// What the reader can do about it, if there is something.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
-            Self::Architecture { .. } => {
-                "Qwen2, Qwen3 and Llama decoders are supported".to_owned()
+            Self::Architecture { .. } => "Qwen2, Qwen3 and Llama decoders are supported".to_owned(),
+            // Everything this crate reads is part of a model.
+            Self::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                "a model is a Hugging Face folder (config.json, tokenizer.json, model.safetensors) \
+                 or a .gguf file"
+                    .to_owned()
             }
-            Self::MissingWeight { .. } | Self::WeightShape { .. } => {
+            Self::Unsupported { feature, .. } => match feature {
+                Feature::QuantizedWeights | Feature::WeightType => {
+                    "use the f32, bf16 or f16 weights, or a GGUF file".to_owned()
+                }
+                Feature::GgufTokenizer | Feature::PreTokenizer => {
+                    "use the model's Hugging Face folder, which has a tokenizer.json".to_owned()
+                }
+                Feature::Adapter => "merge the adapter into its base model with PEFT".to_owned(),
+                _ => "Qwen2, Qwen3 and Llama decoders with full attention are supported".to_owned(),
+            },
+            Self::AdapterFolder { base, .. } => {
+                format!("pass the base model `{base}`, or merge the adapter into it first")
+            }
+            Self::MissingWeight { .. }
+            | Self::WeightShape { .. }
+            | Self::UnexpectedWeight { .. } => {
                 "the weights do not belong to this config.json; download the model again".to_owned()
             }
+            Self::ChatTemplate(_) => "let the formatter return text instead of messages".to_owned(),
             Self::KvExhausted { .. } => {
                 "lower max_completion_length or raise kv_cache_tokens".to_owned()
+            }
+            Self::NonFiniteLogits { .. } => {
+                "the weights have diverged: go back to an earlier checkpoint with a lower \
+                 learning_rate"
+                    .to_owned()
             }
             Self::NonFiniteGradient { .. } => {
                 "lower learning_rate, or set max_grad_norm".to_owned()

@@ -5,6 +5,7 @@ pub mod backend;
 pub mod chat;
 pub mod engine;
 pub mod error;
+mod gguf;
 pub mod spec;
 pub mod tokenizer;
 pub mod types;

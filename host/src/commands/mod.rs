@@ -1,3 +1,72 @@
-//! One file per subcommand.
+//! One file per subcommand; this one chooses, and holds what several of them begin with.
 
-pub mod bench_plugin;
+mod bench_plugin;
+mod doctor;
+mod eval;
+mod progress;
+mod results;
+mod rollout;
+mod sft;
+mod train;
+
+use crate::{
+    cli::{Command, Environment},
+    config::{ConfigError, Device, RawConfig, RunConfig},
+    defaults,
+};
+
+pub use train::Interrupted;
+
+/// Runs a command to its end. Results go to stdout, progress to stderr.
+pub fn run(command: Command, environment: &Environment) -> anyhow::Result<()> {
+    match command {
+        Command::Train(args) => train::run(&args, environment),
+        Command::Eval(args) => eval::run(&args, environment),
+        Command::Sft(args) => sft::run(&args, environment),
+        Command::Rollout(args) => rollout::run(&args, environment),
+        Command::Results(args) => results::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        other => anyhow::bail!("{other:?}: not built yet"),
+    }
+}
+
+/// Validates what `over` lays over the defaults: those of the arithmetic example while no model is
+/// named, plain ones otherwise.
+fn config_over_defaults(
+    over: impl Fn(RawConfig) -> Result<RawConfig, ConfigError>,
+) -> Result<RunConfig, ConfigError> {
+    let plain = over(RawConfig::default())?;
+    match plain.validate()?.input.model {
+        Some(_) => plain.validate(),
+        None => over(defaults::config()?)?.validate(),
+    }
+}
+
+/// Sizes the thread pool that all tensor work runs on.
+fn set_threads(threads: Option<u32>) -> anyhow::Result<()> {
+    Ok(threads.map_or(Ok(()), |n| {
+        grpo_policy::backend::cpu::set_threads(n as usize)
+    })?)
+}
+
+/// This build computes on the CPU only.
+fn require_cpu(device: Device) -> Result<(), NoSuchDevice> {
+    match device {
+        Device::Auto | Device::Cpu => Ok(()),
+        Device::Cuda(_) => Err(NoSuchDevice { device }),
+    }
+}
+
+/// A device that this build cannot use.
+#[derive(Debug, thiserror::Error)]
+#[error("device `{device}` cannot be used: this build computes on the CPU only")]
+pub struct NoSuchDevice {
+    device: Device,
+}
+
+impl NoSuchDevice {
+    /// What to ask for instead.
+    pub fn hint(&self) -> Option<String> {
+        Some("use --device cpu".to_owned())
+    }
+}

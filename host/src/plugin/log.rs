@@ -8,7 +8,7 @@ pub(super) const MAX_LINES: usize = 200;
 pub(super) const MAX_LINE_BYTES: usize = 2048;
 
 /// How important a guest says its line is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum LogLevel {
     Debug,
     Info,

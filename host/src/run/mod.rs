@@ -1,1 +1,134 @@
-//! Stub while the crate is being laid out.
+//! The run directory: `config.yaml metrics.jsonl rollouts/*.parquet checkpoints/step-N/ plugins.lock
+//! report.html`.
+//!
+//! Owns where things lie, that they are written whole or not at all, and what a resumed run throws away.
+//! Steps count from 1; `step-N` is the state after N steps. Weights are written by `grpo-policy` into
+//! the folder that a [`CheckpointWriter`] hands out.
+
+mod atomic;
+mod checkpoint;
+mod columns;
+mod error;
+mod lock;
+mod metrics;
+mod report;
+mod results;
+mod rollouts;
+mod svg;
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+pub use checkpoint::{Best, Checkpoint, CheckpointWriter, Keep, TrainState, checkpoints, latest};
+pub use error::RunError;
+pub use lock::{LockedPlugin, read_plugins_lock};
+pub use metrics::{MetricsWriter, read_metrics};
+pub use report::write_report;
+pub use results::{MetricRow, Summary, summarise};
+pub use rollouts::{Rollout, read_rollouts, rollout_files, write_rollouts};
+
+/// A run directory that this process writes to. Holds a lock on `config.yaml`, so that a second process
+/// cannot resume a run that is still going on; the kernel drops the lock with the process.
+#[derive(Debug)]
+pub struct RunDir {
+    root: PathBuf,
+    _lock: File,
+}
+
+/// A run taken up again.
+#[derive(Debug)]
+pub struct Resumed {
+    pub dir: RunDir,
+    /// Where to go on; `None` when the run was ended before its first checkpoint, so from step 0.
+    pub checkpoint: Option<Checkpoint>,
+}
+
+impl RunDir {
+    /// Makes the folder and writes `config.yaml`.
+    ///
+    /// # Errors
+    /// [`RunError::Exists`] when there is a run already: nothing is ever overwritten.
+    pub fn create(root: &Path, config_yaml: &str) -> Result<Self, RunError> {
+        let config = root.join("config.yaml");
+        if config.exists() {
+            return Err(RunError::Exists {
+                path: root.to_owned(),
+            });
+        }
+        for folder in ["rollouts", "checkpoints"] {
+            let path = root.join(folder);
+            fs::create_dir_all(&path).map_err(|source| RunError::Write { path, source })?;
+        }
+        atomic::write(&config, config_yaml.as_bytes())?;
+        Self::locked(root)
+    }
+
+    /// Takes a run up at its latest valid checkpoint and removes what lies after it: metric lines,
+    /// rollout files, damaged or half-written checkpoints, later plugin swaps.
+    pub fn resume(root: &Path) -> Result<Resumed, RunError> {
+        if !root.join("config.yaml").exists() {
+            return Err(RunError::NotARun {
+                path: root.to_owned(),
+            });
+        }
+        let dir = Self::locked(root)?;
+        let checkpoint = latest(root)?;
+        let step = checkpoint.as_ref().map_or(0, |c| c.state.step);
+        checkpoint::remove_after(root, step)?;
+        metrics::cut_after(root, step)?;
+        rollouts::remove_after(root, step)?;
+        lock::cut_after(root, step)?;
+        Ok(Resumed { dir, checkpoint })
+    }
+
+    fn locked(root: &Path) -> Result<Self, RunError> {
+        let path = root.join("config.yaml");
+        let fail = |source| RunError::Read {
+            path: path.clone(),
+            source,
+        };
+        let lock = File::open(&path).map_err(fail)?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Self {
+                root: root.to_owned(),
+                _lock: lock,
+            }),
+            Err(fs::TryLockError::WouldBlock) => Err(RunError::Locked {
+                path: root.to_owned(),
+            }),
+            Err(fs::TryLockError::Error(source)) => Err(fail(source)),
+        }
+    }
+
+    /// The folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Text of `config.yaml`.
+    pub fn config(&self) -> Result<String, RunError> {
+        let path = self.root.join("config.yaml");
+        fs::read_to_string(&path).map_err(|source| RunError::Read { path, source })
+    }
+
+    /// Opens `metrics.jsonl` for appending.
+    pub fn metrics(&self) -> Result<MetricsWriter, RunError> {
+        MetricsWriter::open(&self.root)
+    }
+
+    /// Writes `plugins.lock`: all components used so far, those swapped in later included.
+    pub fn write_plugins_lock(&self, plugins: &[LockedPlugin]) -> Result<(), RunError> {
+        lock::write(&self.root, plugins)
+    }
+
+    /// Starts a checkpoint of the state after `step` steps.
+    pub fn checkpoint(&self, step: u64) -> Result<CheckpointWriter, RunError> {
+        CheckpointWriter::begin(&self.root, step)
+    }
+}
+
+#[cfg(test)]
+#[path = "run_tests.rs"]
+mod tests;

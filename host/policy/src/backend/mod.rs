@@ -80,7 +80,8 @@ pub trait Backend {
     /// Makes the KV pool: `blocks` blocks of `block_size` tokens. Contents start undefined.
     fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError>;
 
-    /// Copies whole blocks, `(from, to)`: the private copy of a shared, partly filled block.
+    /// Copies whole blocks, `(from, to)`, in this order: the private copy of a shared, partly filled block.
+    /// A block copied from may be copied to later in the same list.
     fn copy_kv(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), PolicyError>;
 
     /// Runs all rows, writes their keys and values, and samples where asked. Returns one entry per row.

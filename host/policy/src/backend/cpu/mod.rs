@@ -1,1 +1,266 @@
-//! Stub.
+//! The CPU backend: f32, on candle's storage and `gemm`. The clear reference of every other device.
+//!
+//! Gradients are written by hand, layer by layer, instead of through candle's autograd: that one skips
+//! operations silently (`rms_norm`, `rope`, `softmax_last_dim`), differentiates frozen weights, and keeps
+//! every intermediate. Here a layer keeps its trace, or only its input when checkpointing.
+
+mod attention;
+mod build;
+mod decoder;
+mod head;
+mod kv;
+mod linear;
+mod mat;
+mod ops;
+mod params;
+mod simd;
+mod training;
+
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+
+use self::{
+    decoder::{Decoder, Pass as LayerPass},
+    kv::KvPool,
+    params::{AdamW, Grads, Params},
+    training::Saved,
+};
+use crate::{
+    backend::{Backend, BlockId, OptimStep, Pass, Sampled, StepRow},
+    engine::sampler,
+    error::PolicyError,
+    spec::ModelSpec,
+    types::{PackedBatch, TokenScores},
+    weights::LoraConfig,
+};
+
+/// Which weights train, and what the reference policy is.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Trainable {
+    /// Inference only.
+    Nothing,
+    /// Every weight. `keep_reference` copies the starting weights for [`Pass::Reference`].
+    Full { keep_reference: bool },
+    /// Adapters on a frozen base; the reference is the base.
+    Lora { config: LoraConfig, seed: u64 },
+}
+
+/// Sizes the pool of worker threads; once per process, before the first backend. Without it there is a
+/// thread per core.
+pub fn set_threads(threads: usize) -> Result<(), PolicyError> {
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|_already_sized| PolicyError::Misuse("the worker threads are running already"))
+}
+
+/// The policy in main memory.
+pub struct CpuBackend {
+    spec: ModelSpec,
+    decoder: Decoder,
+    params: Params,
+    reference: Option<Params>,
+    grads: Grads,
+    optimizer: AdamW,
+    kv: Option<KvPool>,
+    saved: Option<Saved>,
+    scratch: sampler::Scratch,
+    gradient_checkpointing: bool,
+}
+
+impl CpuBackend {
+    /// Takes the weights by their checkpoint names (see [`crate::weights`]).
+    ///
+    /// # Errors
+    /// A weight that is missing or has another shape than the spec says.
+    pub fn new(
+        spec: ModelSpec,
+        tensors: &BTreeMap<String, Tensor>,
+        trainable: &Trainable,
+        gradient_checkpointing: bool,
+    ) -> Result<Self, PolicyError> {
+        let (decoder, params) = build::build(&spec, tensors, trainable)?;
+        let full_copy = matches!(
+            trainable,
+            Trainable::Full {
+                keep_reference: true
+            }
+        );
+        Ok(Self {
+            reference: full_copy.then(|| params.clone()),
+            grads: Grads::new(&params),
+            optimizer: AdamW::default(),
+            kv: None,
+            saved: None,
+            scratch: sampler::Scratch::default(),
+            spec,
+            decoder,
+            params,
+            gradient_checkpointing,
+        })
+    }
+
+    /// Number of weights that train.
+    pub fn trainable_parameters(&self) -> usize {
+        self.params.trainable_count()
+    }
+
+    /// The base weights, as they are now; adapters are not merged in.
+    pub fn export_weights(&self) -> Result<BTreeMap<String, Tensor>, PolicyError> {
+        self.params.export(|p| !is_adapter(&p.name))
+    }
+
+    /// The LoRA matrices (`….lora_A.weight`, `….lora_B.weight`); empty without LoRA.
+    pub fn export_adapter(&self) -> Result<BTreeMap<String, Tensor>, PolicyError> {
+        self.params.export(|p| is_adapter(&p.name))
+    }
+
+    /// What trains: all weights, or the adapter. The content of a checkpoint.
+    pub fn export_trainable(&self) -> Result<BTreeMap<String, Tensor>, PolicyError> {
+        self.params.export(|p| p.trainable)
+    }
+
+    /// Overwrites weights by name; the KV cache of the old ones is the caller's to drop.
+    pub fn import(&mut self, tensors: &BTreeMap<String, Tensor>) -> Result<(), PolicyError> {
+        self.params.import(tensors)
+    }
+
+    /// Optimizer step count and moments.
+    pub fn export_optimizer(&self) -> Result<BTreeMap<String, Tensor>, PolicyError> {
+        self.optimizer.export(&self.params)
+    }
+
+    /// The inverse of [`CpuBackend::export_optimizer`].
+    pub fn import_optimizer(
+        &mut self,
+        tensors: &BTreeMap<String, Tensor>,
+    ) -> Result<(), PolicyError> {
+        self.optimizer.import(&self.params, tensors)
+    }
+
+    /// The reference weights of full fine-tuning where one is kept; `None` for LoRA, whose base is frozen.
+    pub fn export_reference(&self) -> Result<Option<BTreeMap<String, Tensor>>, PolicyError> {
+        let copy = self.reference.as_ref();
+        copy.map(|params| params.export(|_| true)).transpose()
+    }
+
+    /// Final hidden state of the last token of each row that samples, after filling the cache.
+    fn run_rows(&mut self, rows: &[StepRow<'_>]) -> Result<decoder_rows::Sampling, PolicyError> {
+        let kv = self
+            .kv
+            .as_mut()
+            .ok_or(PolicyError::Misuse("step before init_kv"))?;
+        let tokens = kv::tokens(rows);
+        let ids: Vec<u32> = rows.iter().flat_map(|r| r.tokens.iter().copied()).collect();
+        let positions: Vec<usize> = tokens.iter().map(|t| t.position).collect();
+        let pass = LayerPass {
+            decoder: &self.decoder,
+            params: &self.params,
+            positions: &positions,
+            adapters: true,
+        };
+        let mut x = self.decoder.embed(&self.params, &ids);
+        for (index, layer) in self.decoder.layers.iter().enumerate() {
+            let projected = layer.project(&pass, &x)?;
+            kv.write(index, &tokens, &projected.k, &projected.v);
+            let attended = kv.attend(index, &tokens, &projected.q);
+            let middle = layer.join(&pass, &x, &attended)?;
+            (_, _, x) = layer.mlp(&pass, &middle)?;
+        }
+        Ok(decoder_rows::sampling(rows, &x))
+    }
+}
+
+/// Picking the hidden states that are sampled from.
+mod decoder_rows {
+    use super::{StepRow, head, mat::Mat};
+
+    /// Rows that sample, and their last hidden states.
+    pub(super) struct Sampling {
+        pub(super) rows: Vec<usize>,
+        pub(super) hidden: Mat,
+    }
+
+    pub(super) fn sampling(rows: &[StepRow<'_>], x: &Mat) -> Sampling {
+        let mut end = 0;
+        let mut last = Vec::new();
+        let mut picked = Vec::new();
+        for (index, row) in rows.iter().enumerate() {
+            end += row.tokens.len();
+            if row.sample.is_some() {
+                picked.push(index);
+                last.push(end - 1);
+            }
+        }
+        Sampling {
+            rows: picked,
+            hidden: head::gather(x, last.into_iter()),
+        }
+    }
+}
+
+fn is_adapter(name: &str) -> bool {
+    name.ends_with(".lora_A.weight") || name.ends_with(".lora_B.weight")
+}
+
+impl Backend for CpuBackend {
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn kv_bytes_per_token(&self) -> usize {
+        let per_layer = 2 * self.spec.num_key_value_heads * self.spec.head_dim;
+        self.spec.num_hidden_layers * per_layer * size_of::<f32>()
+    }
+
+    fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError> {
+        let layers = self.spec.num_hidden_layers;
+        self.kv = Some(KvPool::new(self.decoder.heads, layers, blocks, block_size));
+        Ok(())
+    }
+
+    fn copy_kv(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), PolicyError> {
+        let kv = self
+            .kv
+            .as_mut()
+            .ok_or(PolicyError::Misuse("copy_kv before init_kv"))?;
+        kv.copy(copies);
+        Ok(())
+    }
+
+    fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Option<Sampled>>, PolicyError> {
+        let picked = self.run_rows(rows)?;
+        let mut out = vec![None; rows.len()];
+        if picked.rows.is_empty() {
+            return Ok(out);
+        }
+        let logits = self.decoder.head.logits(&self.params, &picked.hidden)?;
+        for (i, row) in picked.rows.iter().enumerate() {
+            if let Some(args) = &rows[*row].sample {
+                out[*row] = Some(sampler::sample(logits.row(i), args, &mut self.scratch)?);
+            }
+        }
+        Ok(out)
+    }
+
+    fn score(
+        &mut self,
+        batch: &PackedBatch,
+        temperature: f32,
+        pass: Pass,
+    ) -> Result<TokenScores, PolicyError> {
+        self.score_packed(batch, temperature, pass)
+    }
+
+    fn backward(&mut self, dlogp: &[f32]) -> Result<(), PolicyError> {
+        self.backward_packed(dlogp)
+    }
+
+    fn optimizer_step(&mut self, step: &OptimStep) -> Result<f64, PolicyError> {
+        self.optimizer.step(&mut self.params, &mut self.grads, step)
+    }
+}

@@ -1,0 +1,146 @@
+//! Scoring passes over packed batches and the backward pass through all layers.
+
+use super::{
+    CpuBackend,
+    decoder::{Pass as LayerPass, Trace},
+    head::{self, Scored},
+    mat::Mat,
+};
+use crate::{
+    backend::Pass,
+    error::PolicyError,
+    types::{PackedBatch, TokenScores},
+};
+
+/// What a [`Pass::Train`] leaves for `backward`.
+pub(super) struct Saved {
+    ids: Vec<u32>,
+    cu_seqlens: Vec<usize>,
+    positions: Vec<usize>,
+    /// Tokens whose hidden state predicts a scored token.
+    predictors: Vec<usize>,
+    scored: Scored,
+    /// Input of each layer, and its trace unless it is to be made again.
+    layers: Vec<(Mat, Option<Trace>)>,
+}
+
+impl CpuBackend {
+    pub(super) fn score_packed(
+        &mut self,
+        batch: &PackedBatch,
+        temperature: f32,
+        pass: Pass,
+    ) -> Result<TokenScores, PolicyError> {
+        check(
+            batch,
+            self.spec.vocab_size,
+            self.spec.max_position_embeddings,
+        )?;
+        let positions: Vec<usize> = batch
+            .cu_seqlens
+            .windows(2)
+            .flat_map(|w| 0..w[1] - w[0])
+            .collect();
+        let frozen = self.reference.as_ref().filter(|_| pass == Pass::Reference);
+        let params = frozen.unwrap_or(&self.params);
+        let layer_pass = LayerPass {
+            decoder: &self.decoder,
+            params,
+            positions: &positions,
+            adapters: pass != Pass::Reference,
+        };
+        let mut layers = Vec::new();
+        let mut x = self.decoder.embed(params, &batch.ids);
+        for layer in &self.decoder.layers {
+            let (out, trace) = layer.forward(&layer_pass, &batch.cu_seqlens, &x)?;
+            if pass == Pass::Train {
+                layers.push((x, (!self.gradient_checkpointing).then_some(trace)));
+            }
+            x = out;
+        }
+        let targets = (0..batch.ids.len()).filter(|t| batch.scored[*t]);
+        let predictors: Vec<usize> = targets.clone().map(|t| t - 1).collect();
+        let scored = Scored {
+            hidden: head::gather(&x, predictors.iter().copied()),
+            targets: targets.map(|t| batch.ids[t]).collect(),
+            temperature,
+        };
+        let scores = self.decoder.head.score(params, &scored)?;
+        if pass == Pass::Train {
+            let (ids, cu_seqlens) = (batch.ids.clone(), batch.cu_seqlens.clone());
+            self.saved = Some(Saved {
+                ids,
+                cu_seqlens,
+                positions,
+                predictors,
+                scored,
+                layers,
+            });
+        }
+        Ok(scores)
+    }
+
+    pub(super) fn backward_packed(&mut self, dlogp: &[f32]) -> Result<(), PolicyError> {
+        let saved = self.saved.take();
+        let saved = saved.ok_or(PolicyError::Misuse("backward without a training pass"))?;
+        if dlogp.len() != saved.predictors.len() {
+            return Err(PolicyError::Misuse(
+                "backward needs one coefficient per scored token",
+            ));
+        }
+        let Self {
+            decoder,
+            params,
+            grads,
+            ..
+        } = self;
+        let pass = LayerPass {
+            decoder,
+            params,
+            positions: &saved.positions,
+            adapters: true,
+        };
+        let dhidden = decoder.head.backward(params, &saved.scored, dlogp, grads)?;
+        let mut dx = Mat::zeros(saved.ids.len(), dhidden.cols);
+        head::scatter_add(&mut dx, saved.predictors.iter().copied(), &dhidden);
+        // By value and from the back, so that each trace is freed as soon as it has been used.
+        let layers = decoder.layers.iter().zip(saved.layers).rev();
+        for (layer, (x, trace)) in layers {
+            let trace = match trace {
+                Some(trace) => trace,
+                None => layer.forward(&pass, &saved.cu_seqlens, &x)?.1,
+            };
+            dx = layer.backward(&pass, (&x, &trace), &saved.cu_seqlens, dx, grads)?;
+        }
+        if params.trainable(decoder.embed_tokens) {
+            let slot = grads.slot(decoder.embed_tokens, params);
+            head::scatter_add(slot, saved.ids.iter().map(|id| *id as usize), &dx);
+        }
+        grads.check_complete(params)
+    }
+}
+
+fn check(batch: &PackedBatch, vocab: usize, longest: usize) -> Result<(), PolicyError> {
+    let total = batch.cu_seqlens.last().copied().unwrap_or(0);
+    let consistent = total == batch.ids.len() && batch.scored.len() == batch.ids.len();
+    if !consistent || batch.n_scored() == 0 {
+        return Err(PolicyError::Misuse(
+            "a packed batch needs scored tokens and matching lengths",
+        ));
+    }
+    if batch
+        .cu_seqlens
+        .windows(2)
+        .any(|w| w[1] - w[0] > longest || batch.scored[w[0]])
+    {
+        return Err(PolicyError::Misuse(
+            "a packed sequence is too long or scores its first token",
+        ));
+    }
+    if batch.ids.iter().any(|id| *id as usize >= vocab) {
+        return Err(PolicyError::Misuse(
+            "a packed batch has a token outside the vocabulary",
+        ));
+    }
+    Ok(())
+}

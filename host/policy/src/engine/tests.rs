@@ -1,0 +1,5 @@
+//! The engine against naive generation, on a backend whose answers depend on every key it can reach.
+
+mod cases;
+mod scripted;
+mod workload;

@@ -1,0 +1,148 @@
+//! An open GGUF file and typed access to its metadata. What the keys mean is known by those who ask:
+//! `spec` (shape), `weights` (tensors), `tokenizer` (vocabulary).
+
+use std::{
+    fs::File,
+    io::BufReader,
+    path::{Path, PathBuf},
+};
+
+use candle_core::{
+    Device, Tensor,
+    quantized::gguf_file::{Content, Value},
+};
+
+use crate::error::PolicyError;
+
+/// A GGUF file whose header has been read.
+pub(crate) struct Gguf {
+    pub(crate) path: PathBuf,
+    pub(crate) content: Content,
+    file: BufReader<File>,
+}
+
+impl Gguf {
+    pub(crate) fn open(path: &Path) -> Result<Self, PolicyError> {
+        let file = File::open(path).map_err(|source| PolicyError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let mut file = BufReader::with_capacity(1 << 20, file);
+        let content = Content::read(&mut file).map_err(|error| PolicyError::Malformed {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        })?;
+        Ok(Self {
+            path: path.to_owned(),
+            content,
+            file,
+        })
+    }
+
+    /// A tensor, dequantized to f32, dimensions in row-major order.
+    pub(crate) fn tensor(&mut self, name: &str) -> Result<Tensor, PolicyError> {
+        let device = Device::Cpu;
+        self.content
+            .tensor(&mut self.file, name, &device)
+            .and_then(|q| q.dequantize(&device))
+            .map_err(|error| self.malformed(format!("tensor `{name}`: {error}")))
+    }
+
+    pub(crate) fn malformed(&self, reason: String) -> PolicyError {
+        PolicyError::Malformed {
+            path: self.path.clone(),
+            reason,
+        }
+    }
+
+    /// An integer of any width; `None` when the key is absent.
+    pub(crate) fn integer(&self, key: &str) -> Result<Option<usize>, PolicyError> {
+        self.content
+            .metadata
+            .get(key)
+            .map(|value| {
+                unsigned(value).ok_or_else(|| self.malformed(format!("`{key}` is not a count")))
+            })
+            .transpose()
+    }
+
+    pub(crate) fn float(&self, key: &str) -> Result<Option<f64>, PolicyError> {
+        self.content
+            .metadata
+            .get(key)
+            .map(|value| match value {
+                // Shortest decimal that is this f32: 9.999999747378752e-6 in the file means 1e-5.
+                Value::F32(x) => x
+                    .to_string()
+                    .parse()
+                    .map_err(|error| self.malformed(format!("`{key}`: {error}"))),
+                Value::F64(x) => Ok(*x),
+                _ => Err(self.malformed(format!("`{key}` is not a float"))),
+            })
+            .transpose()
+    }
+
+    pub(crate) fn boolean(&self, key: &str) -> Result<Option<bool>, PolicyError> {
+        self.content
+            .metadata
+            .get(key)
+            .map(|value| match value {
+                Value::Bool(b) => Ok(*b),
+                _ => Err(self.malformed(format!("`{key}` is not a boolean"))),
+            })
+            .transpose()
+    }
+
+    pub(crate) fn text(&self, key: &str) -> Result<Option<&str>, PolicyError> {
+        self.content
+            .metadata
+            .get(key)
+            .map(|value| match value {
+                Value::String(s) => Ok(s.as_str()),
+                _ => Err(self.malformed(format!("`{key}` is not a string"))),
+            })
+            .transpose()
+    }
+
+    /// An array of strings; an error when the key is absent.
+    pub(crate) fn texts(&self, key: &str) -> Result<Vec<&str>, PolicyError> {
+        let Some(Value::Array(values)) = self.content.metadata.get(key) else {
+            return Err(self.malformed(format!("`{key}` is missing or not an array")));
+        };
+        values
+            .iter()
+            .map(|value| match value {
+                Value::String(s) => Ok(s.as_str()),
+                _ => Err(self.malformed(format!("`{key}` holds something else than strings"))),
+            })
+            .collect()
+    }
+
+    /// An array of integers; `None` when the key is absent.
+    pub(crate) fn integers(&self, key: &str) -> Result<Option<Vec<usize>>, PolicyError> {
+        match self.content.metadata.get(key) {
+            None => Ok(None),
+            Some(Value::Array(values)) => values
+                .iter()
+                .map(unsigned)
+                .collect::<Option<Vec<_>>>()
+                .map(Some)
+                .ok_or_else(|| self.malformed(format!("`{key}` holds something else than counts"))),
+            Some(_) => Err(self.malformed(format!("`{key}` is not an array"))),
+        }
+    }
+}
+
+fn unsigned(value: &Value) -> Option<usize> {
+    match value {
+        Value::U8(n) => Some((*n).into()),
+        Value::U16(n) => Some((*n).into()),
+        Value::U32(n) => usize::try_from(*n).ok(),
+        Value::U64(n) => usize::try_from(*n).ok(),
+        Value::I8(n) => usize::try_from(*n).ok(),
+        Value::I16(n) => usize::try_from(*n).ok(),
+        Value::I32(n) => usize::try_from(*n).ok(),
+        Value::I64(n) => usize::try_from(*n).ok(),
+        _ => None,
+    }
+}

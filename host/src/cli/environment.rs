@@ -1,0 +1,47 @@
+//! The environment variables the host knows, read once into a plain struct.
+
+use std::path::PathBuf;
+
+/// What the environment says. Names and meanings are Hugging Face's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Environment {
+    /// `HF_ENDPOINT`: the hub, without a slash at the end. `None`: the public one.
+    pub hf_endpoint: Option<String>,
+    /// `HF_TOKEN`: sent to the hub as bearer token.
+    pub hf_token: Option<String>,
+    /// `HF_HOME`, else `huggingface` in `XDG_CACHE_HOME` or `~/.cache`. `None` if there is no home.
+    pub hf_home: Option<PathBuf>,
+    /// `HF_HUB_OFFLINE` is `1`, `on`, `yes` or `true`: use the cache only.
+    pub hf_hub_offline: bool,
+}
+
+impl Environment {
+    /// Reads the process's environment.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one reader of the environment"
+    )]
+    pub fn read() -> Self {
+        Self::from_lookup(|name| std::env::var(name).ok())
+    }
+
+    /// Reads any environment. A variable that is empty counts as not set.
+    pub fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Self {
+        let get = |name| lookup(name).filter(|value| !value.is_empty());
+        let cache = || {
+            get("XDG_CACHE_HOME")
+                .map(PathBuf::from)
+                .or_else(|| get("HOME").map(|home| PathBuf::from(home).join(".cache")))
+        };
+        Self {
+            hf_endpoint: get("HF_ENDPOINT").map(|url| url.trim_end_matches('/').to_owned()),
+            hf_token: get("HF_TOKEN").map(|token| token.trim().to_owned()),
+            hf_home: get("HF_HOME")
+                .map(PathBuf::from)
+                .or_else(|| cache().map(|cache| cache.join("huggingface"))),
+            hf_hub_offline: get("HF_HUB_OFFLINE").is_some_and(|value| {
+                ["1", "on", "yes", "true"].contains(&value.to_ascii_lowercase().as_str())
+            }),
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! The command line, and the only reader of the environment.
+//!
+//! Owns flags and how they map to config keys. Commands get parsed arguments and an [`Environment`];
+//! what a command does is in `commands`.
+
+mod environment;
+mod plugin_arg;
+#[cfg(test)]
+mod tests;
+mod tools;
+mod training;
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{ConfigError, Device, PluginConfig, RawConfig};
+
+pub use environment::Environment;
+pub use plugin_arg::PluginArg;
+pub use tools::{
+    BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchTrainArgs, DoctorArgs, PluginCommand,
+    PluginFileArgs, ResultsArgs,
+};
+pub use training::{EvalArgs, RolloutArgs, SftArgs, TrainArgs};
+
+/// Trains language models with GRPO; rewards, prompt formats and curricula are WebAssembly plugins.
+///
+/// With no argument at all it trains a tiny built-in model on arithmetic.
+#[derive(Debug, Parser)]
+#[command(name = "grpo-host", version, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    train: TrainArgs,
+}
+
+impl Cli {
+    /// The command; `train` if none is named.
+    pub fn into_command(self) -> Command {
+        self.command.unwrap_or(Command::Train(self.train))
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a model with GRPO (the default command)
+    Train(TrainArgs),
+    /// Measure a model's accuracy on held-out rows
+    Eval(EvalArgs),
+    /// Train a model on prompt/answer rows
+    Sft(SftArgs),
+    /// Continue one prompt, without training
+    Rollout(RolloutArgs),
+    /// Summarise a run directory
+    Results(ResultsArgs),
+    /// Measure this machine's speed
+    #[command(subcommand, arg_required_else_help = false)]
+    Bench(BenchCommand),
+    /// Show what this build and machine can do
+    Doctor(DoctorArgs),
+    /// Look at plugin components
+    #[command(subcommand, arg_required_else_help = false)]
+    Plugin(PluginCommand),
+}
+
+impl Command {
+    /// What the command prints, and how.
+    pub fn output(&self) -> OutputArgs {
+        match self {
+            Self::Train(args) => args.output,
+            Self::Eval(args) => args.output,
+            Self::Sft(args) => args.output,
+            Self::Rollout(args) => args.output,
+            Self::Results(args) => args.output,
+            Self::Bench(BenchCommand::Rollout(args)) => args.output,
+            Self::Bench(BenchCommand::Train(args)) => args.output,
+            Self::Bench(BenchCommand::Plugin(args)) => args.output,
+            Self::Doctor(args) => args.output,
+            Self::Plugin(PluginCommand::Inspect(args)) => args.output,
+            Self::Plugin(PluginCommand::Check(args)) => args.output,
+        }
+    }
+}
+
+/// Flags of every command. Not clap's `global`: a flag before the subcommand would conflict with it.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct OutputArgs {
+    /// Print one JSON object as the last line of stdout
+    #[arg(long)]
+    pub json: bool,
+    /// Print results and errors only
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// Flags of every command that runs a model, each over a config key.
+#[derive(Args, Debug, Default)]
+pub struct ModelArgs {
+    /// YAML file of config keys; flags win over it
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Set any config key, the value in YAML; may be given several times
+    #[arg(long, value_name = "KEY=VALUE", value_parser = key_and_value)]
+    pub set: Vec<(String, String)>,
+    /// Model folder, GGUF file or hub id [default: the built-in model]
+    #[arg(long, value_name = "PATH|HUB-ID")]
+    pub model: Option<String>,
+    /// Branch, tag or commit of a hub model
+    #[arg(long, value_name = "REV")]
+    pub revision: Option<String>,
+    /// Where to run [default: auto]
+    #[arg(long, value_name = "auto|cpu|cuda:N")]
+    pub device: Option<Device>,
+    /// CPU threads [default: one per core]
+    #[arg(long, value_name = "N")]
+    pub threads: Option<u32>,
+    /// Source of every random choice
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+}
+
+impl ModelArgs {
+    /// `base`, then the config file, then these flags.
+    fn over(&self, mut base: RawConfig) -> Result<RawConfig, ConfigError> {
+        if let Some(path) = &self.config {
+            base.overlay(RawConfig::from_file(path)?);
+        }
+        for (key, value) in &self.set {
+            base.overlay(RawConfig::from_pair(key, value, "--set")?);
+        }
+        set(&mut base, "model", "--model", self.model.as_ref())?;
+        set(&mut base, "revision", "--revision", self.revision.as_ref())?;
+        set(&mut base, "device", "--device", self.device)?;
+        set(&mut base, "threads", "--threads", self.threads)?;
+        set(&mut base, "seed", "--seed", self.seed)?;
+        Ok(base)
+    }
+}
+
+fn key_and_value(text: &str) -> Result<(String, String), String> {
+    text.split_once('=')
+        .map(|(key, value)| (key.trim().to_owned(), value.to_owned()))
+        .ok_or_else(|| "no `=` between key and value".to_owned())
+}
+
+fn set<V: serde::Serialize>(
+    raw: &mut RawConfig,
+    key: &'static str,
+    flag: &'static str,
+    value: Option<V>,
+) -> Result<(), ConfigError> {
+    value.map_or(Ok(()), |value| raw.set(key, flag, value))
+}
+
+fn set_plugins(raw: &mut RawConfig, plugins: &[PluginArg]) -> Result<(), ConfigError> {
+    if plugins.is_empty() {
+        return Ok(());
+    }
+    let plugins: Vec<PluginConfig> = plugins.iter().map(PluginArg::config).collect();
+    raw.set("plugins", "--plugin", plugins)
+}

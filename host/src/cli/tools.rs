@@ -1,0 +1,101 @@
+//! Arguments of the commands that look and measure: `results`, `bench`, `doctor`, `plugin`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::{ModelArgs, OutputArgs, PluginArg};
+
+#[derive(Args, Debug)]
+pub struct ResultsArgs {
+    /// Run directory
+    #[arg(value_name = "RUN")]
+    pub run: PathBuf,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Tokens per second of sampling
+    Rollout(BenchRolloutArgs),
+    /// Time of one forward, backward and optimizer step
+    Train(BenchTrainArgs),
+    /// Time of one plugin call
+    Plugin(BenchPluginArgs),
+}
+
+#[derive(Args, Debug)]
+pub struct BenchRolloutArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Sequences decoded together
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch: u32,
+    /// Tokens of each prompt
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    pub prompt_tokens: u32,
+    /// Tokens of each completion
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub new_tokens: u32,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct BenchTrainArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Sequences of a step
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    pub batch: u32,
+    /// Tokens of each sequence
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(2..))]
+    pub tokens: u32,
+    /// Steps measured, after one to warm up
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    pub steps: u32,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct BenchPluginArgs {
+    /// Reward to call [default: the built-in one]
+    #[arg(long, value_name = "FILE|REF")]
+    pub plugin: Option<PluginArg>,
+    /// Samples of a call
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    pub samples: u32,
+    /// Bytes of each sample
+    #[arg(long, value_name = "N", default_value_t = 2500, value_parser = clap::value_parser!(u32).range(1..))]
+    pub bytes: u32,
+    /// Calls measured
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
+    pub calls: u32,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct DoctorArgs {
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PluginCommand {
+    /// Print a component's role, digest, imports and exports
+    Inspect(PluginFileArgs),
+    /// Load a component as a run would and call it once
+    Check(PluginFileArgs),
+}
+
+#[derive(Args, Debug)]
+pub struct PluginFileArgs {
+    /// Component file, or the name of a built-in plugin
+    #[arg(value_name = "FILE|REF")]
+    pub plugin: String,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}

@@ -1,0 +1,95 @@
+//! `grpo-host doctor`: what this build and machine can do. Changes nothing and asks no network.
+
+use serde_json::{Value, json};
+
+use crate::cli::DoctorArgs;
+
+/// Prints the facts, one a line, or as one JSON object.
+pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
+    let cores = std::thread::available_parallelism()?.get();
+    let simd = simd();
+    let memory = memory_mib();
+    if args.output.json {
+        let facts = json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "cores": cores,
+            "simd": simd,
+            "memory_total_mib": memory.map(|memory| memory.total),
+            "memory_available_mib": memory.map(|memory| memory.available),
+            "devices": ["cpu"],
+            "cuda": Value::Null,
+        });
+        println!("{facts}");
+        return Ok(());
+    }
+    println!("grpo-host {}", env!("CARGO_PKG_VERSION"));
+    println!("cpu      {cores} cores, {}", simd.join(" "));
+    match memory {
+        Some(Memory { total, available }) => {
+            println!("memory   {available} MiB available of {total} MiB");
+        }
+        None => println!("memory   unknown"),
+    }
+    println!("devices  cpu (this build has no CUDA)");
+    Ok(())
+}
+
+/// The instruction sets the CPU kernels make use of, those found here.
+fn simd() -> Vec<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    let sets = [
+        ("avx2", std::arch::is_x86_feature_detected!("avx2")),
+        ("fma", std::arch::is_x86_feature_detected!("fma")),
+        ("avx512f", std::arch::is_x86_feature_detected!("avx512f")),
+        (
+            "avx512bf16",
+            std::arch::is_x86_feature_detected!("avx512bf16"),
+        ),
+    ];
+    // NEON is part of the base instruction set of every other target supported.
+    #[cfg(not(target_arch = "x86_64"))]
+    let sets = [("neon", true)];
+    sets.iter()
+        .filter(|(_, found)| *found)
+        .map(|(name, _)| *name)
+        .collect()
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Memory {
+    total: u64,
+    available: u64,
+}
+
+/// Main memory in MiB; `None` where there is no `/proc/meminfo`.
+fn memory_mib() -> Option<Memory> {
+    parse_meminfo(&std::fs::read_to_string("/proc/meminfo").ok()?)
+}
+
+fn parse_meminfo(text: &str) -> Option<Memory> {
+    let field = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+        Some(kib / 1024)
+    };
+    Some(Memory {
+        total: field("MemTotal:")?,
+        available: field("MemAvailable:")?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn meminfo_is_read_in_mib() {
+        let text = "MemTotal:        8192000 kB\nMemFree:  1 kB\nMemAvailable:    2048 kB\n";
+        let memory = Memory {
+            total: 8000,
+            available: 2,
+        };
+        assert_eq!(parse_meminfo(text), Some(memory));
+        assert_eq!(parse_meminfo("MemTotal: 1 kB\n"), None);
+    }
+}

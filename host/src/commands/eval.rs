@@ -1,0 +1,86 @@
+//! `grpo-host eval`: accuracy and reward of a model on rows, greedy or pass@k.
+
+use anyhow::Context;
+use serde_json::json;
+
+use super::progress::{Bar, downloads};
+use crate::{
+    cli::{Environment, EvalArgs},
+    evaluate::{EvalReport, EvalSettings, Judges, evaluate},
+    policy::{Mode, Policy},
+    setup,
+};
+
+/// Evaluates, and prints a short table or one JSON object.
+pub fn run(args: &EvalArgs, environment: &Environment) -> anyhow::Result<()> {
+    let config = super::config_over_defaults(|base| args.over(base))?;
+    super::set_threads(config.hardware.threads)?;
+    super::require_cpu(config.hardware.device)?;
+    let mut on_download = downloads(args.output.quiet);
+    let plugins = setup::plugins(&config)?;
+    let rows = setup::eval_rows(&config, environment, &mut on_download)?
+        .context("no rows to evaluate on: give --data")?;
+    let model = setup::model(&config, environment, &mut on_download)?;
+    let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
+    let name = setup::model_name(&config);
+    let mut policy = Policy::new(model, name, Mode::Inference, false, capacity)?;
+    let judges = Judges {
+        formatter: &plugins.formatter,
+        rewards: &plugins.rewards,
+        math: &plugins.math,
+    };
+    let mut bar = Bar::new(rows.len() as u64, 0, args.output.quiet);
+    let settings = EvalSettings::of(&config);
+    let report = evaluate(&mut policy, &judges, &rows, &settings, &mut |p| {
+        bar.rollout(p)
+    })?;
+    bar.finish();
+    if args.output.json {
+        println!("{}", json_of(&report, settings.samples));
+    } else {
+        print!("{}", table(&report, settings.samples));
+    }
+    Ok(())
+}
+
+fn json_of(report: &EvalReport, samples: u32) -> serde_json::Value {
+    json!({
+        "accuracy_strict": report.accuracy_strict,
+        "accuracy_flexible": report.accuracy_flexible,
+        "n": report.n,
+        "samples": samples,
+        "pass_at_k": report.pass_at_k,
+        "reward": report.reward,
+        "skipped": report.skipped,
+        "mean_length": report.mean_length,
+        "too_long": report.too_long,
+    })
+}
+
+fn table(report: &EvalReport, samples: u32) -> String {
+    let percent = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{:.1} %", 100.0 * x));
+    let mut rows = vec![
+        ("rows", report.n.to_string()),
+        ("strict", percent(report.accuracy_strict)),
+        ("flexible", percent(report.accuracy_flexible)),
+    ];
+    if report.pass_at_k.is_some() {
+        rows.push((
+            "pass@k",
+            format!("{} (k = {samples})", percent(report.pass_at_k)),
+        ));
+    }
+    let reward = report.reward.map_or("–".to_owned(), |r| format!("{r:.3}"));
+    rows.push(("reward", reward));
+    rows.push(("length", format!("{:.1} tokens", report.mean_length)));
+    if report.skipped + report.too_long > 0 {
+        let text = format!(
+            "{} not scored, {} prompts too long",
+            report.skipped, report.too_long
+        );
+        rows.push(("left out", text));
+    }
+    rows.iter()
+        .map(|(name, value)| format!("{name:>9}  {value}\n"))
+        .collect()
+}

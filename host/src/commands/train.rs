@@ -1,0 +1,400 @@
+//! `grpo-host train`: opens or resumes the run directory, drives the trainer, keeps the record.
+
+use std::{path::PathBuf, time::Instant};
+
+use anyhow::Context;
+use serde_json::json;
+
+use super::progress::{Bar, downloads};
+use crate::{
+    cli::{Environment, TrainArgs},
+    config::{RawConfig, RunConfig},
+    evaluate::EvalReport,
+    interrupt::Interrupt,
+    policy::{Mode, Policy},
+    record,
+    run::{Keep, MetricsWriter, RunDir, TrainState, read_metrics, write_report},
+    setup,
+    trainer::{StepReport, Trainer},
+    types::PluginId,
+};
+
+/// Share of the steps whose mean reward is called the first and the last.
+const ENDS: u64 = 10;
+
+/// Trains, and prints a short table or one JSON object.
+pub fn run(args: &TrainArgs, environment: &Environment) -> anyhow::Result<()> {
+    let (config, dir, state) = open(args)?;
+    let interrupt = Interrupt::listen().context("cannot listen for Ctrl-C")?;
+    let quiet = args.output.quiet;
+    super::set_threads(config.hardware.threads)?;
+    super::require_cpu(config.hardware.device)?;
+    let mut run = Run::prepare(&config, dir, state, environment, quiet)?;
+    let outcome = run.train(&interrupt, quiet)?;
+    let summary = run.finish(&outcome)?;
+    if args.output.json {
+        println!("{}", summary.json());
+    } else {
+        print!("{}", summary.table());
+    }
+    match outcome.interrupted {
+        true => Err(Interrupted {
+            run_dir: run.dir.root().to_owned(),
+        }
+        .into()),
+        false => Ok(()),
+    }
+}
+
+/// The user stopped the run; nothing is lost.
+#[derive(Debug, thiserror::Error)]
+#[error("stopped on request; the state is in {}", run_dir.display())]
+pub struct Interrupted {
+    run_dir: PathBuf,
+}
+
+impl Interrupted {
+    /// How to go on.
+    pub fn hint(&self) -> Option<String> {
+        Some(format!(
+            "continue with `grpo-host --resume {}`",
+            self.run_dir.display()
+        ))
+    }
+}
+
+/// Config and directory of a new or a resumed run.
+fn open(args: &TrainArgs) -> anyhow::Result<(RunConfig, RunDir, Option<crate::run::Checkpoint>)> {
+    if let Some(root) = &args.resume {
+        let resumed = RunDir::resume(root)?;
+        let saved = RawConfig::from_yaml(&resumed.dir.config()?, &root.display().to_string())?;
+        let config = args.over(saved)?.validate()?;
+        return Ok((config, resumed.dir, resumed.checkpoint));
+    }
+    let config = super::config_over_defaults(|base| args.over(base))?;
+    let root = match &config.output.output_dir {
+        Some(root) => root.clone(),
+        None => new_run_folder()?,
+    };
+    let dir = RunDir::create(&root, &config.to_yaml()?)?;
+    Ok((config, dir, None))
+}
+
+/// `runs/N` with the first free number.
+fn new_run_folder() -> anyhow::Result<PathBuf> {
+    let free = |n: &u32| !PathBuf::from(format!("runs/{n:04}")).exists();
+    let number = (1..10_000).find(free).context("runs/ is full: 9999 runs")?;
+    Ok(PathBuf::from(format!("runs/{number:04}")))
+}
+
+/// A trainer with its record.
+struct Run<'a> {
+    trainer: Trainer<'a>,
+    dir: RunDir,
+    metrics: MetricsWriter,
+    started: Instant,
+    /// Wall time of earlier sessions.
+    wall_before: f64,
+    eval_before: Option<EvalReport>,
+    eval_last: Option<EvalReport>,
+}
+
+/// How the loop ended.
+struct Outcome {
+    interrupted: bool,
+    /// Out of patience before the last step.
+    stopped_early: bool,
+}
+
+impl<'a> Run<'a> {
+    fn prepare(
+        config: &'a RunConfig,
+        dir: RunDir,
+        checkpoint: Option<crate::run::Checkpoint>,
+        environment: &Environment,
+        quiet: bool,
+    ) -> anyhow::Result<Self> {
+        let mut on_download = downloads(quiet);
+        let plugins = setup::plugins(config)?;
+        check_lock(&dir, &plugins.locked)?;
+        let rows = setup::rows(config, environment, &mut on_download)?;
+        let model = setup::model(config, environment, &mut on_download)?;
+        let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
+        let checkpointing = config.training.gradient_checkpointing;
+        let mut policy = Policy::new(
+            model,
+            setup::model_name(config),
+            Mode::of(config),
+            checkpointing,
+            capacity,
+        )?;
+        let mut state = TrainState {
+            seed: config.training.seed,
+            ..TrainState::default()
+        };
+        if let Some(checkpoint) = checkpoint {
+            policy.load_checkpoint(&checkpoint.path)?;
+            state = checkpoint.state;
+        }
+        dir.write_plugins_lock(&plugins.locked)?;
+        Ok(Self {
+            metrics: dir.metrics()?,
+            wall_before: state.wall_s,
+            trainer: Trainer {
+                config,
+                policy,
+                plugins,
+                rows,
+                state,
+            },
+            dir,
+            started: Instant::now(),
+            eval_before: None,
+            eval_last: None,
+        })
+    }
+
+    fn train(&mut self, interrupt: &Interrupt, quiet: bool) -> anyhow::Result<Outcome> {
+        let config = self.trainer.config;
+        let last = config.training.max_steps;
+        let mut bar = Bar::new(last, self.trainer.state.step, quiet);
+        if self.trainer.state.step == 0 && config.eval.eval_on_start {
+            let eval = self.evaluate(&mut bar)?;
+            // A run that was ended before its first checkpoint has this line already.
+            if read_metrics(self.dir.root())?.is_empty() {
+                let mut line = record::Metrics::default();
+                line.add_eval(&eval);
+                self.metrics.append(0, &line.0)?;
+            }
+            self.eval_before = Some(eval);
+        }
+        while self.trainer.state.step < last && !interrupt.requested() {
+            let report = self.trainer.step(&mut |p| bar.rollout(p))?;
+            bar.step(&report);
+            self.record(report, &mut bar)?;
+            if self.trainer.out_of_patience() {
+                bar.finish();
+                return Ok(Outcome {
+                    interrupted: false,
+                    stopped_early: true,
+                });
+            }
+        }
+        bar.finish();
+        let interrupted = self.trainer.state.step < last;
+        Ok(Outcome {
+            interrupted,
+            stopped_early: false,
+        })
+    }
+
+    fn evaluate(&mut self, bar: &mut Bar) -> anyhow::Result<EvalReport> {
+        bar.say("evaluating");
+        let eval = self.trainer.evaluate(&mut |p| bar.rollout(p))?;
+        bar.eval(&eval);
+        Ok(eval)
+    }
+
+    /// Metrics, rollouts and whatever is due after this step. The metrics line comes after the
+    /// rollouts and before the checkpoint, so that a resumed run finds both or cuts both.
+    fn record(&mut self, report: StepReport, bar: &mut Bar) -> anyhow::Result<()> {
+        let (config, step) = (self.trainer.config, report.step);
+        let is_last = step == config.training.max_steps;
+        let every = |n: u64| n > 0 && step.is_multiple_of(n);
+        let mut line = record::metrics(&report, self.trainer.state.tokens);
+        for fault in &report.faults {
+            bar.warn(fault);
+        }
+        let rollouts = record::rollouts(report, &self.trainer.plugins.locked);
+        crate::run::write_rollouts(self.dir.root(), step, &rollouts)?;
+        if every(config.eval.eval_steps) || (is_last && config.eval.eval_on_end) {
+            let eval = self.evaluate(bar)?;
+            line.add_eval(&eval);
+            self.eval_last = Some(eval);
+        }
+        self.metrics.append(step, &line.0)?;
+        let improved = self
+            .trainer
+            .state
+            .best
+            .is_some_and(|best| best.step == step);
+        if every(config.output.save_steps) || is_last || improved {
+            self.checkpoint()?;
+        }
+        Ok(())
+    }
+
+    fn checkpoint(&mut self) -> anyhow::Result<()> {
+        let state = &mut self.trainer.state;
+        state.wall_s = self.wall_before + self.started.elapsed().as_secs_f64();
+        let writer = self.dir.checkpoint(state.step)?;
+        self.trainer.policy.save_checkpoint(writer.path())?;
+        let last = self.trainer.config.output.save_total_limit as usize;
+        writer.commit(&self.trainer.state, Keep { last, best: true })?;
+        self.metrics.sync()?;
+        Ok(())
+    }
+
+    fn finish(&mut self, outcome: &Outcome) -> anyhow::Result<Summary> {
+        let saved = crate::run::latest(self.dir.root())?;
+        if saved.is_none_or(|c| c.state.step < self.trainer.state.step) {
+            self.checkpoint()?;
+        }
+        write_report(self.dir.root())?;
+        if !outcome.interrupted {
+            self.trainer.policy.export(self.dir.root())?;
+        }
+        self.summary(outcome)
+    }
+
+    fn summary(&self, outcome: &Outcome) -> anyhow::Result<Summary> {
+        let lines = read_metrics(self.dir.root())?;
+        let rewards: Vec<f64> = lines
+            .iter()
+            .filter_map(|l| l.get("reward")?.as_f64())
+            .collect();
+        let edge = rewards.len().div_ceil(ENDS as usize).max(1);
+        let mean = |part: &[f64]| crate::evaluate::mean(part.iter().copied());
+        let state = &self.trainer.state;
+        let wall_s = self.wall_before + self.started.elapsed().as_secs_f64();
+        let accuracy = |eval: &Option<EvalReport>| eval.as_ref().and_then(EvalReport::headline);
+        Ok(Summary {
+            steps: state.step,
+            reward_first: mean(&rewards[..edge.min(rewards.len())]),
+            reward_last: mean(&rewards[rewards.len().saturating_sub(edge)..]),
+            eval_before: state.eval_before.or_else(|| accuracy(&self.eval_before)),
+            eval_after: accuracy(&self.eval_last),
+            eval_rows: self.trainer.rows.eval.len(),
+            best: state.best.map(|best| (best.step, best.accuracy)),
+            tokens_per_second: state.tokens as f64 / wall_s.max(1e-9),
+            wall_s,
+            run_dir: self.dir.root().to_owned(),
+            plugins: self
+                .trainer
+                .plugins
+                .locked
+                .iter()
+                .map(|l| l.id.clone())
+                .collect(),
+            stopped_early: outcome.stopped_early,
+        })
+    }
+}
+
+/// A resumed run must go on with the components it started with.
+fn check_lock(dir: &RunDir, loaded: &[crate::run::LockedPlugin]) -> anyhow::Result<()> {
+    let locked = crate::run::read_plugins_lock(dir.root())?;
+    for plugin in loaded {
+        let same = |l: &&crate::run::LockedPlugin| {
+            l.id.name == plugin.id.name && l.id.role == plugin.id.role
+        };
+        if let Some(before) = locked
+            .iter()
+            .find(same)
+            .filter(|l| l.id.digest != plugin.id.digest)
+        {
+            anyhow::bail!(
+                "plugin `{}` has changed since the run began: it is {} and was {}",
+                plugin.id.name,
+                plugin.id.digest,
+                before.id.digest
+            );
+        }
+    }
+    Ok(())
+}
+
+/// What a run comes to.
+struct Summary {
+    steps: u64,
+    /// Mean reward of the first and of the last tenth of the steps.
+    reward_first: Option<f64>,
+    reward_last: Option<f64>,
+    eval_before: Option<f64>,
+    eval_after: Option<f64>,
+    eval_rows: usize,
+    best: Option<(u64, f64)>,
+    tokens_per_second: f64,
+    wall_s: f64,
+    run_dir: PathBuf,
+    plugins: Vec<PluginId>,
+    stopped_early: bool,
+}
+
+impl Summary {
+    fn json(&self) -> serde_json::Value {
+        json!({
+            "steps": self.steps,
+            "reward_first": self.reward_first,
+            "reward_last": self.reward_last,
+            "eval_before": self.eval_before,
+            "eval_after": self.eval_after,
+            "tokens_per_second": self.tokens_per_second,
+            "wall_s": self.wall_s,
+            "run_dir": self.run_dir,
+            "plugins": self.plugins,
+            "stopped_early": self.stopped_early,
+        })
+    }
+
+    fn table(&self) -> String {
+        let number = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.3}"));
+        let percent =
+            |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{:.1} %", 100.0 * x));
+        let mut rows = vec![
+            (
+                "reward",
+                format!(
+                    "{} → {}",
+                    number(self.reward_first),
+                    number(self.reward_last)
+                ),
+            ),
+            (
+                "held-out",
+                format!(
+                    "{} → {}   ({} rows, greedy)",
+                    percent(self.eval_before),
+                    percent(self.eval_after),
+                    self.eval_rows
+                ),
+            ),
+            (
+                "steps",
+                self.steps.to_string()
+                    + if self.stopped_early {
+                        " (no further gain)"
+                    } else {
+                        ""
+                    },
+            ),
+            (
+                "speed",
+                format!(
+                    "{:.0} tokens/s, {:.1} s",
+                    self.tokens_per_second, self.wall_s
+                ),
+            ),
+        ];
+        if let Some((step, accuracy)) = self.best {
+            rows.push((
+                "best",
+                format!("{} at step {step}", percent(Some(accuracy))),
+            ));
+        }
+        for plugin in &self.plugins {
+            let role = format!("{:?}", plugin.role).to_lowercase();
+            rows.push((
+                "plugin",
+                format!("{role} {} {}", plugin.name, &plugin.digest[..19]),
+            ));
+        }
+        rows.push((
+            "run",
+            format!("{} (report.html, model/)", self.run_dir.display()),
+        ));
+        rows.iter()
+            .map(|(name, value)| format!("{name:>9}  {value}\n"))
+            .collect()
+    }
+}

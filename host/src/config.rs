@@ -1,1 +1,0 @@
-//! Stub while the crate is being laid out.

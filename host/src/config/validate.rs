@@ -1,0 +1,318 @@
+//! Unknown keys and ranges. Types are serde's work, defaults those of `sections`.
+
+use serde::Serialize;
+use serde_norway::{Mapping, Value};
+
+use super::{
+    ConfigError, Origin, RawConfig, RunConfig,
+    sections::{
+        GenerationConfig, ImportanceCorrection, LoraConfig, LossConfig, OptimizerConfig,
+        PluginConfig,
+    },
+};
+
+/// Keys of other trainers (or of our own flags) whose namesake here a spelling distance cannot find.
+const FOREIGN_KEYS: [(&str, &str); 10] = [
+    ("steps", "max_steps"),
+    ("out", "output_dir"),
+    ("num_train_epochs", "max_steps"),
+    ("model_name_or_path", "model"),
+    ("dataset_name", "data"),
+    ("per_device_train_batch_size", "micro_batch_tokens"),
+    ("generation_batch_size", "prompts_per_step"),
+    ("reward_weights", "plugins"),
+    (
+        "vllm_importance_sampling_mode",
+        "importance_correction: {mode: …}",
+    ),
+    (
+        "vllm_importance_sampling_clip_max",
+        "importance_correction: {max: …}",
+    ),
+];
+
+/// Least Jaro-Winkler similarity of a suggestion: `lerning_rate` passes, `foo` does not.
+const SIMILAR: f64 = 0.8;
+
+/// The keys a section reads, taken from its default so that they are written down once.
+pub(super) fn known_keys<T: Serialize + Default>() -> Vec<String> {
+    match serde_norway::to_value(T::default()) {
+        Ok(Value::Mapping(mapping)) => mapping
+            .keys()
+            .filter_map(|key| key.as_str().map(str::to_owned))
+            .collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// A config text under its name, to tell where a key stands.
+pub(super) struct Document<'a> {
+    pub(super) text: &'a str,
+    pub(super) name: &'a str,
+}
+
+impl Document<'_> {
+    /// Refuses keys no section reads, also inside the keys that hold a map of their own.
+    pub(super) fn refuse_unknown_keys(&self, mapping: &Mapping) -> Result<(), ConfigError> {
+        self.refuse_others(mapping, &[], &known_keys::<RunConfig>())?;
+        for (key, value) in mapping {
+            match (key.as_str(), value) {
+                (Some("lora"), Value::Mapping(inner)) => {
+                    self.refuse_others(inner, &["lora"], &known_keys::<LoraConfig>())?;
+                }
+                (Some(key @ "importance_correction"), Value::Mapping(inner)) => {
+                    self.refuse_others(inner, &[key], &known_keys::<ImportanceCorrection>())?;
+                }
+                (Some("plugins"), Value::Sequence(plugins)) => {
+                    for plugin in plugins.iter().filter_map(Value::as_mapping) {
+                        self.refuse_others(plugin, &["plugins"], &known_keys::<PluginConfig>())?;
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn refuse_others(
+        &self,
+        mapping: &Mapping,
+        parents: &[&str],
+        known: &[String],
+    ) -> Result<(), ConfigError> {
+        for key in mapping.keys() {
+            let text = match key {
+                Value::String(text) => text.clone(),
+                Value::Number(number) => number.to_string(),
+                Value::Bool(flag) => flag.to_string(),
+                other => format!("{other:?}"),
+            };
+            if key.is_string() && known.contains(&text) {
+                continue;
+            }
+            let path: Vec<&str> = parents.iter().copied().chain([text.as_str()]).collect();
+            return Err(ConfigError::UnknownKey {
+                origin: self.origin(&path),
+                nearest: nearest(&text, known),
+                key: path.join("."),
+            });
+        }
+        Ok(())
+    }
+
+    /// The line of `path`'s last key, looked for below the lines of the keys before it. Flow style
+    /// (`{a: 1}`) hides keys inside lines; those get no line.
+    pub(super) fn origin(&self, path: &[&str]) -> Origin {
+        let mut lines = self.text.lines().enumerate();
+        let mut found = None;
+        for (depth, key) in path.iter().enumerate() {
+            found = lines.find(|(_, line)| {
+                let line = match depth {
+                    0 => line,
+                    _ => line.trim_start_matches([' ', '-']),
+                };
+                line.trim_start_matches(['"', '\''])
+                    .strip_prefix(key)
+                    .is_some_and(|rest| rest.trim_start_matches(['"', '\'', ' ']).starts_with(':'))
+            });
+        }
+        Origin::File {
+            name: self.name.to_owned(),
+            line: found.map(|(index, _)| index + 1),
+        }
+    }
+}
+
+fn nearest(key: &str, known: &[String]) -> Option<String> {
+    if let Some((_, ours)) = FOREIGN_KEYS.iter().find(|(foreign, _)| *foreign == key) {
+        return Some((*ours).to_owned());
+    }
+    known
+        .iter()
+        .map(|known| (strsim::jaro_winkler(key, known), known))
+        .filter(|(similarity, _)| *similarity >= SIMILAR)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, known)| known.clone())
+}
+
+/// Checks values one by one and names where the first bad one was set.
+struct Ranges<'a> {
+    raw: &'a RawConfig,
+}
+
+impl Ranges<'_> {
+    fn check<V: ToString>(
+        &self,
+        key: &str,
+        value: V,
+        allowed: &'static str,
+        fits: bool,
+    ) -> Result<(), ConfigError> {
+        if fits {
+            return Ok(());
+        }
+        Err(ConfigError::OutOfRange {
+            key: key.to_owned(),
+            value: value.to_string(),
+            allowed,
+            origin: self.raw.origin(key),
+        })
+    }
+
+    fn positive(&self, key: &str, value: f64) -> Result<(), ConfigError> {
+        self.check(key, value, "a number > 0", value > 0.0 && value.is_finite())
+    }
+
+    fn not_negative(&self, key: &str, value: f64) -> Result<(), ConfigError> {
+        self.check(
+            key,
+            value,
+            "a number ≥ 0",
+            value >= 0.0 && value.is_finite(),
+        )
+    }
+
+    fn at_least_one(&self, key: &str, value: u32) -> Result<(), ConfigError> {
+        self.check(key, value, "1 or more", value >= 1)
+    }
+}
+
+/// Checks every range of a typed config. NaN fits no range.
+pub(super) fn ranges(config: &RunConfig, raw: &RawConfig) -> Result<(), ConfigError> {
+    let ranges = Ranges { raw };
+    plugins(&ranges, &config.plugins.plugins)?;
+    generation(&ranges, &config.generation)?;
+    loss(&ranges, &config.loss)?;
+    optimizer(&ranges, &config.optimizer)?;
+    run(&ranges, config)
+}
+
+fn plugins(ranges: &Ranges<'_>, plugins: &[PluginConfig]) -> Result<(), ConfigError> {
+    for (index, plugin) in plugins.iter().enumerate() {
+        ranges.check(
+            &format!("plugins[{index}].source"),
+            "empty",
+            "a component file or a built-in plugin's name",
+            !plugin.source.is_empty(),
+        )?;
+        ranges.check(
+            &format!("plugins[{index}].weight"),
+            plugin.weight,
+            "a finite number",
+            plugin.weight.is_finite(),
+        )?;
+    }
+    Ok(())
+}
+
+fn generation(ranges: &Ranges<'_>, config: &GenerationConfig) -> Result<(), ConfigError> {
+    ranges.check(
+        "num_generations",
+        config.num_generations,
+        "2 or more (one completion has nothing to be compared with)",
+        config.num_generations >= 2,
+    )?;
+    ranges.at_least_one("prompts_per_step", config.prompts_per_step)?;
+    ranges.positive("temperature", config.temperature)?;
+    ranges.check(
+        "top_p",
+        config.top_p,
+        "above 0, up to 1",
+        config.top_p > 0.0 && config.top_p <= 1.0,
+    )?;
+    ranges.check(
+        "min_p",
+        config.min_p,
+        "0 to 1",
+        (0.0..=1.0).contains(&config.min_p),
+    )?;
+    ranges.positive("repetition_penalty", config.repetition_penalty)?;
+    ranges.at_least_one("max_completion_length", config.max_completion_length)?;
+    if let Some(length) = config.max_prompt_length {
+        ranges.at_least_one("max_prompt_length", length)?;
+    }
+    let empty = config.stop.iter().any(String::is_empty);
+    ranges.check(
+        "stop",
+        "an empty string",
+        "texts of one character or more",
+        !empty,
+    )?;
+    if let Some(tokens) = config.kv_cache_tokens {
+        ranges.check("kv_cache_tokens", tokens, "1 or more", tokens >= 1)?;
+    }
+    ranges.at_least_one("max_batch_size", config.max_batch_size)
+}
+
+fn loss(ranges: &Ranges<'_>, config: &LossConfig) -> Result<(), ConfigError> {
+    ranges.not_negative("beta", config.beta)?;
+    ranges.check(
+        "epsilon",
+        config.epsilon,
+        "0 to 1",
+        (0.0..=1.0).contains(&config.epsilon),
+    )?;
+    if let Some(high) = config.epsilon_high {
+        ranges.not_negative("epsilon_high", high)?;
+    }
+    if let Some(delta) = config.delta {
+        let fits = delta > 1.0 && delta.is_finite();
+        ranges.check("delta", delta, "a number > 1, or null", fits)?;
+    }
+    ranges.positive(
+        "importance_correction.max",
+        config.importance_correction.max,
+    )?;
+    ranges.at_least_one("num_iterations", config.num_iterations)
+}
+
+fn optimizer(ranges: &Ranges<'_>, config: &OptimizerConfig) -> Result<(), ConfigError> {
+    ranges.positive("learning_rate", config.learning_rate)?;
+    ranges.not_negative("weight_decay", config.weight_decay)?;
+    for (key, beta) in [
+        ("adam_beta1", config.adam_beta1),
+        ("adam_beta2", config.adam_beta2),
+    ] {
+        ranges.check(key, beta, "0 or more, below 1", (0.0..1.0).contains(&beta))?;
+    }
+    ranges.positive("adam_epsilon", config.adam_epsilon)?;
+    ranges.not_negative("max_grad_norm", config.max_grad_norm)
+}
+
+fn run(ranges: &Ranges<'_>, config: &RunConfig) -> Result<(), ConfigError> {
+    let training = &config.training;
+    ranges.check(
+        "max_steps",
+        training.max_steps,
+        "1 or more",
+        training.max_steps >= 1,
+    )?;
+    ranges.at_least_one("micro_batch_tokens", training.micro_batch_tokens)?;
+    if let Some(lora) = &training.lora {
+        ranges.at_least_one("lora.r", lora.r)?;
+        ranges.positive("lora.alpha", lora.alpha)?;
+        ranges.check(
+            "lora.target_modules",
+            "empty",
+            "projection names, or all-linear",
+            !lora.target_modules.is_empty(),
+        )?;
+    }
+    ranges.at_least_one("eval_rows", config.eval.eval_rows)?;
+    ranges.at_least_one("eval_samples", config.eval.eval_samples)?;
+    if let Some(patience) = config.eval.early_stopping_patience {
+        ranges.at_least_one("early_stopping_patience", patience)?;
+    }
+    ranges.at_least_one("save_total_limit", config.output.save_total_limit)?;
+    let hardware = &config.hardware;
+    if let Some(threads) = hardware.threads {
+        ranges.at_least_one("threads", threads)?;
+    }
+    ranges.at_least_one("world_size", hardware.world_size)?;
+    ranges.check(
+        "rank",
+        hardware.rank,
+        "0 or more, below world_size",
+        hardware.rank < hardware.world_size,
+    )
+}

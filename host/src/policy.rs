@@ -1,0 +1,242 @@
+//! The policy of a run: weights on a device with their tokenizer and rollout engine, from whichever
+//! source the user named; and its files in a checkpoint folder. Knows no rewards and no rows.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use grpo_policy::{
+    backend::{
+        Backend,
+        cpu::{CpuBackend, Trainable},
+    },
+    chat::{ChatOptions, ChatTemplate},
+    engine::{Engine, EngineConfig, Progress},
+    tokenizer::Tokenizer,
+    types::{Completion, Request},
+    weights::{self, LoadedModel, LoraConfig, SaveType},
+};
+
+use crate::{
+    config::RunConfig,
+    types::{Message, PromptBody},
+};
+
+/// Tokens per KV block (vLLM's default).
+const BLOCK_SIZE: usize = 16;
+
+/// Most memory the KV pool takes when its size is not configured.
+const KV_BYTES: usize = 2 << 30;
+
+/// Prompt tokens run beside the decoding rows of one step.
+const PREFILL_TOKENS: usize = 512;
+
+/// What of a policy trains.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Mode {
+    Inference,
+    Full { keep_reference: bool },
+    Lora { config: LoraConfig, seed: u64 },
+}
+
+impl Mode {
+    /// As the config says; a reference copy is kept only when the loss needs one.
+    pub fn of(config: &RunConfig) -> Self {
+        match &config.training.lora {
+            None => Self::Full {
+                keep_reference: config.loss.beta > 0.0,
+            },
+            Some(lora) => Self::Lora {
+                config: LoraConfig {
+                    r: lora.r as usize,
+                    alpha: lora.alpha,
+                    targets: lora.target_modules.clone(),
+                },
+                seed: config.training.seed,
+            },
+        }
+    }
+
+    fn trainable(&self) -> Trainable {
+        match self {
+            Self::Inference => Trainable::Nothing,
+            Self::Full { keep_reference } => Trainable::Full {
+                keep_reference: *keep_reference,
+            },
+            Self::Lora { config, seed } => Trainable::Lora {
+                config: config.clone(),
+                seed: *seed,
+            },
+        }
+    }
+}
+
+/// Sizes of the rollout engine that a caller decides.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Capacity {
+    /// Most sequences decoded at once.
+    pub max_batch: usize,
+    /// Most tokens of prompt and completion together.
+    pub max_model_len: usize,
+    /// Tokens the KV pool holds; `None` fits all of `max_batch` up to 2 GiB.
+    pub kv_tokens: Option<usize>,
+}
+
+/// Weights, tokenizer and engine that belong together.
+pub struct Policy {
+    pub backend: CpuBackend,
+    pub tokenizer: Tokenizer,
+    engine: Engine,
+    chat: Option<ChatTemplate>,
+    mode: Mode,
+    /// Model path or hub id, for `adapter_config.json`.
+    source: String,
+}
+
+impl Policy {
+    /// Puts a loaded model onto the device and sizes the engine for it.
+    pub fn new(
+        model: LoadedModel,
+        source: &str,
+        mode: Mode,
+        gradient_checkpointing: bool,
+        capacity: Capacity,
+    ) -> anyhow::Result<Self> {
+        let LoadedModel {
+            spec,
+            tensors,
+            tokenizer,
+        } = model;
+        let max_model_len = capacity.max_model_len.min(spec.max_position_embeddings);
+        let backend = CpuBackend::new(spec, &tensors, &mode.trainable(), gradient_checkpointing)?;
+        let wanted = capacity.max_batch * max_model_len.next_multiple_of(BLOCK_SIZE);
+        let affordable = (KV_BYTES / backend.kv_bytes_per_token()).max(max_model_len + BLOCK_SIZE);
+        let kv_tokens = capacity.kv_tokens.unwrap_or(wanted.min(affordable));
+        let engine = Engine::new(EngineConfig {
+            block_size: BLOCK_SIZE,
+            kv_blocks: kv_tokens.div_ceil(BLOCK_SIZE),
+            max_batch: capacity.max_batch,
+            max_step_tokens: capacity.max_batch + PREFILL_TOKENS,
+            enable_prefix_cache: true,
+            max_model_len,
+        })?;
+        let chat = match tokenizer.chat_template_source() {
+            Some(_) => Some(tokenizer.chat_template()?),
+            None => None,
+        };
+        Ok(Self {
+            backend,
+            tokenizer,
+            engine,
+            chat,
+            mode,
+            source: source.to_owned(),
+        })
+    }
+
+    /// Longest sequence the engine takes, prompt included.
+    pub fn max_model_len(&self) -> usize {
+        self.engine.config().max_model_len
+    }
+
+    /// The prompt as the model sees it: text as is, messages through the model's chat template.
+    pub fn render(&self, body: &PromptBody) -> anyhow::Result<String> {
+        match body {
+            PromptBody::Text(text) => Ok(text.clone()),
+            PromptBody::Messages(messages) => self.render_messages(messages),
+        }
+    }
+
+    fn render_messages(&self, messages: &[Message]) -> anyhow::Result<String> {
+        let chat = self.chat.as_ref().with_context(|| {
+            format!(
+                "the formatter returned chat messages but model `{}` has no chat template",
+                self.source
+            )
+        })?;
+        let options = ChatOptions {
+            add_generation_prompt: true,
+            ..ChatOptions::default()
+        };
+        Ok(chat.render(messages, &options)?)
+    }
+
+    /// Runs all requests to their end.
+    pub fn generate(
+        &mut self,
+        requests: Vec<Request>,
+        on_progress: &mut dyn FnMut(Progress),
+    ) -> anyhow::Result<Vec<Completion>> {
+        let completions =
+            self.engine
+                .generate(&mut self.backend, &self.tokenizer, requests, on_progress)?;
+        Ok(completions)
+    }
+
+    /// Drops cached keys and values. Must follow every optimizer step: they belong to the old weights.
+    pub fn forget_kv(&mut self) {
+        self.engine.invalidate_prefix_cache();
+    }
+
+    /// Writes what trains and the optimizer into a checkpoint folder: a Hugging Face model folder
+    /// `model/` for full fine-tuning, a PEFT folder `adapter/` for LoRA, and `optimizer.safetensors`.
+    pub fn save_checkpoint(&self, folder: &Path) -> anyhow::Result<()> {
+        match &self.mode {
+            Mode::Lora { config, .. } => {
+                let adapter = make_folder(folder, "adapter")?;
+                let tensors = self.backend.export_adapter()?;
+                weights::save_adapter(&adapter, config, &self.source, &tensors)?;
+            }
+            Mode::Full { .. } | Mode::Inference => {
+                self.save_model(&make_folder(folder, "model")?)?;
+            }
+        }
+        let optimizer = self.backend.export_optimizer()?;
+        weights::write_safetensors(
+            &folder.join("optimizer.safetensors"),
+            &optimizer,
+            SaveType::F32,
+        )?;
+        Ok(())
+    }
+
+    /// The inverse of [`Policy::save_checkpoint`], onto the model that the run started from.
+    pub fn load_checkpoint(&mut self, folder: &Path) -> anyhow::Result<()> {
+        let trained = match self.mode {
+            Mode::Lora { .. } => weights::load_adapter(&folder.join("adapter"))?.tensors,
+            Mode::Full { .. } | Mode::Inference => weights::load(&folder.join("model"))?.tensors,
+        };
+        self.backend.import(&trained)?;
+        let optimizer = weights::read_safetensors(&folder.join("optimizer.safetensors"))?;
+        self.backend.import_optimizer(&optimizer)?;
+        self.forget_kv();
+        Ok(())
+    }
+
+    /// The deliverable of a run: `model/`, a folder transformers and vLLM load (adapters merged in),
+    /// and `adapter/` beside it for LoRA.
+    pub fn export(&self, folder: &Path) -> anyhow::Result<()> {
+        if let Mode::Lora { config, .. } = &self.mode {
+            let adapter = make_folder(folder, "adapter")?;
+            let tensors = self.backend.export_adapter()?;
+            weights::save_adapter(&adapter, config, &self.source, &tensors)?;
+        }
+        self.save_model(&make_folder(folder, "model")?)
+    }
+
+    fn save_model(&self, folder: &Path) -> anyhow::Result<()> {
+        let mut tensors = self.backend.export_weights()?;
+        if let Mode::Lora { config, .. } = &self.mode {
+            tensors = weights::merge(&tensors, &self.backend.export_adapter()?, config)?;
+        }
+        let spec = self.backend.spec();
+        weights::save_model(folder, spec, &tensors, &self.tokenizer, SaveType::F32)?;
+        Ok(())
+    }
+}
+
+fn make_folder(parent: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let folder = parent.join(name);
+    std::fs::create_dir_all(&folder)
+        .with_context(|| format!("cannot create {}", folder.display()))?;
+    Ok(folder)
+}

@@ -1,0 +1,310 @@
+//! From a validated config to the parts of a run: model, rows, plugins. The only place that decides
+//! what a name on the command line stands for (embedded, file, hub).
+
+use std::{path::Path, sync::Arc};
+
+use anyhow::Context;
+use grpo_policy::weights::{self, LoadedModel};
+use serde_json::Value;
+
+use crate::{
+    cli::Environment,
+    config::{GenerationConfig, PluginConfig, RunConfig},
+    data::{Dataset, HubDataset, LoadOptions, Source, load, load_hub},
+    defaults,
+    hub::{Hub, HubConfig, Progress, Repo},
+    plugin::{
+        CurriculumPlugin, FormatterPlugin, Limits, LogLevel, Plugin, PluginHost, RewardPlugin,
+        RewardSet, Weighted,
+    },
+    policy::Capacity,
+    run::LockedPlugin,
+    types::{Role, Row},
+};
+
+/// Name under which the tiny arithmetic model stands in configs and adapters.
+pub const EMBEDDED: &str = "embedded";
+
+/// Called while something is downloaded.
+pub type OnDownload<'a> = &'a mut dyn FnMut(Progress<'_>);
+
+/// Loads the model a config names: a folder, a GGUF file, a hub id, or the embedded one.
+pub fn model(
+    config: &RunConfig,
+    environment: &Environment,
+    on_download: OnDownload<'_>,
+) -> anyhow::Result<LoadedModel> {
+    let Some(name) = config.input.model.as_deref().filter(|m| *m != EMBEDDED) else {
+        return Ok(defaults::model()?);
+    };
+    let path = match Source::parse(name) {
+        Source::Path(path) => path,
+        Source::Hub { id, revision } => {
+            let revision = revision.unwrap_or_else(|| config.input.revision.clone());
+            hub(environment)?.model(&Repo::model(&id).at(&revision), on_download)?
+        }
+    };
+    weights::load(&path).with_context(|| format!("model `{name}`"))
+}
+
+/// The model's name for messages and adapters.
+pub fn model_name(config: &RunConfig) -> &str {
+    config.input.model.as_deref().unwrap_or(EMBEDDED)
+}
+
+/// Engine sizes for a model with a context of `context` tokens.
+pub fn capacity(config: &GenerationConfig, context: usize) -> Capacity {
+    let completion = config.max_completion_length as usize;
+    // Without a limit a prompt may be as long as what is left of the context, within reason: the KV pool
+    // is sized for the longest sequence.
+    let prompt = config.max_prompt_length.map_or(4096, |n| n as usize);
+    Capacity {
+        max_batch: config.max_batch_size as usize,
+        max_model_len: (prompt + completion).min(context),
+        kv_tokens: config.kv_cache_tokens.map(|n| n as usize),
+    }
+}
+
+/// Training rows and held-out rows.
+pub struct Rows {
+    pub train: Dataset,
+    /// At most `eval_rows`; empty when evaluation is off.
+    pub eval: Vec<Row>,
+}
+
+/// Loads the rows a config names. Without `eval_data`, held-out rows are split off the training rows.
+pub fn rows(
+    config: &RunConfig,
+    environment: &Environment,
+    on_download: OnDownload<'_>,
+) -> anyhow::Result<Rows> {
+    let wanted = config.eval.eval_rows as usize;
+    let train = match config.input.data.as_deref() {
+        None => defaults::train_rows()?,
+        Some(name) => dataset(
+            name,
+            &config.input.data_split,
+            config,
+            environment,
+            on_download,
+        )?,
+    };
+    if let Some(eval) = eval_rows(config, environment, on_download)? {
+        return Ok(Rows { train, eval });
+    }
+    let (train, eval) = train.split(wanted, config.training.seed)?;
+    Ok(Rows {
+        train,
+        eval: eval.rows,
+    })
+}
+
+/// The held-out rows a config names itself, or `None` when they must come off the training rows.
+pub fn eval_rows(
+    config: &RunConfig,
+    environment: &Environment,
+    on_download: OnDownload<'_>,
+) -> anyhow::Result<Option<Vec<Row>>> {
+    let mut eval = match (
+        config.input.eval_data.as_deref(),
+        config.input.data.as_deref(),
+    ) {
+        (Some(name), _) => dataset(
+            name,
+            &config.input.eval_data_split,
+            config,
+            environment,
+            on_download,
+        )?,
+        (None, None) => defaults::heldout_rows()?,
+        (None, Some(_)) => return Ok(None),
+    };
+    eval.rows.truncate(config.eval.eval_rows as usize);
+    Ok(Some(eval.rows))
+}
+
+/// Loads one dataset: file, folder or hub id.
+pub fn dataset(
+    name: &str,
+    split: &str,
+    config: &RunConfig,
+    environment: &Environment,
+    on_download: OnDownload<'_>,
+) -> anyhow::Result<Dataset> {
+    let options = LoadOptions {
+        rename: config.input.columns.clone(),
+        ..LoadOptions::default()
+    };
+    Ok(match Source::parse(name) {
+        Source::Path(path) => load(&path, &options)?,
+        Source::Hub { id, revision } => {
+            let repo = Repo::dataset(&id).at(revision.as_deref().unwrap_or("main"));
+            let wanted = HubDataset {
+                repo,
+                subset: None,
+                split: split.to_owned(),
+            };
+            load_hub(&hub(environment)?, &wanted, &options, on_download)?
+        }
+    })
+}
+
+fn hub(environment: &Environment) -> anyhow::Result<Hub> {
+    let home = environment
+        .hf_home
+        .as_ref()
+        .context("no folder for downloads: neither HF_HOME nor XDG_CACHE_HOME nor HOME is set")?;
+    let mut config = HubConfig::new(home.join("hub"));
+    if let Some(endpoint) = &environment.hf_endpoint {
+        config.endpoint.clone_from(endpoint);
+    }
+    config.token.clone_from(&environment.hf_token);
+    config.offline = environment.hf_hub_offline;
+    Ok(Hub::new(&config)?)
+}
+
+/// The plugins of a run in their roles.
+pub struct Plugins {
+    pub formatter: FormatterPlugin,
+    pub rewards: RewardSet,
+    pub curriculum: CurriculumPlugin,
+    /// Judges the accuracy of evaluations, whatever the rewards are.
+    pub math: RewardPlugin,
+    /// For `plugins.lock`; without `math`, which touches no training sample.
+    pub locked: Vec<LockedPlugin>,
+}
+
+/// Loads the configured components. Roles that none of them plays go to the shipped plugins:
+/// `reward-math`, `formatter-chat`, `curriculum-uniform`.
+pub fn plugins(config: &RunConfig) -> anyhow::Result<Plugins> {
+    let host = PluginHost::new(Arc::new(|line| {
+        // Guests may log at any moment, also while a progress bar is drawn; `suspend`-free plain lines
+        // on stderr are what every terminal copes with.
+        if line.level >= LogLevel::Info {
+            eprintln!("[{}] {:?}: {}", line.plugin, line.level, line.text);
+        }
+    }))?;
+    let mut slots = Slots::default();
+    for plugin in &config.plugins.plugins {
+        slots.add(&host, plugin)?;
+    }
+    for (role, name) in [
+        (Role::Formatter, "formatter-chat"),
+        (Role::Reward, "reward-math"),
+        (Role::Curriculum, "curriculum-uniform"),
+    ] {
+        if !slots.locked.iter().any(|l| l.id.role == role) {
+            let source = name.to_owned();
+            slots.add(
+                &host,
+                &PluginConfig {
+                    source,
+                    ..PluginConfig::default()
+                },
+            )?;
+        }
+    }
+    let math = PluginConfig {
+        source: "reward-math".to_owned(),
+        ..PluginConfig::default()
+    };
+    let Plugin::Reward(math) = load_plugin(&host, &math)? else {
+        anyhow::bail!("the shipped reward-math is not a reward");
+    };
+    Ok(Plugins {
+        formatter: slots.formatter.context("no formatter was loaded")?,
+        rewards: RewardSet::new(slots.rewards)?,
+        curriculum: slots.curriculum.context("no curriculum was loaded")?,
+        math,
+        locked: slots.locked,
+    })
+}
+
+#[derive(Default)]
+struct Slots {
+    formatter: Option<FormatterPlugin>,
+    rewards: Vec<Weighted>,
+    curriculum: Option<CurriculumPlugin>,
+    locked: Vec<LockedPlugin>,
+}
+
+impl Slots {
+    fn add(&mut self, host: &PluginHost, config: &PluginConfig) -> anyhow::Result<()> {
+        let plugin = load_plugin(host, config)?;
+        let id = plugin.id().clone();
+        let taken = match (&plugin, &self.formatter, &self.curriculum) {
+            (Plugin::Formatter(_), Some(other), _) => Some(other.id().name.clone()),
+            (Plugin::Curriculum(_), _, Some(other)) => Some(other.id().name.clone()),
+            _ => None,
+        };
+        if let Some(other) = taken {
+            anyhow::bail!(
+                "`{}` and `{other}` are both a {:?}; a run has one",
+                id.name,
+                id.role
+            );
+        }
+        let weight = matches!(plugin, Plugin::Reward(_)).then_some(config.weight);
+        let source = config.source.clone();
+        self.locked.push(LockedPlugin {
+            id,
+            source,
+            weight,
+            since_step: 1,
+        });
+        match plugin {
+            Plugin::Formatter(formatter) => self.formatter = Some(formatter),
+            Plugin::Curriculum(curriculum) => self.curriculum = Some(curriculum),
+            Plugin::Reward(reward) => {
+                self.rewards.push(Weighted {
+                    reward,
+                    weight: config.weight,
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Loads one component: a shipped one by its name, or a file.
+pub fn load_plugin(host: &PluginHost, config: &PluginConfig) -> anyhow::Result<Plugin> {
+    let (name, bytes) = component(&config.source)?;
+    let limits: Limits = serde_json::from_value(Value::Object(config.limits.clone()))
+        .with_context(|| format!("limits of plugin `{name}`"))?;
+    let settings = Value::Object(config.config.clone());
+    Ok(host.load(&name, &bytes, &settings, &limits)?)
+}
+
+/// Name and bytes of a component.
+pub fn component(source: &str) -> anyhow::Result<(String, Vec<u8>)> {
+    let path = Path::new(source);
+    if let Some(bytes) = defaults::component(source).filter(|_| !path.exists()) {
+        return Ok((source.to_owned(), bytes.to_vec()));
+    }
+    let bytes = std::fs::read(path).map_err(|error| MissingPlugin {
+        source_name: source.to_owned(),
+        error,
+    })?;
+    let name = path
+        .file_stem()
+        .map_or(source.into(), |stem| stem.to_string_lossy());
+    Ok((name.into_owned(), bytes))
+}
+
+/// A plugin file that cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot read plugin `{source_name}`: {error}")]
+pub struct MissingPlugin {
+    source_name: String,
+    error: std::io::Error,
+}
+
+impl MissingPlugin {
+    /// The shipped plugins by name.
+    pub fn hint(&self) -> Option<String> {
+        let names = defaults::COMPONENTS.map(|(name, _)| name).join(", ");
+        Some(format!(
+            "give the path of a .wasm component, or one of {names}"
+        ))
+    }
+}

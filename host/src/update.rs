@@ -1,0 +1,204 @@
+//! Steps 9 to 11 of the loop: pack sequences into micro-batches, score them, ask the loss for ∂L/∂logp,
+//! propagate, step the optimizer. Knows tokens and advantages, not texts or rewards.
+
+use grpo_policy::{
+    backend::{Backend, OptimStep, Pass},
+    types::{Finish, PackedBatch},
+};
+
+use crate::{
+    grpo::{
+        config::LossConfig,
+        loss::{LossInput, Normalisers, loss, loss_mask},
+        stats::LossStats,
+    },
+    types::Completion,
+};
+
+/// One completion as the update sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Sequence<'a> {
+    pub prompt_ids: &'a [u32],
+    pub completion: &'a Completion,
+    pub advantage: f64,
+}
+
+/// What stays the same over the updates of a run.
+#[derive(Clone, Debug)]
+pub struct UpdateConfig {
+    pub loss: LossConfig,
+    /// Most tokens packed into one forward pass; a longer sequence goes alone.
+    pub micro_batch_tokens: usize,
+    /// Optimizer steps on each batch of rollouts (μ of the paper).
+    pub num_iterations: u32,
+    /// Score the rollouts once more instead of taking the engine's log-probs as `old`.
+    pub recompute_old_logprobs: bool,
+    pub temperature: f32,
+    pub max_completion_length: usize,
+}
+
+/// What an update did.
+#[derive(Clone, Debug, Default)]
+pub struct UpdateReport {
+    /// Loss of the last iteration.
+    pub loss: f64,
+    /// Gradient norm before clipping, of the last iteration.
+    pub grad_norm: f64,
+    /// Of all iterations.
+    pub stats: LossStats,
+    /// Prompt and completion tokens through the training pass.
+    pub tokens: usize,
+}
+
+/// A run of sequences that are scored together, with the per-token inputs of the loss.
+struct MicroBatch {
+    packed: PackedBatch,
+    offsets: Vec<usize>,
+    old: Vec<f32>,
+    behaviour: Vec<f32>,
+    reference: Option<Vec<f32>>,
+    advantages: Vec<f64>,
+    mask: Vec<bool>,
+}
+
+/// Trains on the sequences, `num_iterations` optimizer steps.
+///
+/// A sequence whose advantage is 0 has a gradient of exactly 0 while there is no KL term. It counts in
+/// the normalisers but is not run, which is what makes late training, when most groups are solved, cheap.
+/// Without anything to run the weights stay as they are.
+///
+/// # Errors
+/// A loss or gradient that is not finite; the weights are then as before the failing step.
+pub fn update(
+    backend: &mut impl Backend,
+    sequences: &[Sequence<'_>],
+    config: &UpdateConfig,
+    optimizer: &OptimStep,
+) -> anyhow::Result<UpdateReport> {
+    let normalisers = normalisers(sequences, config);
+    let teaches = |s: &&Sequence<'_>| s.advantage != 0.0 || config.loss.beta > 0.0;
+    let taught: Vec<Sequence<'_>> = sequences.iter().filter(teaches).copied().collect();
+    let mut batches: Vec<MicroBatch> = split(&taught, config.micro_batch_tokens)
+        .map(|part| MicroBatch::new(part, &config.loss))
+        .filter(|batch| batch.mask.contains(&true))
+        .collect();
+    let mut report = UpdateReport::default();
+    if batches.is_empty() {
+        return Ok(report);
+    }
+    for batch in &mut batches {
+        batch.score_fixed(backend, config)?;
+    }
+    for _ in 0..config.num_iterations {
+        report.loss = 0.0;
+        for batch in &batches {
+            let (value, stats) = batch.accumulate(backend, config, &normalisers)?;
+            report.loss += value;
+            report.stats.merge(&stats);
+            report.tokens += batch.packed.ids.len();
+        }
+        report.grad_norm = backend.optimizer_step(optimizer)?;
+    }
+    Ok(report)
+}
+
+fn normalisers(sequences: &[Sequence<'_>], config: &UpdateConfig) -> Normalisers {
+    let lengths = sequences.iter().map(|s| s.completion.tokens.len());
+    let offsets: Vec<usize> = std::iter::once(0)
+        .chain(lengths.scan(0, |end, n| {
+            *end += n;
+            Some(*end)
+        }))
+        .collect();
+    let mask = loss_mask(&offsets, &truncated(sequences), &config.loss);
+    Normalisers::single_rank(sequences.len(), &mask, config.max_completion_length)
+}
+
+fn truncated(sequences: &[Sequence<'_>]) -> Vec<bool> {
+    sequences
+        .iter()
+        .map(|s| s.completion.finish == Finish::Length)
+        .collect()
+}
+
+/// Consecutive sequences of at most `limit` tokens together.
+fn split<'a, 's>(
+    sequences: &'a [Sequence<'s>],
+    limit: usize,
+) -> impl Iterator<Item = &'a [Sequence<'s>]> {
+    let mut rest = sequences;
+    std::iter::from_fn(move || {
+        let mut tokens = 0;
+        let fits = rest.iter().take_while(|s| {
+            tokens += s.prompt_ids.len() + s.completion.tokens.len();
+            tokens <= limit
+        });
+        let count = fits.count().max(1).min(rest.len());
+        let (part, later) = rest.split_at(count);
+        rest = later;
+        (!part.is_empty()).then_some(part)
+    })
+}
+
+impl MicroBatch {
+    fn new(sequences: &[Sequence<'_>], config: &LossConfig) -> Self {
+        let mut packed = PackedBatch::default();
+        let (mut offsets, mut old, mut behaviour) = (vec![0], Vec::new(), Vec::new());
+        for s in sequences {
+            let ids = [s.prompt_ids, &s.completion.tokens].concat();
+            packed.push(&ids, s.prompt_ids.len());
+            old.extend_from_slice(&s.completion.policy_logprobs);
+            behaviour.extend_from_slice(&s.completion.logprobs);
+            offsets.push(old.len());
+        }
+        Self {
+            mask: loss_mask(&offsets, &truncated(sequences), config),
+            packed,
+            offsets,
+            old,
+            behaviour,
+            reference: None,
+            advantages: sequences.iter().map(|s| s.advantage).collect(),
+        }
+    }
+
+    /// Log-probs that do not change over the iterations: the reference's, and `old` when recomputed.
+    fn score_fixed(
+        &mut self,
+        backend: &mut impl Backend,
+        config: &UpdateConfig,
+    ) -> anyhow::Result<()> {
+        if config.loss.beta > 0.0 {
+            let scores = backend.score(&self.packed, config.temperature, Pass::Reference)?;
+            self.reference = Some(scores.logprobs);
+        }
+        if config.recompute_old_logprobs {
+            self.old = backend
+                .score(&self.packed, config.temperature, Pass::Score)?
+                .logprobs;
+        }
+        Ok(())
+    }
+
+    fn accumulate(
+        &self,
+        backend: &mut impl Backend,
+        config: &UpdateConfig,
+        normalisers: &Normalisers,
+    ) -> anyhow::Result<(f64, LossStats)> {
+        let scores = backend.score(&self.packed, config.temperature, Pass::Train)?;
+        let input = LossInput {
+            offsets: &self.offsets,
+            logp: &scores.logprobs,
+            old: &self.old,
+            reference: self.reference.as_deref(),
+            behaviour: Some(&self.behaviour),
+            entropy: Some(&scores.entropy),
+            advantages: &self.advantages,
+            mask: &self.mask,
+        };
+        let out = loss(&input, &config.loss, normalisers)?;
+        backend.backward(&out.dlogp)?;
+        Ok((out.value, out.stats))
+    }
+}

@@ -1,0 +1,3 @@
+//! The part of the chores that tests call: the tidy rules.
+
+pub mod tidy;
