@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Instant};
 use anyhow::Context;
 use serde_json::json;
 
-use super::progress::{Bar, downloads};
+use super::progress::{Bar, downloads, guest_log};
 use crate::{
     cli::{Environment, TrainArgs},
     config::{RawConfig, RunConfig},
@@ -23,9 +23,12 @@ use crate::{
 const ENDS: u64 = 10;
 
 /// Trains, and prints a short table or one JSON object.
-pub fn run(args: &TrainArgs, environment: &Environment) -> anyhow::Result<()> {
+pub(super) fn run(args: &TrainArgs, environment: &Environment) -> anyhow::Result<()> {
     let (config, dir, state) = open(args)?;
-    let interrupt = Interrupt::listen().context("cannot listen for Ctrl-C")?;
+    let interrupt = Interrupt::listen(|| {
+        eprintln!("\nstopping after this step; once more to stop at once");
+    })
+    .context("cannot listen for Ctrl-C")?;
     let quiet = args.output.quiet;
     super::set_threads(config.hardware.threads)?;
     super::require_cpu(config.hardware.device)?;
@@ -115,7 +118,7 @@ impl<'a> Run<'a> {
         quiet: bool,
     ) -> anyhow::Result<Self> {
         let mut on_download = downloads(quiet);
-        let plugins = setup::plugins(config)?;
+        let plugins = setup::plugins(config, guest_log())?;
         check_lock(&dir, &plugins.locked)?;
         let rows = setup::rows(config, environment, &mut on_download)?;
         let model = setup::model(config, environment, &mut on_download)?;
