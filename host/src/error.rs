@@ -49,6 +49,7 @@ const USAGE: &[fn(Link<'_>) -> bool] = &[
     |link| link.is::<ConfigError>(),
     |link| link.is::<WeightError>(),
     |link| link.is::<MissingPlugin>(),
+    |link| matches!(link.downcast_ref(), Some(LossError::Config { .. })),
 ];
 
 fn hint_of<E: Error + 'static>(link: Link<'_>, hint: fn(&E) -> Option<String>) -> Option<String> {

@@ -9,7 +9,7 @@ use std::time::Instant;
 use grpo_policy::engine::Progress;
 
 use crate::{
-    config::RunConfig,
+    config::{self, RunConfig},
     evaluate::{EvalReport, EvalSettings, Judges, evaluate},
     grpo::{
         advantage::{Advantages, advantages},
@@ -102,18 +102,7 @@ impl Trainer<'_> {
     fn update_config(&self) -> UpdateConfig {
         let loss = &self.config.loss;
         UpdateConfig {
-            loss: LossConfig {
-                loss_type: loss.loss_type,
-                epsilon: loss.epsilon,
-                epsilon_high: loss.epsilon_high,
-                delta: loss.delta,
-                beta: loss.beta,
-                kl_estimator: loss.kl_estimator,
-                importance_correction: loss.importance_correction.mode,
-                importance_c_max: loss.importance_correction.max,
-                mask_truncated_completions: loss.mask_truncated_completions,
-                ..LossConfig::default()
-            },
+            loss: loss_config(loss),
             micro_batch_tokens: self.config.training.micro_batch_tokens as usize,
             num_iterations: loss.num_iterations,
             recompute_old_logprobs: loss.recompute_old_logprobs,
@@ -154,6 +143,22 @@ impl Trainer<'_> {
     pub fn out_of_patience(&self) -> bool {
         let patience = self.config.eval.early_stopping_patience;
         patience.is_some_and(|patience| self.state.evals_without_gain >= patience)
+    }
+}
+
+/// The loss that the config's keys describe.
+pub fn loss_config(loss: &config::LossConfig) -> LossConfig {
+    LossConfig {
+        loss_type: loss.loss_type,
+        epsilon: loss.epsilon,
+        epsilon_high: loss.epsilon_high,
+        delta: loss.delta,
+        beta: loss.beta,
+        kl_estimator: loss.kl_estimator,
+        importance_correction: loss.importance_correction.mode,
+        importance_c_max: loss.importance_correction.max,
+        mask_truncated_completions: loss.mask_truncated_completions,
+        ..LossConfig::default()
     }
 }
 

@@ -15,7 +15,7 @@ use crate::{
     record,
     run::{Keep, MetricsWriter, RunDir, TrainState, read_metrics, write_report},
     setup,
-    trainer::{StepReport, Trainer},
+    trainer::{StepReport, Trainer, loss_config},
     types::PluginId,
 };
 
@@ -72,9 +72,11 @@ fn open(args: &TrainArgs) -> anyhow::Result<(RunConfig, RunDir, Option<crate::ru
         let resumed = RunDir::resume(root)?;
         let saved = RawConfig::from_yaml(&resumed.dir.config()?, &root.display().to_string())?;
         let config = args.over(saved)?.validate()?;
+        loss_config(&config.loss).validate()?;
         return Ok((config, resumed.dir, resumed.checkpoint));
     }
     let config = super::config_over_defaults(|base| args.over(base))?;
+    loss_config(&config.loss).validate()?;
     let root = match &config.output.output_dir {
         Some(root) => root.clone(),
         None => new_run_folder()?,
