@@ -128,7 +128,7 @@ fn rows_without_the_column_or_not_json() {
         &lab,
         &format!("{TRAIN} --data torn.jsonl"),
         FAILURE,
-        "torn.jsonl line 3: EOF while parsing a string at column 14",
+        "torn.jsonl line 3: EOF while parsing a string at column 15",
         "every line must hold one complete JSON object",
     );
 }

@@ -35,10 +35,10 @@ threads: 2
 
 /// What a finished program left.
 #[derive(Debug)]
-pub struct Ended {
-    pub status: ExitStatus,
-    pub stdout: String,
-    pub stderr: String,
+pub(super) struct Ended {
+    pub(super) status: ExitStatus,
+    pub(super) stdout: String,
+    pub(super) stderr: String,
 }
 
 impl From<Output> for Ended {
@@ -54,14 +54,14 @@ impl From<Output> for Ended {
 impl Ended {
     /// It succeeded.
     #[track_caller]
-    pub fn fine(self) -> Self {
+    pub(super) fn fine(self) -> Self {
         assert!(self.status.success(), "{self:?}");
         self
     }
 
     /// It failed with this code, and its last two lines are an error and a hint: their texts.
     #[track_caller]
-    pub fn refused(&self, code: i32) -> (&str, &str) {
+    pub(super) fn refused(&self, code: i32) -> (&str, &str) {
         assert_eq!(self.status.code(), Some(code), "{self:?}");
         let mut lines = self.stderr.lines().rev();
         let mut next = |prefix: &str| {
@@ -74,18 +74,18 @@ impl Ended {
 
     /// The last line of stdout as JSON.
     #[track_caller]
-    pub fn json(&self) -> Value {
+    pub(super) fn json(&self) -> Value {
         let last = self.stdout.lines().last().unwrap_or_default();
         serde_json::from_str(last).unwrap_or_else(|e| panic!("{e}: {self:?}"))
     }
 }
 
 /// A folder to run the program in.
-pub struct Lab(TempDir);
+pub(super) struct Lab(TempDir);
 
 impl Lab {
     /// With `run.yaml` (the config above) and `rows.jsonl`.
-    pub fn new() -> Self {
+    pub(super) fn new() -> Self {
         let lab = Self(tempfile::tempdir().unwrap());
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/llama");
         lab.write(
@@ -102,16 +102,16 @@ impl Lab {
         lab
     }
 
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
-    pub fn write(&self, name: &str, text: impl AsRef<[u8]>) {
+    pub(super) fn write(&self, name: &str, text: impl AsRef<[u8]>) {
         std::fs::write(self.path(name), text).unwrap();
     }
 
     /// The program with `args`, separated by spaces.
-    pub fn command(&self, args: &str) -> Command {
+    pub(super) fn command(&self, args: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_grpo-host"));
         command.args(args.split_whitespace());
         self.here(&mut command);
@@ -120,7 +120,7 @@ impl Lab {
 
     /// The same in a shell where no file can grow beyond `kib` KiB. The kernel ends a process that tries
     /// (a kill in the middle of a write), or fails its write if `survives` (a full disk).
-    pub fn limited(&self, kib: u32, survives: bool, args: &str) -> Command {
+    pub(super) fn limited(&self, kib: u32, survives: bool, args: &str) -> Command {
         let trap = if survives { "trap '' XFSZ;" } else { "" };
         let program = env!("CARGO_BIN_EXE_grpo-host");
         let mut command = Command::new("bash");
@@ -139,12 +139,12 @@ impl Lab {
     }
 
     /// Runs the program to its end.
-    pub fn run(&self, args: &str) -> Ended {
+    pub(super) fn run(&self, args: &str) -> Ended {
         self.command(args).output().unwrap().into()
     }
 
     /// Starts the program and returns once `run` has a metrics line of step `step`.
-    pub fn run_until(&self, step: u64, run: &str, args: &str) -> Child {
+    pub(super) fn run_until(&self, step: u64, run: &str, args: &str) -> Child {
         let mut command = self.command(args);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
@@ -165,7 +165,7 @@ impl Lab {
     }
 
     /// Metrics lines without what depends on the clock.
-    pub fn metrics(&self, run: &str) -> Vec<Map<String, Value>> {
+    pub(super) fn metrics(&self, run: &str) -> Vec<Map<String, Value>> {
         let timed = |key: &str| {
             matches!(key, "step_time" | "tokens_per_second")
                 || key.starts_with("time/")
@@ -179,7 +179,7 @@ impl Lab {
     }
 
     /// Step, tokens, log-probs and reward of every completion of a run.
-    pub fn completions(&self, run: &str) -> Vec<(u64, Vec<u32>, Vec<f32>, Option<f64>)> {
+    pub(super) fn completions(&self, run: &str) -> Vec<(u64, Vec<u32>, Vec<f32>, Option<f64>)> {
         let files = rollout_files(&self.path(run)).unwrap();
         let rollouts = files
             .iter()
@@ -190,7 +190,7 @@ impl Lab {
     }
 
     /// The steps that have a checkpoint, and no left-over of one.
-    pub fn checkpoints(&self, run: &str) -> Vec<String> {
+    pub(super) fn checkpoints(&self, run: &str) -> Vec<String> {
         let entries = std::fs::read_dir(self.path(run).join("checkpoints")).unwrap();
         let mut names: Vec<String> = entries
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
@@ -201,7 +201,7 @@ impl Lab {
 }
 
 /// Sends a signal by its name.
-pub fn signal(child: &Child, name: &str) {
+pub(super) fn signal(child: &Child, name: &str) {
     let kill = format!("kill -{name} {}", child.id());
     assert!(
         Command::new("sh")
