@@ -19,8 +19,8 @@ use crate::config::{ConfigError, Device, PluginConfig, RawConfig};
 pub use environment::Environment;
 pub use plugin_arg::PluginArg;
 pub use tools::{
-    BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchTrainArgs, DoctorArgs, PluginCommand,
-    PluginFileArgs, ResultsArgs,
+    BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchTrainArgs, DoctorArgs, PluginCheckArgs,
+    PluginCommand, PluginFileArgs, ResultsArgs,
 };
 pub use training::{EvalArgs, RolloutArgs, SftArgs, TrainArgs};
 

@@ -3,6 +3,7 @@
 mod bench_plugin;
 mod doctor;
 mod eval;
+mod plugin;
 mod progress;
 mod results;
 mod rollout;
@@ -10,11 +11,12 @@ mod sft;
 mod train;
 
 use crate::{
-    cli::{Command, Environment},
+    cli::{BenchCommand, Command, Environment},
     config::{ConfigError, Device, RawConfig, RunConfig},
     defaults,
 };
 
+pub use bench_plugin::PluginBenchError;
 pub use train::{Interrupted, PluginChanged};
 
 /// Runs a command to its end. Results go to stdout, progress to stderr.
@@ -26,7 +28,9 @@ pub fn run(command: Command, environment: &Environment) -> anyhow::Result<()> {
         Command::Rollout(args) => rollout::run(&args, environment),
         Command::Results(args) => results::run(&args),
         Command::Doctor(args) => doctor::run(&args),
-        other => anyhow::bail!("{other:?}: not built yet"),
+        Command::Plugin(command) => plugin::run(&command),
+        Command::Bench(BenchCommand::Plugin(args)) => bench_plugin::run(&args),
+        Command::Bench(other) => anyhow::bail!("{other:?}: not built yet"),
     }
 }
 

@@ -109,7 +109,7 @@ fn rows_without_the_column_or_not_json() {
         &format!("{TRAIN} --data problems.jsonl"),
         FAILURE,
         "plugin `formatter-chat` (DIGEST) format, row 0: row has no column `question`; it has problem, solution",
-        "rename the dataset's columns with the config key `columns`, or configure the plugin",
+        "rename the dataset's columns with `columns`, or configure the plugin",
     );
     let config = std::fs::read_to_string(lab.path("run.yaml")).unwrap();
     lab.write("map.yaml", config + "columns: { question: task }\n");

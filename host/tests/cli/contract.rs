@@ -124,7 +124,7 @@ fn eval_prints_its_object() {
 #[test]
 fn the_embedded_default_needs_no_file() {
     let lab = Lab::new();
-    let small = "--steps 2 --set prompts_per_step=4 --set num_generations=4 --set eval_rows=8";
+    let small = "--steps 2 --set prompts_per_step=4 --set num_generations=4 --set eval_rows=32";
     let json = lab.run(&format!("{small} --json")).fine().json();
     assert_eq!(
         (&json["steps"], &json["run_dir"]),
