@@ -9,7 +9,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use grpo_policy::error::PolicyError;
 
 use crate::{
-    commands::{Interrupted, NoSuchDevice, PluginBenchError},
+    commands::{Interrupted, NoSuchDevice, PluginBenchError, PluginChanged},
     config::ConfigError,
     data::DataError,
     grpo::loss::LossError,
@@ -42,6 +42,7 @@ const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
     |link| hint_of(link, Interrupted::hint),
     |link| hint_of(link, NoSuchDevice::hint),
     |link| hint_of(link, PluginBenchError::hint),
+    |link| hint_of(link, PluginChanged::hint),
 ];
 
 /// One line per error type that is the user's command line or config to mend.

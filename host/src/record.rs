@@ -40,6 +40,12 @@ impl Metrics {
     }
 }
 
+/// What [`EvalReport::headline`] was, of a line that has an evaluation.
+pub fn headline(line: &Map<String, Value>) -> Option<f64> {
+    let accuracy = line.get("eval_accuracy_flexible");
+    accuracy.or_else(|| line.get("eval_reward"))?.as_f64()
+}
+
 /// The metrics line of a step.
 pub fn metrics(report: &StepReport, total_tokens: u64) -> Metrics {
     let mut out = Metrics::default();

@@ -15,7 +15,7 @@ use crate::{
     hub::{Hub, HubConfig, Progress, Repo},
     plugin::{
         CurriculumPlugin, FormatterPlugin, Limits, LogSink, Plugin, PluginHost, RewardPlugin,
-        RewardSet, Weighted,
+        RewardSet, RowText, Weighted,
     },
     policy::Capacity,
     run::LockedPlugin,
@@ -97,6 +97,24 @@ pub fn rows(
         train,
         eval: eval.rows,
     })
+}
+
+/// Formats the first rows, so that a column the formatter misses is found before anything is written.
+pub fn try_formatter(formatter: &FormatterPlugin, rows: &Rows) -> anyhow::Result<()> {
+    for row in rows
+        .train
+        .rows
+        .iter()
+        .take(1)
+        .chain(rows.eval.iter().take(1))
+    {
+        let json = serde_json::to_string(&row.json)?;
+        formatter.format(&[RowText {
+            id: row.id,
+            json: &json,
+        }])?;
+    }
+    Ok(())
 }
 
 /// The held-out rows a config names itself, or `None` when they must come off the training rows.

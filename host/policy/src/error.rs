@@ -104,6 +104,14 @@ impl PolicyError {
                  or a .gguf file"
                     .to_owned()
             }
+            Self::Write { source, .. } if is_full(source.kind()) => {
+                "no room left: free some space and go on with `--resume`; the last checkpoint is \
+                 intact"
+                    .to_owned()
+            }
+            Self::Malformed { .. } => {
+                "the file is damaged or not what its name says; download it again".to_owned()
+            }
             Self::Unsupported { feature, .. } => match feature {
                 Feature::QuantizedWeights | Feature::WeightType => {
                     "use the f32, bf16 or f16 weights, or a GGUF file".to_owned()
@@ -137,4 +145,9 @@ impl PolicyError {
             _ => return None,
         })
     }
+}
+
+fn is_full(kind: std::io::ErrorKind) -> bool {
+    use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(kind, StorageFull | QuotaExceeded | FileTooLarge)
 }

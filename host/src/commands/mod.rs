@@ -17,7 +17,7 @@ use crate::{
 };
 
 pub use bench_plugin::PluginBenchError;
-pub use train::Interrupted;
+pub use train::{Interrupted, PluginChanged};
 
 /// Runs a command to its end. Results go to stdout, progress to stderr.
 pub fn run(command: Command, environment: &Environment) -> anyhow::Result<()> {

@@ -13,7 +13,9 @@ use crate::{
     interrupt::Interrupt,
     policy::{Mode, Policy},
     record,
-    run::{Keep, MetricsWriter, RunDir, TrainState, read_metrics, write_report},
+    run::{
+        Keep, LockedPlugin, MetricsWriter, Resumed, RunDir, TrainState, read_metrics, write_report,
+    },
     setup,
     trainer::{StepReport, Trainer, loss_config},
     types::PluginId,
@@ -24,7 +26,7 @@ const ENDS: u64 = 10;
 
 /// Trains, and prints a short table or one JSON object.
 pub(super) fn run(args: &TrainArgs, environment: &Environment) -> anyhow::Result<()> {
-    let (config, dir, state) = open(args)?;
+    let (config, place) = open(args)?;
     let interrupt = Interrupt::listen(|| {
         eprintln!("\nstopping after this step; once more to stop at once");
     })
@@ -32,7 +34,7 @@ pub(super) fn run(args: &TrainArgs, environment: &Environment) -> anyhow::Result
     let quiet = args.output.quiet;
     super::set_threads(config.hardware.threads)?;
     super::require_cpu(config.hardware.device)?;
-    let mut run = Run::prepare(&config, dir, state, environment, quiet)?;
+    let mut run = Run::prepare(&config, place, environment, quiet)?;
     let outcome = run.train(&interrupt, quiet)?;
     let summary = run.finish(&outcome)?;
     if args.output.json {
@@ -66,14 +68,21 @@ impl Interrupted {
     }
 }
 
-/// Config and directory of a new or a resumed run.
-fn open(args: &TrainArgs) -> anyhow::Result<(RunConfig, RunDir, Option<crate::run::Checkpoint>)> {
+/// Where a run goes. A new one's folder is made only when plugins, rows and model have been loaded, so
+/// that bad input leaves nothing behind.
+enum Place {
+    New(PathBuf),
+    Resumed(Box<Resumed>),
+}
+
+/// Config and place of a new or a resumed run.
+fn open(args: &TrainArgs) -> anyhow::Result<(RunConfig, Place)> {
     if let Some(root) = &args.resume {
         let resumed = RunDir::resume(root)?;
         let saved = RawConfig::from_yaml(&resumed.dir.config()?, &root.display().to_string())?;
         let config = args.over(saved)?.validate()?;
         loss_config(&config.loss).validate()?;
-        return Ok((config, resumed.dir, resumed.checkpoint));
+        return Ok((config, Place::Resumed(Box::new(resumed))));
     }
     let config = super::config_over_defaults(|base| args.over(base))?;
     loss_config(&config.loss).validate()?;
@@ -81,8 +90,8 @@ fn open(args: &TrainArgs) -> anyhow::Result<(RunConfig, RunDir, Option<crate::ru
         Some(root) => root.clone(),
         None => new_run_folder()?,
     };
-    let dir = RunDir::create(&root, &config.to_yaml()?)?;
-    Ok((config, dir, None))
+    RunDir::refuse_existing(&root)?;
+    Ok((config, Place::New(root)))
 }
 
 /// `runs/N` with the first free number.
@@ -100,8 +109,6 @@ struct Run<'a> {
     started: Instant,
     /// Wall time of earlier sessions.
     wall_before: f64,
-    eval_before: Option<EvalReport>,
-    eval_last: Option<EvalReport>,
 }
 
 /// How the loop ended.
@@ -114,15 +121,14 @@ struct Outcome {
 impl<'a> Run<'a> {
     fn prepare(
         config: &'a RunConfig,
-        dir: RunDir,
-        checkpoint: Option<crate::run::Checkpoint>,
+        place: Place,
         environment: &Environment,
         quiet: bool,
     ) -> anyhow::Result<Self> {
         let mut on_download = downloads(quiet);
         let plugins = setup::plugins(config, guest_log())?;
-        check_lock(&dir, &plugins.locked)?;
         let rows = setup::rows(config, environment, &mut on_download)?;
+        setup::try_formatter(&plugins.formatter, &rows)?;
         let model = setup::model(config, environment, &mut on_download)?;
         let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
         let checkpointing = config.training.gradient_checkpointing;
@@ -137,10 +143,17 @@ impl<'a> Run<'a> {
             seed: config.training.seed,
             ..TrainState::default()
         };
-        if let Some(checkpoint) = checkpoint {
-            policy.load_checkpoint(&checkpoint.path)?;
-            state = checkpoint.state;
-        }
+        let dir = match place {
+            Place::New(root) => RunDir::create(&root, &config.to_yaml()?)?,
+            Place::Resumed(resumed) => {
+                check_lock(&resumed.dir, &plugins.locked)?;
+                if let Some(checkpoint) = resumed.checkpoint {
+                    policy.load_checkpoint(&checkpoint.path)?;
+                    state = checkpoint.state;
+                }
+                resumed.dir
+            }
+        };
         dir.write_plugins_lock(&plugins.locked)?;
         Ok(Self {
             metrics: dir.metrics()?,
@@ -154,8 +167,6 @@ impl<'a> Run<'a> {
             },
             dir,
             started: Instant::now(),
-            eval_before: None,
-            eval_last: None,
         })
     }
 
@@ -163,7 +174,9 @@ impl<'a> Run<'a> {
         let config = self.trainer.config;
         let last = config.training.max_steps;
         let mut bar = Bar::new(last, self.trainer.state.step, quiet);
-        if self.trainer.state.step == 0 && config.eval.eval_on_start {
+        let state = &self.trainer.state;
+        // A run stopped before its first step has a checkpoint that knows the evaluation.
+        if state.step == 0 && config.eval.eval_on_start && state.eval_before.is_none() {
             let eval = self.evaluate(&mut bar)?;
             // A run that was ended before its first checkpoint has this line already.
             if read_metrics(self.dir.root())?.is_empty() {
@@ -171,25 +184,22 @@ impl<'a> Run<'a> {
                 line.add_eval(&eval);
                 self.metrics.append(0, &line.0)?;
             }
-            self.eval_before = Some(eval);
         }
-        while self.trainer.state.step < last && !interrupt.requested() {
+        // Patience is asked first: a run that had stopped and is resumed must not do another step.
+        while self.trainer.state.step < last
+            && !self.trainer.out_of_patience()
+            && !interrupt.requested()
+        {
             let report = self.trainer.step(&mut |p| bar.rollout(p))?;
             bar.step(&report);
             self.record(report, &mut bar)?;
-            if self.trainer.out_of_patience() {
-                bar.finish();
-                return Ok(Outcome {
-                    interrupted: false,
-                    stopped_early: true,
-                });
-            }
         }
         bar.finish();
-        let interrupted = self.trainer.state.step < last;
+        let unfinished = self.trainer.state.step < last;
+        let stopped_early = unfinished && self.trainer.out_of_patience();
         Ok(Outcome {
-            interrupted,
-            stopped_early: false,
+            interrupted: unfinished && !stopped_early,
+            stopped_early,
         })
     }
 
@@ -215,7 +225,6 @@ impl<'a> Run<'a> {
         if every(config.eval.eval_steps) || (is_last && config.eval.eval_on_end) {
             let eval = self.evaluate(bar)?;
             line.add_eval(&eval);
-            self.eval_last = Some(eval);
         }
         self.metrics.append(step, &line.0)?;
         let improved = self
@@ -262,13 +271,15 @@ impl<'a> Run<'a> {
         let mean = |part: &[f64]| crate::evaluate::mean(part.iter().copied());
         let state = &self.trainer.state;
         let wall_s = self.wall_before + self.started.elapsed().as_secs_f64();
-        let accuracy = |eval: &Option<EvalReport>| eval.as_ref().and_then(EvalReport::headline);
+        // From the file, because the last evaluation may have been that of an earlier session.
+        let trained = lines.iter().rev().filter(|line| line["step"] != 0);
+        let eval_after = trained.filter_map(record::headline).next();
         Ok(Summary {
             steps: state.step,
             reward_first: mean(&rewards[..edge.min(rewards.len())]),
             reward_last: mean(&rewards[rewards.len().saturating_sub(edge)..]),
-            eval_before: state.eval_before.or_else(|| accuracy(&self.eval_before)),
-            eval_after: accuracy(&self.eval_last),
+            eval_before: state.eval_before,
+            eval_after,
             eval_rows: self.trainer.rows.eval.len(),
             best: state.best.map(|best| (best.step, best.accuracy)),
             tokens_per_second: state.tokens as f64 / wall_s.max(1e-9),
@@ -286,24 +297,35 @@ impl<'a> Run<'a> {
     }
 }
 
+/// A component that is another than the one the run began with.
+#[derive(Debug, thiserror::Error)]
+#[error("plugin `{name}` has changed since the run began: it is {found} and was {expected}")]
+pub struct PluginChanged {
+    name: String,
+    found: String,
+    expected: String,
+}
+
+impl PluginChanged {
+    /// Bring it back, or begin anew.
+    pub fn hint(&self) -> Option<String> {
+        Some("put the component back that plugins.lock names, or start a new run".to_owned())
+    }
+}
+
 /// A resumed run must go on with the components it started with.
-fn check_lock(dir: &RunDir, loaded: &[crate::run::LockedPlugin]) -> anyhow::Result<()> {
+fn check_lock(dir: &RunDir, loaded: &[LockedPlugin]) -> anyhow::Result<()> {
     let locked = crate::run::read_plugins_lock(dir.root())?;
-    for plugin in loaded {
-        let same = |l: &&crate::run::LockedPlugin| {
-            l.id.name == plugin.id.name && l.id.role == plugin.id.role
-        };
-        if let Some(before) = locked
-            .iter()
-            .find(same)
-            .filter(|l| l.id.digest != plugin.id.digest)
-        {
-            anyhow::bail!(
-                "plugin `{}` has changed since the run began: it is {} and was {}",
-                plugin.id.name,
-                plugin.id.digest,
-                before.id.digest
-            );
+    for LockedPlugin { id, .. } in loaded {
+        let same = |l: &&LockedPlugin| l.id.name == id.name && l.id.role == id.role;
+        let before = locked.iter().find(same).map(|l| &l.id.digest);
+        if let Some(expected) = before.filter(|digest| **digest != id.digest) {
+            return Err(PluginChanged {
+                name: id.name.clone(),
+                found: id.digest.clone(),
+                expected: expected.clone(),
+            }
+            .into());
         }
     }
     Ok(())

@@ -80,6 +80,13 @@ impl ConfigError {
             Self::UnknownKey { .. } => {
                 Some("config.yaml of any run directory lists all keys".to_owned())
             }
+            Self::Syntax { .. } => Some(
+                "YAML wants a space after each `:` and `-`, and quotes around text with either"
+                    .to_owned(),
+            ),
+            Self::WrongType { .. } => {
+                Some("config.yaml of any run directory shows the form of every key".to_owned())
+            }
             Self::OutOfRange {
                 key,
                 origin: Origin::Flag(flag),

@@ -146,7 +146,12 @@ fn a_missing_column_lists_the_ones_found() {
         error.to_string(),
         "row 1 of mem has no column `answer`; columns found: problem, solution"
     );
-    assert!(error.hint().unwrap().contains("rename: {answer: problem}"));
+    assert!(
+        error
+            .hint()
+            .unwrap()
+            .contains("columns: {question: problem}")
+    );
     let map = LoadOptions {
         rename: [("question".to_owned(), "prompt".to_owned())].into(),
         ..LoadOptions::default()

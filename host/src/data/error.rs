@@ -79,12 +79,14 @@ impl DataError {
                 "the file is damaged, or compressed with something other than snappy or zstd".into()
             }
             Self::Empty { .. } => "give a dataset with at least one row".into(),
-            Self::MissingColumn { column, found, .. } => {
+            Self::MissingColumn { found, .. } => {
                 let near = found.first().map_or("COLUMN", |c| c);
-                format!("map a column to the name in the config: `rename: {{{column}: {near}}}`")
+                format!("the config key `columns` maps names: `columns: {{question: {near}}}`")
             }
             Self::SplitTooLarge { .. } => "hold out fewer rows".into(),
-            Self::NoSplit { .. } => "name one of the splits above with `split`".into(),
+            Self::NoSplit { .. } => {
+                "name a split of those files with `data_split` or `eval_data_split`".into()
+            }
             Self::ManySubsets { .. } => "pick one of them with `subset`".into(),
             Self::Hub(e) => return e.hint(),
             Self::Read { .. } => return None,

@@ -40,7 +40,9 @@ pub(super) fn lines(
             &line
         };
         if !body.trim_ascii().is_empty() {
-            let value = serde_json::from_slice(body).map_err(|e| malformed(path, number, &e))?;
+            // Without the line feed, which would be the error in place of a text that is not closed.
+            let value = serde_json::from_slice(body.trim_ascii_end())
+                .map_err(|e| malformed(path, number, &e))?;
             objects.push(object(value, path, number)?);
         }
     }

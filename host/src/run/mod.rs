@@ -51,18 +51,25 @@ impl RunDir {
     /// # Errors
     /// [`RunError::Exists`] when there is a run already: nothing is ever overwritten.
     pub fn create(root: &Path, config_yaml: &str) -> Result<Self, RunError> {
+        Self::refuse_existing(root)?;
         let config = root.join("config.yaml");
-        if config.exists() {
-            return Err(RunError::Exists {
-                path: root.to_owned(),
-            });
-        }
         for folder in ["rollouts", "checkpoints"] {
             let path = root.join(folder);
             fs::create_dir_all(&path).map_err(|source| RunError::Write { path, source })?;
         }
         atomic::write(&config, config_yaml.as_bytes())?;
         Self::locked(root)
+    }
+
+    /// [`RunError::Exists`] when there is a run in this folder; for callers who want to know long before
+    /// they create one.
+    pub fn refuse_existing(root: &Path) -> Result<(), RunError> {
+        if root.join("config.yaml").exists() {
+            return Err(RunError::Exists {
+                path: root.to_owned(),
+            });
+        }
+        Ok(())
     }
 
     /// Takes a run up at its latest valid checkpoint and removes what lies after it: metric lines,

@@ -124,6 +124,12 @@ impl CpuBackend {
         self.params.export(|p| p.trainable)
     }
 
+    /// Gradients summed up since the last optimizer step, by weight; for checks against other
+    /// implementations.
+    pub fn export_gradients(&self) -> Result<BTreeMap<String, Tensor>, PolicyError> {
+        self.grads.export(&self.params)
+    }
+
     /// Overwrites weights by name; the KV cache of the old ones is the caller's to drop.
     pub fn import(&mut self, tensors: &BTreeMap<String, Tensor>) -> Result<(), PolicyError> {
         self.params.import(tensors)

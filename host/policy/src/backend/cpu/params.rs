@@ -175,6 +175,15 @@ impl Grads {
     pub(crate) fn clear(&mut self) {
         self.0.fill(None);
     }
+
+    /// As tensors with the shape of their weight.
+    pub(crate) fn export(&self, params: &Params) -> Result<BTreeMap<String, Tensor>, PolicyError> {
+        let filled = params.iter().zip(&self.0);
+        filled
+            .filter_map(|(param, grad)| Some((param, grad.as_ref()?)))
+            .map(|(param, grad)| Ok((param.name.clone(), to_tensor(param, grad.data())?)))
+            .collect()
+    }
 }
 
 /// AdamW with f32 moments (Loshchilov & Hutter 2019; bias correction as in torch).

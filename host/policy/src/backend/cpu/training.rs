@@ -25,6 +25,34 @@ pub(super) struct Saved {
 }
 
 impl CpuBackend {
+    /// Logits after every token of one sequence, `[T, vocab]` row after row; for checks against other
+    /// implementations, because neither training nor sampling ever holds this matrix.
+    ///
+    /// # Errors
+    /// [`PolicyError::Misuse`] for fewer than two tokens, too many, or one outside the vocabulary.
+    pub fn logits(&self, ids: &[u32]) -> Result<Vec<f32>, PolicyError> {
+        let mut batch = PackedBatch::default();
+        batch.push(ids, 1);
+        check(
+            &batch,
+            self.spec.vocab_size,
+            self.spec.max_position_embeddings,
+        )?;
+        let positions: Vec<usize> = (0..ids.len()).collect();
+        let pass = LayerPass {
+            decoder: &self.decoder,
+            params: &self.params,
+            positions: &positions,
+            adapters: true,
+        };
+        let mut x = self.decoder.embed(&self.params, ids);
+        for layer in &self.decoder.layers {
+            x = layer.forward(&pass, &batch.cu_seqlens, &x).0;
+        }
+        let logits = self.decoder.head.logits(&self.params, &x);
+        Ok(logits.data().to_vec())
+    }
+
     pub(super) fn score_packed(
         &mut self,
         batch: &PackedBatch,

@@ -1,0 +1,12 @@
+//! The program as its users run it: exit codes, messages, JSON, and runs that are stopped and resumed.
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "clippy counts only functions marked as tests as tests"
+)]
+
+mod bad_input;
+mod contract;
+mod lab;
+mod resume;
+mod stop;

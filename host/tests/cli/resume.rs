@@ -1,0 +1,108 @@
+//! Runs that are killed at some moment and resumed equal a run that nobody disturbed: the same metrics
+//! but for the clock, the same completions, the same bytes of weights.
+
+use std::{os::unix::process::ExitStatusExt, path::Path};
+
+use super::lab::Lab;
+
+const SIGKILL: i32 = 9;
+const SIGXFSZ: i32 = 25;
+
+fn kill_after(lab: &Lab, step: u64, args: &str) {
+    let mut child = lab.run_until(step, "b", args);
+    child.kill().unwrap();
+    let status = child.wait().unwrap();
+    assert_eq!(status.signal(), Some(SIGKILL), "it was still at work");
+}
+
+/// Ends the process in the middle of writing the first file larger than 64 KiB, which is in a checkpoint.
+fn kill_in_checkpoint(lab: &Lab, step: u64, args: &str) {
+    let status = lab.limited(64, false, args).status().unwrap();
+    assert_eq!(status.signal(), Some(SIGXFSZ));
+    let half = lab.path(&format!("b/checkpoints/.tmp-step-{step}"));
+    assert!(half.is_dir(), "half a checkpoint is left");
+}
+
+#[track_caller]
+fn assert_same_files(lab: &Lab, names: &[&str]) {
+    for name in names {
+        let read = |run: &str| std::fs::read(lab.path(run).join(name)).unwrap();
+        assert!(read("a") == read("b"), "{name} differs");
+    }
+}
+
+fn disturbed_equals_undisturbed(flags: &str, files: &[&str]) {
+    let lab = Lab::new();
+    let start = |run: &str| format!("--config run.yaml --quiet --out {run} {flags}");
+    lab.run(&start("a")).fine();
+    let learned = |line: &serde_json::Map<_, serde_json::Value>| line["grad_norm"].as_f64();
+    let lines = lab.metrics("a");
+    assert!(lines[1..].iter().all(|line| learned(line) > Some(0.0)));
+
+    // Before the first checkpoint there is nothing to go on from but the config.
+    kill_after(&lab, 0, &start("b"));
+    kill_after(&lab, 1, "--quiet --resume b");
+    kill_in_checkpoint(&lab, 2, "--quiet --resume b");
+    assert_eq!(lab.checkpoints("b"), [".tmp-step-2"]);
+    kill_after(&lab, 3, "--quiet --resume b");
+    kill_in_checkpoint(&lab, 4, "--quiet --resume b");
+    kill_after(&lab, 5, "--quiet --resume b");
+    // A line torn by the kill; and files of a step that will be made again.
+    let metrics = lab.path("b/metrics.jsonl");
+    let mut text = std::fs::read(&metrics).unwrap();
+    text.extend_from_slice(b"{\"step\": 6, \"rew");
+    std::fs::write(&metrics, text).unwrap();
+    lab.run("--quiet --resume b").fine();
+
+    assert_eq!(lab.metrics("b"), lab.metrics("a"));
+    assert_eq!(lab.completions("b"), lab.completions("a"));
+    assert_eq!(lab.checkpoints("b"), lab.checkpoints("a"));
+    assert_same_files(&lab, files);
+    assert_same_files(&lab, &["checkpoints/step-6/optimizer.safetensors"]);
+    let changed = |run: &Path| std::fs::read(run.join("model/model.safetensors")).unwrap();
+    let before = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/llama");
+    let before = std::fs::read(before.join("model.safetensors")).unwrap();
+    assert!(changed(&lab.path("a")) != before, "the weights moved");
+}
+
+#[test]
+fn full_fine_tuning_goes_on_as_if_never_killed() {
+    disturbed_equals_undisturbed(
+        "--set beta=0.05 --set num_iterations=2",
+        &[
+            "model/model.safetensors",
+            "checkpoints/step-6/model/model.safetensors",
+        ],
+    );
+}
+
+#[test]
+fn lora_goes_on_as_if_never_killed() {
+    disturbed_equals_undisturbed(
+        "--set lora={}",
+        &[
+            "model/model.safetensors",
+            "adapter/adapter_model.safetensors",
+            "checkpoints/step-6/adapter/adapter_model.safetensors",
+        ],
+    );
+}
+
+#[test]
+fn a_run_out_of_patience_does_no_further_step() {
+    let lab = Lab::new();
+    // Without one right answer no evaluation is better than the first.
+    let patience = "--set early_stopping_patience=2 --set eval_steps=1";
+    let start = format!("--config run.yaml --out a --json {patience}");
+    let ended = lab.run(&start).fine().json();
+    assert_eq!(
+        (&ended["steps"], &ended["stopped_early"]),
+        (&2.into(), &true.into())
+    );
+    let resumed = lab.run("--resume a --json").fine().json();
+    assert_eq!(
+        (&resumed["steps"], &resumed["stopped_early"]),
+        (&2.into(), &true.into())
+    );
+    assert_eq!(lab.metrics("a").len(), 3);
+}
