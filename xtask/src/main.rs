@@ -1,5 +1,6 @@
 //! `cargo xtask NAME`: the chores of this repository. Owns the dispatch only.
 
+mod bench;
 mod plugins;
 mod test;
 
@@ -31,7 +32,8 @@ fn run() -> anyhow::Result<()> {
         ["plugins"] => plugins::run(false),
         ["plugins", "--check"] => plugins::run(true),
         ["tidy"] => tidy(),
-        _ => bail!("unknown arguments {args:?}\n{USAGE}"),
+        ["bench", ref rest @ ..] => bench::run(rest),
+        _ => bail!("unknown arguments {args:?}\n{USAGE}\n{}", bench::USAGE),
     }
 }
 

@@ -1,6 +1,9 @@
 //! One file per subcommand; this one chooses, and holds what several of them begin with.
 
+mod bench_model;
 mod bench_plugin;
+mod bench_rollout;
+mod bench_train;
 mod doctor;
 mod eval;
 mod progress;
@@ -10,7 +13,7 @@ mod sft;
 mod train;
 
 use crate::{
-    cli::{Command, Environment},
+    cli::{BenchCommand, Command, Environment},
     config::{ConfigError, Device, RawConfig, RunConfig},
     defaults,
 };
@@ -24,6 +27,8 @@ pub fn run(command: Command, environment: &Environment) -> anyhow::Result<()> {
         Command::Eval(args) => eval::run(&args, environment),
         Command::Sft(args) => sft::run(&args, environment),
         Command::Rollout(args) => rollout::run(&args, environment),
+        Command::Bench(BenchCommand::Rollout(args)) => bench_rollout::run(&args, environment),
+        Command::Bench(BenchCommand::Train(args)) => bench_train::run(&args, environment),
         Command::Results(args) => results::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         other => anyhow::bail!("{other:?}: not built yet"),
