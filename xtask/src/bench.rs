@@ -3,14 +3,21 @@
 //!
 //! Measures nothing itself: both sides print one JSON object per measurement.
 
-use std::{collections::BTreeMap, process::Command, thread::available_parallelism};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    process::Command,
+    thread::available_parallelism,
+};
 
 use anyhow::{Context, bail, ensure};
 use serde_json::Value;
 
 pub(crate) const USAGE: &str = "\
-  bench --model DIR [--python EXE] [--threads N] [--repeats N] [--rounds N] [--what decode,train]
-                    our speed beside transformers' on a Hugging Face folder";
+  bench --model DIR [--python EXE] [--exe FILE] [--threads N] [--repeats N] [--rounds N]
+        [--what decode,train]
+                    our speed (of a binary built now, or of --exe) beside transformers' on a
+                    Hugging Face folder";
 
 /// Measurements of the two sides that mean the same: label, unit, whether less is better.
 const PAIRS: [(&str, &str, bool); 4] = [
@@ -26,6 +33,7 @@ const SEQUENCE_TOKENS: usize = 256;
 struct Options {
     model: String,
     python: String,
+    exe: Option<PathBuf>,
     threads: usize,
     repeats: usize,
     rounds: usize,
@@ -39,23 +47,21 @@ type Best = BTreeMap<&'static str, f64>;
 /// Builds the binary, measures round by round, prints the table and as the last line one JSON object.
 pub(crate) fn run(args: &[&str]) -> anyhow::Result<()> {
     let options = Options::parse(args)?;
-    let built = Command::new(env!("CARGO"))
-        .args(["build", "--release", "--quiet", "--package", "grpo-host"])
-        .current_dir(xtask::tidy::workspace_root())
-        .status()
-        .context("cannot run cargo")?;
-    ensure!(built.success(), "building grpo-host failed");
+    let exe = options.exe.clone().map_or_else(build, Ok)?;
     let (mut ours, mut peer) = (Best::new(), Best::new());
     for round in 1..=options.rounds {
         eprintln!("round {round} of {}", options.rounds);
         if options.decode {
-            measure(&options.rollout()?, &mut ours)?;
+            measure(&options.rollout(&exe)?, &mut ours)?;
             measure(&options.peer("decode")?, &mut peer)?;
         }
         if options.train {
-            measure(&options.step("train", BATCH_TOKENS)?, &mut ours)?;
+            measure(&options.step(&exe, "train", BATCH_TOKENS)?, &mut ours)?;
             measure(&options.peer("train")?, &mut peer)?;
-            measure(&options.step("train_micro", SEQUENCE_TOKENS)?, &mut ours)?;
+            measure(
+                &options.step(&exe, "train_micro", SEQUENCE_TOKENS)?,
+                &mut ours,
+            )?;
             measure(&options.peer("train_micro")?, &mut peer)?;
         }
     }
@@ -63,11 +69,23 @@ pub(crate) fn run(args: &[&str]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Our binary, which stands beside this one.
+fn build() -> anyhow::Result<PathBuf> {
+    let built = Command::new(env!("CARGO"))
+        .args(["build", "--release", "--quiet", "--package", "grpo-host"])
+        .current_dir(xtask::tidy::workspace_root())
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(built.success(), "building grpo-host failed");
+    Ok(std::env::current_exe()?.with_file_name("grpo-host"))
+}
+
 impl Options {
     fn parse(args: &[&str]) -> anyhow::Result<Self> {
         let mut options = Self {
             model: String::new(),
             python: "python3".to_owned(),
+            exe: None,
             threads: available_parallelism()?.get(),
             repeats: 3,
             rounds: 1,
@@ -87,6 +105,7 @@ impl Options {
             match *flag {
                 "--model" => value.clone_into(&mut options.model),
                 "--python" => value.clone_into(&mut options.python),
+                "--exe" => options.exe = Some(PathBuf::from(value)),
                 "--threads" => options.threads = number()?,
                 "--repeats" => options.repeats = number()?,
                 "--rounds" => options.rounds = number()?,
@@ -104,9 +123,9 @@ impl Options {
         Ok(options)
     }
 
-    fn rollout(&self) -> anyhow::Result<Vec<(&'static str, f64)>> {
+    fn rollout(&self, exe: &Path) -> anyhow::Result<Vec<(&'static str, f64)>> {
         let flags = ["--repeats", &self.repeats.to_string()].map(str::to_owned);
-        let lines = self.grpo_host("rollout", &flags)?;
+        let lines = self.grpo_host(exe, "rollout", &flags)?;
         let last = lines.last().context("bench rollout printed nothing")?;
         Ok(vec![
             ("decode", number(last, "value")?),
@@ -117,6 +136,7 @@ impl Options {
     /// Without gradient checkpointing, which the peer does not do either.
     fn step(
         &self,
+        exe: &Path,
         label: &'static str,
         micro_batch: usize,
     ) -> anyhow::Result<Vec<(&'static str, f64)>> {
@@ -130,7 +150,7 @@ impl Options {
             "--set",
             &micro_batch,
         ];
-        let lines = self.grpo_host("train", &flags.map(str::to_owned))?;
+        let lines = self.grpo_host(exe, "train", &flags.map(str::to_owned))?;
         let last = lines.last().context("bench train printed nothing")?;
         Ok(vec![(label, number(last, "value")?)])
     }
@@ -153,9 +173,8 @@ impl Options {
         Ok(found)
     }
 
-    fn grpo_host(&self, what: &str, flags: &[String]) -> anyhow::Result<Vec<Value>> {
-        let exe = std::env::current_exe()?;
-        let mut command = Command::new(exe.with_file_name("grpo-host"));
+    fn grpo_host(&self, exe: &Path, what: &str, flags: &[String]) -> anyhow::Result<Vec<Value>> {
+        let mut command = Command::new(exe);
         command.args(["bench", what, "--json", "--quiet", "--model", &self.model]);
         command.args(["--threads", &self.threads.to_string()]);
         command.args(flags);
