@@ -8,19 +8,16 @@ import pathlib
 import random
 
 HERE = pathlib.Path(__file__).parent
-LIMIT = 99
 
 
 def problem(rng):
-    """Three terms; intermediate and final results stay in 0..=198."""
-    while True:
-        a, b, c = (rng.randint(1, LIMIT) for _ in range(3))
-        first, second = rng.choice("+-"), rng.choice("+-")
-        middle = a + b if first == "+" else a - b
-        result = middle + c if second == "+" else middle - c
-        if middle >= 0 and result >= 0:
-            steps = f"{a}{first}{b}={middle};{middle}{second}{c}={result}"
-            return f"{a}{first}{b}{second}{c}", steps, str(result)
+    """Two numbers of two digits, and their sum column by column as it is taught in school."""
+    a, b = rng.randint(10, 99), rng.randint(10, 99)
+    ones = a % 10 + b % 10
+    carry = "+1" if ones > 9 else ""
+    tens = a // 10 + b // 10 + ones // 10
+    steps = f"{a % 10}+{b % 10}={ones};{a // 10}+{b // 10}{carry}={tens}"
+    return f"{a}+{b}", steps, str(a + b)
 
 
 def rows(rng, count, seen):
@@ -72,8 +69,8 @@ def tokenizer():
 def main():
     rng, seen = random.Random(20260101), set()
     heldout = [{"question": q, "answer": a} for q, _, a in rows(rng, 400, seen)]
-    train = [{"question": q, "answer": a} for q, _, a in rows(rng, 4000, seen)]
-    sft = [{"question": q, "completion": f"<think>{s}</think>#### {a}"} for q, s, a in rows(rng, 6000, seen)]
+    train = [{"question": q, "answer": a} for q, _, a in rows(rng, 3000, seen)]
+    sft = [{"question": q, "completion": f"<think>{s}</think>#### {a}"} for q, s, a in rows(rng, 3000, seen)]
     write("heldout.jsonl", heldout)
     write("train.jsonl", train)
     write("sft.jsonl", sft)

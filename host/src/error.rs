@@ -9,7 +9,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use grpo_policy::error::PolicyError;
 
 use crate::{
-    commands::{Interrupted, NoSuchDevice},
+    commands::{Interrupted, NoSuchDevice, PluginBenchError},
     config::ConfigError,
     data::DataError,
     grpo::loss::LossError,
@@ -41,6 +41,7 @@ const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
     |link| hint_of(link, TrainError::hint),
     |link| hint_of(link, Interrupted::hint),
     |link| hint_of(link, NoSuchDevice::hint),
+    |link| hint_of(link, PluginBenchError::hint),
 ];
 
 /// One line per error type that is the user's command line or config to mend.
@@ -48,6 +49,7 @@ const USAGE: &[fn(Link<'_>) -> bool] = &[
     |link| link.is::<ConfigError>(),
     |link| link.is::<WeightError>(),
     |link| link.is::<MissingPlugin>(),
+    |link| matches!(link.downcast_ref(), Some(LossError::Config { .. })),
 ];
 
 fn hint_of<E: Error + 'static>(link: Link<'_>, hint: fn(&E) -> Option<String>) -> Option<String> {

@@ -13,8 +13,9 @@ pub struct Interrupt(Arc<AtomicBool>);
 const EXIT_SIGINT: i32 = 130;
 
 impl Interrupt {
-    /// Listens for SIGINT and SIGTERM on a thread of its own from now on.
-    pub fn listen() -> std::io::Result<Self> {
+    /// Listens for SIGINT and SIGTERM on a thread of its own from now on. `on_request` is called there
+    /// when the first one comes.
+    pub fn listen(on_request: impl Fn() + Send + 'static) -> std::io::Result<Self> {
         let interrupt = Self::default();
         let flag = interrupt.clone();
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -36,7 +37,7 @@ impl Interrupt {
                         if flag.0.swap(true, Ordering::Relaxed) {
                             std::process::exit(EXIT_SIGINT);
                         }
-                        eprintln!("\nstopping after this step; once more to stop at once");
+                        on_request();
                     }
                 });
             })?;

@@ -1,7 +1,7 @@
 //! From a validated config to the parts of a run: model, rows, plugins. The only place that decides
 //! what a name on the command line stands for (embedded, file, hub).
 
-use std::{path::Path, sync::Arc};
+use std::path::Path;
 
 use anyhow::Context;
 use grpo_policy::weights::{self, LoadedModel};
@@ -14,7 +14,7 @@ use crate::{
     defaults,
     hub::{Hub, HubConfig, Progress, Repo},
     plugin::{
-        CurriculumPlugin, FormatterPlugin, Limits, LogLevel, Plugin, PluginHost, RewardPlugin,
+        CurriculumPlugin, FormatterPlugin, Limits, LogSink, Plugin, PluginHost, RewardPlugin,
         RewardSet, Weighted,
     },
     policy::Capacity,
@@ -176,14 +176,9 @@ pub struct Plugins {
 
 /// Loads the configured components. Roles that none of them plays go to the shipped plugins:
 /// `reward-math`, `formatter-chat`, `curriculum-uniform`.
-pub fn plugins(config: &RunConfig) -> anyhow::Result<Plugins> {
-    let host = PluginHost::new(Arc::new(|line| {
-        // Guests may log at any moment, also while a progress bar is drawn; `suspend`-free plain lines
-        // on stderr are what every terminal copes with.
-        if line.level >= LogLevel::Info {
-            eprintln!("[{}] {:?}: {}", line.plugin, line.level, line.text);
-        }
-    }))?;
+/// What they log goes to `sink`.
+pub fn plugins(config: &RunConfig, sink: LogSink) -> anyhow::Result<Plugins> {
+    let host = PluginHost::new(sink)?;
     let mut slots = Slots::default();
     for plugin in &config.plugins.plugins {
         slots.add(&host, plugin)?;

@@ -12,6 +12,7 @@ const USAGE: &str = "\
 usage: cargo xtask <command>
   test              everything CI runs: format, lints, plugins, tests
   plugins [--check] build the shipped plugins into plugins/dist, or check that dist is up to date
+  component IN OUT  make a component of a guest's core module, as `plugins` does for ours
   tidy              the layering, size and naming rules alone";
 
 fn main() -> ExitCode {
@@ -31,6 +32,7 @@ fn run() -> anyhow::Result<()> {
         ["test"] => test::run(),
         ["plugins"] => plugins::run(false),
         ["plugins", "--check"] => plugins::run(true),
+        ["component", module, out] => plugins::component(module.as_ref(), out.as_ref()),
         ["tidy"] => tidy(),
         ["bench", ref rest @ ..] => bench::run(rest),
         _ => bail!("unknown arguments {args:?}\n{USAGE}\n{}", bench::USAGE),

@@ -44,6 +44,11 @@ pub(crate) fn run(check_only: bool) -> Result<()> {
     check(&root)
 }
 
+/// Makes the component `out` of a core module built with wit-bindgen.
+pub(crate) fn component(module: &Path, out: &Path) -> Result<()> {
+    fs::write(out, componentize(module)?).with_context(|| format!("cannot write {}", out.display()))
+}
+
 fn root() -> Result<PathBuf> {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let root = here.parent().context("xtask has no parent folder")?;

@@ -19,8 +19,8 @@ use crate::config::{ConfigError, Device, PluginConfig, RawConfig};
 pub use environment::Environment;
 pub use plugin_arg::PluginArg;
 pub use tools::{
-    BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchTrainArgs, DoctorArgs, PluginCommand,
-    PluginFileArgs, ResultsArgs, ShapeArgs,
+    BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchTrainArgs, DoctorArgs, PluginCheckArgs,
+    PluginCommand, PluginFileArgs, ResultsArgs, ShapeArgs,
 };
 pub use training::{EvalArgs, RolloutArgs, SftArgs, TrainArgs};
 

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use serde_json::{Map, Value};
 
 use super::{ModelArgs, OutputArgs, PluginArg};
 
@@ -79,7 +80,7 @@ pub struct BenchTrainArgs {
 
 #[derive(Args, Debug)]
 pub struct BenchPluginArgs {
-    /// Reward to call [default: the built-in one]
+    /// Reward to call [default: reward-format with every check off, which leaves the bare call]
     #[arg(long, value_name = "FILE|REF")]
     pub plugin: Option<PluginArg>,
     /// Samples of a call
@@ -105,8 +106,24 @@ pub struct DoctorArgs {
 pub enum PluginCommand {
     /// Print a component's role, digest, imports and exports
     Inspect(PluginFileArgs),
-    /// Load a component as a run would and call it once
-    Check(PluginFileArgs),
+    /// Load a component as a run would: limits, a trial instance, its `configure`
+    Check(PluginCheckArgs),
+}
+
+#[derive(Args, Debug)]
+pub struct PluginCheckArgs {
+    /// Component file, or the name of a built-in plugin
+    #[arg(value_name = "FILE|REF")]
+    pub plugin: String,
+    /// JSON object for its `configure`
+    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
+    pub config: Map<String, Value>,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+fn json_object(text: &str) -> Result<Map<String, Value>, String> {
+    serde_json::from_str(text).map_err(|error| format!("not a JSON object: {error}"))
 }
 
 #[derive(Args, Debug)]

@@ -1,12 +1,12 @@
-//! `bench plugin`: what a call into a reward costs, warm and with a fresh instance each time.
-//!
-//! Measures the calls that training makes, host-side lowering and result checks included. Printing
-//! is the caller's business.
+//! `bench plugin`: what a call into a reward costs: warm, with a fresh instance each time, and as a
+//! training step makes it. Host-side lowering and result checks are included.
 
-use crate::defaults;
-use crate::plugin::{Limits, Plugin, PluginError, PluginHost, RewardPlugin};
+use crate::cli::BenchPluginArgs;
+use crate::plugin::{Limits, Plugin, PluginError, PluginHost, RewardPlugin, RewardSet, Weighted};
+use crate::setup;
 use crate::types::{Finish, Parsed, Sample, Telemetry};
 use serde::Serialize;
+use serde_json::json;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -18,103 +18,132 @@ const PROMPT_SHARE: usize = 4;
 
 /// What to measure.
 #[derive(Clone, Debug, Serialize)]
-pub struct PluginBench {
-    /// A shipped reward.
-    pub plugin: &'static str,
-    /// Its config. The default switches every check of `reward-format` off, which leaves the price of
-    /// the call itself; compare with `reward-math` and `{}`, which read the texts.
-    pub config: serde_json::Value,
+struct PluginBench {
+    /// A shipped reward or a file.
+    plugin: String,
+    config: serde_json::Value,
     /// Samples per call.
-    pub samples: usize,
+    samples: usize,
     /// Bytes of row, prompt and completion of one sample together.
-    pub sample_bytes: usize,
+    sample_bytes: usize,
     /// Calls that are timed, after a tenth as many that are not.
-    pub calls: usize,
+    calls: usize,
 }
 
-impl Default for PluginBench {
-    fn default() -> Self {
+impl PluginBench {
+    /// Without a plugin it is `reward-format` with every check switched off, which leaves the price of
+    /// the call itself; compare with `reward-math`, which reads the texts.
+    fn of(args: &BenchPluginArgs) -> Self {
+        let (plugin, config) = match &args.plugin {
+            Some(plugin) => (plugin.source.clone(), json!({})),
+            None => ("reward-format".to_owned(), json!({"tags": []})),
+        };
         Self {
-            plugin: "reward-format",
-            config: serde_json::json!({"tags": []}),
-            samples: 64,
-            sample_bytes: 2500,
-            calls: 2000,
+            plugin,
+            config,
+            samples: args.samples as usize,
+            sample_bytes: args.bytes as usize,
+            calls: args.calls as usize,
         }
     }
 }
 
-/// One number, as `--json` prints it.
+/// One number.
 #[derive(Clone, Debug, Serialize)]
-pub struct PluginMeasure {
-    pub name: String,
+struct PluginMeasure {
+    name: String,
     /// Always `us`: microseconds per call.
-    pub unit: &'static str,
-    pub value: f64,
-    #[serde(flatten)]
-    pub params: PluginBench,
+    unit: &'static str,
+    value: f64,
 }
 
-/// Why a measurement was not made.
+/// A plugin of another role.
 #[derive(Debug, thiserror::Error)]
-pub enum PluginBenchError {
-    #[error("`{0}` is not a shipped reward")]
-    NotAReward(&'static str),
-    #[error("nothing to measure: {samples} samples, {calls} calls")]
-    Nothing { samples: usize, calls: usize },
-    #[error(transparent)]
-    Plugin(#[from] PluginError),
+#[error("`{plugin}` is not a reward")]
+pub struct PluginBenchError {
+    plugin: String,
 }
 
 impl PluginBenchError {
     /// What the reader can do about it.
     pub fn hint(&self) -> Option<String> {
-        match self {
-            Self::NotAReward(_) => Some("use reward-math or reward-format".to_owned()),
-            Self::Nothing { .. } => Some("ask for at least one of each".to_owned()),
-            Self::Plugin(error) => error.hint(),
-        }
+        Some("give a reward component, reward-math or reward-format".to_owned())
     }
 }
 
-/// Median and 99th percentile of warm and of fresh calls: `plugin_warm_p50`, `plugin_warm_p99`,
-/// `plugin_fresh_p50`, `plugin_fresh_p99`.
-///
-/// # Errors
-/// An unknown plugin, nothing to do, or the plugin's own failure.
-pub fn run(bench: &PluginBench) -> Result<Vec<PluginMeasure>, PluginBenchError> {
-    let (samples, calls) = (bench.samples, bench.calls);
-    if samples == 0 || calls == 0 {
-        return Err(PluginBenchError::Nothing { samples, calls });
+/// Measures, and prints a short table or one JSON object.
+pub(super) fn run(args: &BenchPluginArgs) -> anyhow::Result<()> {
+    let bench = PluginBench::of(args);
+    let measures = measure(&bench)?;
+    if args.output.json {
+        println!("{}", object(&bench, &measures)?);
+        return Ok(());
     }
+    for m in &measures {
+        println!("{:>16}  {:>8.1} {}", m.name, m.value, m.unit);
+    }
+    if !args.output.quiet {
+        println!(
+            "{} calls of {} samples of {} bytes into {}",
+            bench.calls, bench.samples, bench.sample_bytes, bench.plugin
+        );
+    }
+    Ok(())
+}
+
+/// The warm median with the parameters, and all numbers under `metrics`.
+fn object(bench: &PluginBench, measures: &[PluginMeasure]) -> anyhow::Result<serde_json::Value> {
+    #[derive(Serialize)]
+    struct Object<'a> {
+        #[serde(flatten)]
+        headline: Option<&'a PluginMeasure>,
+        #[serde(flatten)]
+        bench: &'a PluginBench,
+        metrics: &'a [PluginMeasure],
+    }
+    Ok(serde_json::to_value(Object {
+        headline: measures.first(),
+        bench,
+        metrics: measures,
+    })?)
+}
+
+/// Median and 99th percentile of a warm call, of one into a fresh instance, and of a step's scoring
+/// (a fresh instance, with weights and names on top): `plugin_warm_p50` to `plugin_step_p99`.
+fn measure(bench: &PluginBench) -> anyhow::Result<Vec<PluginMeasure>> {
     let plugin = load(bench)?;
     let texts = texts(bench);
     let parsed = Parsed::default();
     let batch: Vec<Sample<'_>> = texts.iter().map(|text| sample(text, &parsed)).collect();
-    let mut warm = plugin.warm()?;
-    let warm = micros(calls, || warm.score(&batch).map(drop))?;
-    let fresh = micros(calls, || plugin.score(&batch).map(drop))?;
-    let measure = |kind: &str, times: &[f64], quantile: f64| PluginMeasure {
-        name: format!("plugin_{kind}_p{:.0}", quantile * 100.0),
-        unit: "us",
-        value: at(times, quantile),
-        params: bench.clone(),
-    };
-    Ok(vec![
-        measure("warm", &warm, 0.5),
-        measure("warm", &warm, 0.99),
-        measure("fresh", &fresh, 0.5),
-        measure("fresh", &fresh, 0.99),
-    ])
+    let mut instance = plugin.warm()?;
+    let warm = micros(bench.calls, || instance.score(&batch).map(drop))?;
+    drop(instance);
+    let fresh = micros(bench.calls, || plugin.score(&batch).map(drop))?;
+    let (reward, weight) = (plugin, 1.0);
+    let set = RewardSet::new(vec![Weighted { reward, weight }])?;
+    let step = micros(bench.calls, || set.score(&batch).map(drop))?;
+    let mut measures = Vec::new();
+    for (kind, times) in [("warm", &warm), ("fresh", &fresh), ("step", &step)] {
+        for quantile in [0.5, 0.99] {
+            measures.push(PluginMeasure {
+                name: format!("plugin_{kind}_p{:.0}", quantile * 100.0),
+                unit: "us",
+                value: at(times, quantile),
+            });
+        }
+    }
+    Ok(measures)
 }
 
-fn load(bench: &PluginBench) -> Result<RewardPlugin, PluginBenchError> {
-    let name = bench.plugin;
-    let bytes = defaults::component(name).ok_or(PluginBenchError::NotAReward(name))?;
+fn load(bench: &PluginBench) -> anyhow::Result<RewardPlugin> {
+    let (name, bytes) = setup::component(&bench.plugin)?;
+    // Printing the guest's lines would be measured with it.
     let host = PluginHost::new(Arc::new(|_| {}))?;
-    match host.load(name, bytes, &bench.config, &Limits::default())? {
+    match host.load(&name, &bytes, &bench.config, &Limits::default())? {
         Plugin::Reward(plugin) => Ok(plugin),
-        Plugin::Formatter(_) | Plugin::Curriculum(_) => Err(PluginBenchError::NotAReward(name)),
+        Plugin::Formatter(_) | Plugin::Curriculum(_) => {
+            Err(PluginBenchError { plugin: name }.into())
+        }
     }
 }
 
@@ -210,16 +239,21 @@ mod tests {
     #[test]
     fn measures_the_calls_of_training() {
         let bench = PluginBench {
+            plugin: "reward-format".to_owned(),
+            config: json!({"tags": []}),
+            samples: 64,
+            sample_bytes: 2500,
             calls: 20,
-            ..PluginBench::default()
         };
-        let measures = run(&bench).unwrap();
+        let measures = measure(&bench).unwrap();
         let names: Vec<&str> = measures.iter().map(|m| m.name.as_str()).collect();
         let expected = [
             "plugin_warm_p50",
             "plugin_warm_p99",
             "plugin_fresh_p50",
             "plugin_fresh_p99",
+            "plugin_step_p50",
+            "plugin_step_p99",
         ];
         assert_eq!(names, expected);
         assert!(measures.iter().all(|m| m.value > 0.0 && m.value < 1e6));
@@ -228,10 +262,25 @@ mod tests {
             .map(|t| t.row.len() + t.prompt.len() + t.completion.len())
             .collect();
         assert!(bytes.iter().all(|n| (2500..2600).contains(n)), "{bytes:?}");
-        let json = serde_json::to_value(&measures[0]).unwrap();
+        let json = object(&bench, &measures).unwrap();
         assert_eq!(
-            (&json["unit"], &json["samples"]),
-            (&"us".into(), &64.into())
+            (&json["name"], &json["unit"]),
+            (&names[0].into(), &"us".into())
         );
+        assert_eq!(json["samples"], 64);
+        assert_eq!(json["metrics"][5]["value"], measures[5].value);
+    }
+
+    #[test]
+    fn refuses_other_roles() {
+        let bench = PluginBench {
+            plugin: "formatter-chat".to_owned(),
+            config: json!({}),
+            samples: 1,
+            sample_bytes: 100,
+            calls: 1,
+        };
+        let error = measure(&bench).unwrap_err();
+        assert_eq!(error.to_string(), "`formatter-chat` is not a reward");
     }
 }

@@ -2,13 +2,14 @@
 
 use serde_json::{Value, json};
 
-use crate::cli::DoctorArgs;
+use crate::{cli::DoctorArgs, defaults, plugin::digest};
 
 /// Prints the facts, one a line, or as one JSON object.
 pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
     let cores = std::thread::available_parallelism()?.get();
     let simd = simd();
     let memory = memory_mib();
+    let plugins = defaults::COMPONENTS.map(|(name, bytes)| (name, digest(bytes), bytes.len()));
     if args.output.json {
         let facts = json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -18,6 +19,7 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
             "memory_available_mib": memory.map(|memory| memory.available),
             "devices": ["cpu"],
             "cuda": Value::Null,
+            "plugins": plugins.map(|(name, digest, bytes)| json!({ "name": name, "digest": digest, "bytes": bytes })),
         });
         println!("{facts}");
         return Ok(());
@@ -31,6 +33,9 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
         None => println!("memory   unknown"),
     }
     println!("devices  cpu (this build has no CUDA)");
+    for (name, digest, bytes) in plugins {
+        println!("plugin   {name}, {} KiB, {digest}", bytes.div_ceil(1024));
+    }
     Ok(())
 }
 

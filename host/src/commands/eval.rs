@@ -3,7 +3,7 @@
 use anyhow::Context;
 use serde_json::json;
 
-use super::progress::{Bar, downloads};
+use super::progress::{Bar, downloads, guest_log};
 use crate::{
     cli::{Environment, EvalArgs},
     evaluate::{EvalReport, EvalSettings, Judges, evaluate},
@@ -12,12 +12,12 @@ use crate::{
 };
 
 /// Evaluates, and prints a short table or one JSON object.
-pub fn run(args: &EvalArgs, environment: &Environment) -> anyhow::Result<()> {
+pub(super) fn run(args: &EvalArgs, environment: &Environment) -> anyhow::Result<()> {
     let config = super::config_over_defaults(|base| args.over(base))?;
     super::set_threads(config.hardware.threads)?;
     super::require_cpu(config.hardware.device)?;
     let mut on_download = downloads(args.output.quiet);
-    let plugins = setup::plugins(&config)?;
+    let plugins = setup::plugins(&config, guest_log())?;
     let rows = setup::eval_rows(&config, environment, &mut on_download)?
         .context("no rows to evaluate on: give --data")?;
     let model = setup::model(&config, environment, &mut on_download)?;

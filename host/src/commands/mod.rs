@@ -6,6 +6,7 @@ mod bench_rollout;
 mod bench_train;
 mod doctor;
 mod eval;
+mod plugin;
 mod progress;
 mod results;
 mod rollout;
@@ -18,6 +19,7 @@ use crate::{
     defaults,
 };
 
+pub use bench_plugin::PluginBenchError;
 pub use train::Interrupted;
 
 /// Runs a command to its end. Results go to stdout, progress to stderr.
@@ -31,7 +33,8 @@ pub fn run(command: Command, environment: &Environment) -> anyhow::Result<()> {
         Command::Bench(BenchCommand::Train(args)) => bench_train::run(&args, environment),
         Command::Results(args) => results::run(&args),
         Command::Doctor(args) => doctor::run(&args),
-        other => anyhow::bail!("{other:?}: not built yet"),
+        Command::Plugin(command) => plugin::run(&command),
+        Command::Bench(BenchCommand::Plugin(args)) => bench_plugin::run(&args),
     }
 }
 

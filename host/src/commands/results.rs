@@ -3,7 +3,7 @@
 use crate::{cli::ResultsArgs, run::summarise};
 
 /// Prints the summary of a run directory as a table or one JSON object.
-pub fn run(args: &ResultsArgs) -> anyhow::Result<()> {
+pub(super) fn run(args: &ResultsArgs) -> anyhow::Result<()> {
     let summary = summarise(&args.run)?;
     if args.output.json {
         println!("{}", serde_json::to_string(&summary)?);

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Generates and prints the completions, each with its telemetry.
-pub fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Result<()> {
+pub(super) fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Result<()> {
     let config = super::config_over_defaults(|base| args.over(base))?;
     super::set_threads(config.hardware.threads)?;
     super::require_cpu(config.hardware.device)?;

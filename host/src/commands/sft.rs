@@ -11,7 +11,7 @@ use grpo_policy::{
 };
 use serde_json::json;
 
-use super::progress::{SftBar, downloads};
+use super::progress::{SftBar, downloads, guest_log};
 use crate::{
     cli::{Environment, SftArgs},
     config::RunConfig,
@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Trains, writes the model, prints a short table or one JSON object.
-pub fn run(args: &SftArgs, environment: &Environment) -> anyhow::Result<()> {
+pub(super) fn run(args: &SftArgs, environment: &Environment) -> anyhow::Result<()> {
     let config = super::config_over_defaults(|base| args.over(base))?;
     super::set_threads(config.hardware.threads)?;
     super::require_cpu(config.hardware.device)?;
@@ -42,7 +42,7 @@ pub fn run(args: &SftArgs, environment: &Environment) -> anyhow::Result<()> {
     let name = setup::model_name(&config);
     let checkpointing = config.training.gradient_checkpointing;
     let mut policy = Policy::new(model, name, Mode::of(&config), checkpointing, capacity)?;
-    let formatter = setup::plugins(&config)?.formatter;
+    let formatter = setup::plugins(&config, guest_log())?.formatter;
     let rows = examples(&policy, &formatter, &data.rows, &args.answer_column)?;
     let started = Instant::now();
     let bar = SftBar::new(args.steps, args.output.quiet);

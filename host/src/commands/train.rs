@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Instant};
 use anyhow::Context;
 use serde_json::json;
 
-use super::progress::{Bar, downloads};
+use super::progress::{Bar, downloads, guest_log};
 use crate::{
     cli::{Environment, TrainArgs},
     config::{RawConfig, RunConfig},
@@ -15,7 +15,7 @@ use crate::{
     record,
     run::{Keep, MetricsWriter, RunDir, TrainState, read_metrics, write_report},
     setup,
-    trainer::{StepReport, Trainer},
+    trainer::{StepReport, Trainer, loss_config},
     types::PluginId,
 };
 
@@ -23,9 +23,12 @@ use crate::{
 const ENDS: u64 = 10;
 
 /// Trains, and prints a short table or one JSON object.
-pub fn run(args: &TrainArgs, environment: &Environment) -> anyhow::Result<()> {
+pub(super) fn run(args: &TrainArgs, environment: &Environment) -> anyhow::Result<()> {
     let (config, dir, state) = open(args)?;
-    let interrupt = Interrupt::listen().context("cannot listen for Ctrl-C")?;
+    let interrupt = Interrupt::listen(|| {
+        eprintln!("\nstopping after this step; once more to stop at once");
+    })
+    .context("cannot listen for Ctrl-C")?;
     let quiet = args.output.quiet;
     super::set_threads(config.hardware.threads)?;
     super::require_cpu(config.hardware.device)?;
@@ -69,9 +72,11 @@ fn open(args: &TrainArgs) -> anyhow::Result<(RunConfig, RunDir, Option<crate::ru
         let resumed = RunDir::resume(root)?;
         let saved = RawConfig::from_yaml(&resumed.dir.config()?, &root.display().to_string())?;
         let config = args.over(saved)?.validate()?;
+        loss_config(&config.loss).validate()?;
         return Ok((config, resumed.dir, resumed.checkpoint));
     }
     let config = super::config_over_defaults(|base| args.over(base))?;
+    loss_config(&config.loss).validate()?;
     let root = match &config.output.output_dir {
         Some(root) => root.clone(),
         None => new_run_folder()?,
@@ -115,7 +120,7 @@ impl<'a> Run<'a> {
         quiet: bool,
     ) -> anyhow::Result<Self> {
         let mut on_download = downloads(quiet);
-        let plugins = setup::plugins(config)?;
+        let plugins = setup::plugins(config, guest_log())?;
         check_lock(&dir, &plugins.locked)?;
         let rows = setup::rows(config, environment, &mut on_download)?;
         let model = setup::model(config, environment, &mut on_download)?;

@@ -7,7 +7,6 @@
 mod choices;
 mod error;
 mod sections;
-mod source;
 #[cfg(test)]
 mod tests;
 mod validate;
@@ -23,7 +22,6 @@ pub use sections::{
     EvalConfig, GenerationConfig, HardwareConfig, ImportanceCorrection, InputConfig, LoraConfig,
     LossConfig, OptimizerConfig, OutputConfig, PluginConfig, PluginsConfig, TrainingConfig,
 };
-pub use source::Source;
 
 /// A validated run. Serialises to the flat YAML it was read from, defaults filled in.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]

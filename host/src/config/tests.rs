@@ -27,6 +27,18 @@ fn empty_text_is_the_default() {
 }
 
 #[test]
+fn every_key_is_documented() {
+    let document = include_str!("../../../docs/configuration.md");
+    let keys = validate::known_keys::<RunConfig>();
+    assert!(keys.contains(&"loss_type".to_owned()), "{keys:?}");
+    let missing: Vec<_> = keys
+        .iter()
+        .filter(|key| !document.contains(&format!("`{key}`")))
+        .collect();
+    assert_eq!(missing, Vec::<&String>::new());
+}
+
+#[test]
 fn every_key_is_read_and_written_back() {
     let yaml = "
 model: Qwen/Qwen2.5-0.5B

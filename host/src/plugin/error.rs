@@ -178,7 +178,7 @@ impl PluginError {
             Fault::Guest {
                 kind: GuestErrorKind::Input,
                 ..
-            } => "rename the dataset's columns in data.columns, or configure the plugin".to_owned(),
+            } => "rename the dataset's columns with `columns`, or configure the plugin".to_owned(),
             Fault::Trap { .. } | Fault::Guest { .. } if self.call == Call::Score => {
                 "on_failure: skip leaves such samples out of training".to_owned()
             }

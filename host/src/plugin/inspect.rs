@@ -4,6 +4,7 @@ use super::error::Fault;
 use super::limits::{MAX_COMPONENT_BYTES, MAX_MEMORIES, MAX_TABLES};
 use super::log::printable;
 use crate::types::Role;
+use serde::Serialize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use wasmtime::Engine;
 use wasmtime::component::Component;
@@ -21,6 +22,27 @@ const ROLES: [Role; 3] = [Role::Reward, Role::Formatter, Role::Curriculum];
 const HOST: &str = "grpo:plugin/host@0.1.0";
 const HOST_FUNCTIONS: [&str; 1] = ["log"];
 const TYPES: &str = "grpo:plugin/types@0.1.0";
+
+/// What a component says of itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Description {
+    /// `None` if it exports the interface of no role, or of several.
+    pub role: Option<Role>,
+    /// Names of interfaces and functions, escaped.
+    pub exports: Vec<String>,
+    pub imports: Vec<String>,
+}
+
+/// Lists what a component imports and exports, whether or not this host can run it.
+pub(super) fn describe(component: &Component) -> Description {
+    let (ty, engine) = (component.component_type(), component.engine());
+    let clean = |name: &str| printable(name, 200);
+    Description {
+        role: role(component).ok(),
+        exports: ty.exports(engine).map(|(name, _)| clean(name)).collect(),
+        imports: ty.imports(engine).map(|(name, _)| clean(name)).collect(),
+    }
+}
 
 /// Compiles untrusted bytes.
 pub(super) fn compile(engine: &Engine, bytes: &[u8]) -> Result<Component, Fault> {

@@ -20,6 +20,7 @@ mod v0_1;
 pub use curriculum::CurriculumPlugin;
 pub use error::{Call, Fault, GuestErrorKind, PluginError};
 pub use formatter::{FormatterPlugin, RowText};
+pub use inspect::Description;
 pub use limits::{Isolation, Limits, OnFailure};
 pub use log::{LogLevel, LogLine, LogSink, printable};
 pub use reward::{RewardPlugin, Scoring, WarmReward};
@@ -138,6 +139,22 @@ impl PluginHost {
             Role::Formatter => Plugin::Formatter(FormatterPlugin::new(loaded)?),
             Role::Curriculum => Plugin::Curriculum(CurriculumPlugin::new(loaded)?),
         })
+    }
+
+    /// Compiles a component and reads its types, without running any of it.
+    ///
+    /// # Errors
+    /// Bytes that are no component, or one too large to compile.
+    pub fn describe(&self, name: &str, bytes: &[u8]) -> Result<Description, PluginError> {
+        let component =
+            inspect::compile(&self.plain.engine, bytes).map_err(|fault| PluginError {
+                plugin: name.into(),
+                digest: digest(bytes).into(),
+                call: Call::Load,
+                row: None,
+                fault,
+            })?;
+        Ok(inspect::describe(&component))
     }
 
     fn running(&self, limits: &Limits) -> Result<Running, Fault> {

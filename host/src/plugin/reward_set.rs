@@ -146,39 +146,3 @@ impl RewardSet {
         }
     }
 }
-
-impl Weighted {
-    /// Splits `LOCATION=WEIGHT` of the command line; without a weight it is 1. Only text after the
-    /// last `=` that has no `/` counts as a weight, so that paths may hold `=`.
-    ///
-    /// # Errors
-    /// [`WeightError::NotANumber`] if what follows the `=` is not a finite number.
-    pub fn split(argument: &str) -> Result<(&str, f64), WeightError> {
-        let Some((plugin, text)) = argument.rsplit_once('=').filter(|(_, w)| !w.contains('/'))
-        else {
-            return Ok((argument, 1.0));
-        };
-        match text.parse::<f64>() {
-            Ok(weight) if weight.is_finite() => Ok((plugin, weight)),
-            Ok(_) | Err(_) => Err(WeightError::NotANumber {
-                plugin: plugin.to_owned(),
-                text: text.to_owned(),
-            }),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn weights_on_the_command_line() {
-        assert_eq!(Weighted::split("a.wasm"), Ok(("a.wasm", 1.0)));
-        assert_eq!(Weighted::split("a.wasm=0.8"), Ok(("a.wasm", 0.8)));
-        assert_eq!(Weighted::split("x=1/a.wasm"), Ok(("x=1/a.wasm", 1.0)));
-        assert_eq!(Weighted::split("a.wasm=-2"), Ok(("a.wasm", -2.0)));
-        let error = Weighted::split("a.wasm=inf").unwrap_err();
-        assert_eq!(error.hint().unwrap(), "write a.wasm=0.5");
-    }
-}

@@ -1,3 +1,5 @@
+//! Chat templates against those of transformers (`tests/fixtures/chat`), and what is refused.
+
 use serde_json::{Value as Json, json};
 
 use super::*;

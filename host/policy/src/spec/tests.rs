@@ -1,3 +1,5 @@
+//! Specs read from `config.json` and from GGUF metadata, and what is refused.
+
 use std::path::Path;
 
 use serde_json::{Value, json};

@@ -1,3 +1,5 @@
+//! Tokenizers, detokenising token by token, and what is refused.
+
 use serde_json::json;
 
 use super::*;

@@ -9,7 +9,7 @@ use super::{
     mat::{Mat, View},
     simd::{dispatch, dot_inline, exp_inline, log_sum_exp},
 };
-use crate::{error::PolicyError, spec::ModelSpec};
+use crate::spec::ModelSpec;
 
 /// Queries whose scores are alive at a time.
 const TILE: usize = 64;
@@ -80,18 +80,16 @@ impl Packed<'_> {
     }
 
     /// Masked scores times `1/√d`, `[tile.len, tile.from + tile.len]`; masked entries are −∞.
-    fn scores(&self, tile: &Tile) -> Result<Mat, PolicyError> {
+    fn scores(&self, tile: &Tile) -> Mat {
         let keys = tile.from + tile.len;
-        let mut scores = self
-            .queries(self.q, tile)
-            .gemm(self.keys(self.k, tile).t())?;
+        let mut scores = self.queries(self.q, tile).mul(self.keys(self.k, tile).t());
         let scale = self.heads.scale();
         for (i, row) in scores.data_mut().chunks_mut(keys).enumerate() {
             let visible = tile.from + i + 1;
             row[..visible].iter_mut().for_each(|s| *s *= scale);
             row[visible..].fill(f32::NEG_INFINITY);
         }
-        Ok(scores)
+        scores
     }
 
     fn queries<'m>(&self, mat: &'m Mat, tile: &Tile) -> View<'m> {
@@ -105,7 +103,7 @@ impl Packed<'_> {
     }
 
     /// Softmax attention of every token over its own sequence up to itself.
-    pub(crate) fn forward(&self) -> Result<Attended, PolicyError> {
+    pub(crate) fn forward(&self) -> Attended {
         let d = self.heads.dim;
         let parts = self
             .work(self.heads.heads)
@@ -120,27 +118,27 @@ impl Packed<'_> {
                         from,
                         len: TILE.min(len - from),
                     };
-                    let mut scores = self.scores(&tile)?;
+                    let mut scores = self.scores(&tile);
                     for (i, row) in scores.data_mut().chunks_mut(from + tile.len).enumerate() {
                         lse.push(softmax(row, from + i + 1));
                     }
                     let values = self.keys(self.v, &tile);
-                    out.extend(View::whole(&scores).gemm(values)?.into_vec());
+                    out.extend(View::whole(&scores).mul(values).into_vec());
                 }
-                Ok((start, head, out, lse))
+                (start, head, out, lse)
             })
-            .collect::<Result<Vec<_>, PolicyError>>()?;
+            .collect::<Vec<_>>();
         let mut out = Mat::zeros(self.q.rows, self.q.cols);
         let mut lse = Mat::zeros(self.q.rows, self.heads.heads);
         for (start, head, part, part_lse) in parts {
             add_columns(&mut out, start, head * d, &part, d);
             add_columns(&mut lse, start, head, &part_lse, 1);
         }
-        Ok(Attended { out, lse })
+        Attended { out, lse }
     }
 
     /// Gradients given that of the result.
-    pub(crate) fn backward(&self, saved: &Attended, dout: &Mat) -> Result<Gradients, PolicyError> {
+    pub(crate) fn backward(&self, saved: &Attended, dout: &Mat) -> Gradients {
         let d = self.heads.dim;
         let parts = self
             .work(self.heads.kv_heads)
@@ -155,12 +153,12 @@ impl Packed<'_> {
                             from,
                             len: TILE.min(len - from),
                         };
-                        part.add_tile(self, saved, dout, &tile)?;
+                        part.add_tile(self, saved, dout, &tile);
                     }
                 }
-                Ok(part)
+                part
             })
-            .collect::<Result<Vec<_>, PolicyError>>()?;
+            .collect::<Vec<_>>();
         let mut sum = Gradients {
             dq: Mat::zeros(self.q.rows, self.q.cols),
             dk: Mat::zeros(self.k.rows, self.k.cols),
@@ -173,7 +171,7 @@ impl Packed<'_> {
             add_columns(&mut sum.dk, part.start, part.kv_head * d, &part.dk, d);
             add_columns(&mut sum.dv, part.start, part.kv_head * d, &part.dv, d);
         }
-        Ok(sum)
+        sum
     }
 }
 
@@ -200,17 +198,11 @@ impl KvHeadGradients {
 
     /// With `P` the probabilities and `D = Σ_d dO·O` of a query: `dV = PᵀdO`, `dP = dO·Vᵀ`,
     /// `dS = P·(dP − D)/√d`, `dQ = dS·K`, `dK = dSᵀ·Q`.
-    fn add_tile(
-        &mut self,
-        packed: &Packed<'_>,
-        saved: &Attended,
-        dout: &Mat,
-        tile: &Tile,
-    ) -> Result<(), PolicyError> {
+    fn add_tile(&mut self, packed: &Packed<'_>, saved: &Attended, dout: &Mat, tile: &Tile) {
         let (keys, d) = (tile.from + tile.len, packed.heads.dim);
-        let mut p = packed.scores(tile)?;
+        let mut p = packed.scores(tile);
         let dout_tile = packed.queries(dout, tile);
-        let mut ds = dout_tile.gemm(packed.keys(packed.v, tile).t())?;
+        let mut ds = dout_tile.mul(packed.keys(packed.v, tile).t());
         let rows = p
             .data_mut()
             .chunks_mut(keys)
@@ -236,13 +228,12 @@ impl KvHeadGradients {
                 },
             );
         }
-        let dv = View::whole(&p).t().gemm(dout_tile)?;
+        let dv = View::whole(&p).t().mul(dout_tile);
         super::simd::add_assign(&mut self.dv[..keys * d], dv.data());
-        let dk = View::whole(&ds).t().gemm(packed.queries(packed.q, tile))?;
+        let dk = View::whole(&ds).t().mul(packed.queries(packed.q, tile));
         super::simd::add_assign(&mut self.dk[..keys * d], dk.data());
-        let dq = View::whole(&ds).gemm(packed.keys(packed.k, tile))?;
+        let dq = View::whole(&ds).mul(packed.keys(packed.k, tile));
         self.dq.push((tile.start + tile.from, tile.head, dq));
-        Ok(())
     }
 }
 
@@ -326,7 +317,7 @@ mod tests {
             cu_seqlens: &[0, 1, 131, 150],
             heads,
         };
-        let found = p.forward().unwrap().out;
+        let found = p.forward().out;
         for (f, e) in found.data().iter().zip(textbook(&p)) {
             assert!((f64::from(*f) - e).abs() < 1e-5);
         }
@@ -363,7 +354,7 @@ mod tests {
             cu_seqlens: &cu,
             heads,
         };
-        let grads = p.backward(&p.forward().unwrap(), &c).unwrap();
+        let grads = p.backward(&p.forward(), &c);
         let h = 1e-2f32;
         let bump = |m: &Mat, i: usize, by: f32| {
             let mut m = m.clone();

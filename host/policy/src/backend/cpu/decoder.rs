@@ -9,7 +9,6 @@ use super::{
     ops::{self, Rope},
     params::{Grads, ParamId, Params},
 };
-use crate::error::PolicyError;
 
 /// Weights of one layer. Names follow the checkpoint's (`q_proj`, `gate_proj`, …).
 #[derive(Debug)]
@@ -78,7 +77,7 @@ impl Decoder {
 }
 
 impl Layer {
-    pub(crate) fn project(&self, pass: &Pass<'_>, x: &Mat) -> Result<Projected, PolicyError> {
+    pub(crate) fn project(&self, pass: &Pass<'_>, x: &Mat) -> Projected {
         let Pass {
             decoder,
             params,
@@ -86,9 +85,9 @@ impl Layer {
             adapters,
         } = *pass;
         let h = ops::rms_norm(x, params.data(self.input_layernorm), decoder.eps);
-        let mut q = self.q_proj.forward(params, &h, adapters)?;
-        let mut k = self.k_proj.forward(params, &h, adapters)?;
-        let v = self.v_proj.forward(params, &h, adapters)?;
+        let mut q = self.q_proj.forward(params, &h, adapters);
+        let mut k = self.k_proj.forward(params, &h, adapters);
+        let v = self.v_proj.forward(params, &h, adapters);
         let mut before_norm = None;
         if let Some((q_norm, k_norm)) = self.qk_norm {
             let normed_q = ops::rms_norm(&q, params.data(q_norm), decoder.eps);
@@ -98,32 +97,23 @@ impl Layer {
         }
         decoder.rope.apply(&mut q, positions);
         decoder.rope.apply(&mut k, positions);
-        Ok(Projected {
+        Projected {
             q,
             k,
             v,
             before_norm,
-        })
+        }
     }
 
     /// Residual stream after attention, given the attention result.
-    pub(crate) fn join(
-        &self,
-        pass: &Pass<'_>,
-        x: &Mat,
-        attended: &Mat,
-    ) -> Result<Mat, PolicyError> {
-        let mut middle = self.o_proj.forward(pass.params, attended, pass.adapters)?;
+    pub(crate) fn join(&self, pass: &Pass<'_>, x: &Mat, attended: &Mat) -> Mat {
+        let mut middle = self.o_proj.forward(pass.params, attended, pass.adapters);
         middle.add_assign(x);
-        Ok(middle)
+        middle
     }
 
     /// Gate, up and the residual stream after the MLP.
-    pub(crate) fn mlp(
-        &self,
-        pass: &Pass<'_>,
-        middle: &Mat,
-    ) -> Result<(Mat, Mat, Mat), PolicyError> {
+    pub(crate) fn mlp(&self, pass: &Pass<'_>, middle: &Mat) -> (Mat, Mat, Mat) {
         let Pass {
             decoder,
             params,
@@ -135,27 +125,22 @@ impl Layer {
             params.data(self.post_attention_layernorm),
             decoder.eps,
         );
-        let gate = self.gate_proj.forward(params, &h, adapters)?;
-        let up = self.up_proj.forward(params, &h, adapters)?;
+        let gate = self.gate_proj.forward(params, &h, adapters);
+        let up = self.up_proj.forward(params, &h, adapters);
         let mut out = self
             .down_proj
-            .forward(params, &ops::silu_mul(&gate, &up), adapters)?;
+            .forward(params, &ops::silu_mul(&gate, &up), adapters);
         out.add_assign(middle);
-        Ok((gate, up, out))
+        (gate, up, out)
     }
 
     /// One layer over packed sequences; the trace is what [`Layer::backward`] wants.
-    pub(crate) fn forward(
-        &self,
-        pass: &Pass<'_>,
-        cu_seqlens: &[usize],
-        x: &Mat,
-    ) -> Result<(Mat, Trace), PolicyError> {
-        let projected = self.project(pass, x)?;
-        let attended = packed(pass, &projected, cu_seqlens).forward()?;
-        let middle = self.join(pass, x, &attended.out)?;
-        let (gate, up, out) = self.mlp(pass, &middle)?;
-        Ok((
+    pub(crate) fn forward(&self, pass: &Pass<'_>, cu_seqlens: &[usize], x: &Mat) -> (Mat, Trace) {
+        let projected = self.project(pass, x);
+        let attended = packed(pass, &projected, cu_seqlens).forward();
+        let middle = self.join(pass, x, &attended.out);
+        let (gate, up, out) = self.mlp(pass, &middle);
+        (
             out,
             Trace {
                 projected,
@@ -164,7 +149,7 @@ impl Layer {
                 gate,
                 up,
             },
-        ))
+        )
     }
 
     /// Gradient of the layer's input given that of its output.
@@ -175,37 +160,29 @@ impl Layer {
         cu_seqlens: &[usize],
         dout: Mat,
         grads: &mut Grads,
-    ) -> Result<Mat, PolicyError> {
-        let dmiddle = self.mlp_backward(pass, trace, dout, grads)?;
+    ) -> Mat {
+        let dmiddle = self.mlp_backward(pass, trace, dout, grads);
         let (params, attended) = (pass.params, &trace.attended);
-        let dattended = self
-            .o_proj
-            .backward(params, &attended.out, &dmiddle, grads)?;
+        let dattended = self.o_proj.backward(params, &attended.out, &dmiddle, grads);
         let batch = packed(pass, &trace.projected, cu_seqlens);
-        let gradients = batch.backward(attended, &dattended)?;
+        let gradients = batch.backward(attended, &dattended);
         self.project_backward(pass, (x, &trace.projected), gradients, dmiddle, grads)
     }
 
-    fn mlp_backward(
-        &self,
-        pass: &Pass<'_>,
-        trace: &Trace,
-        dout: Mat,
-        grads: &mut Grads,
-    ) -> Result<Mat, PolicyError> {
+    fn mlp_backward(&self, pass: &Pass<'_>, trace: &Trace, dout: Mat, grads: &mut Grads) -> Mat {
         let Pass {
             decoder, params, ..
         } = *pass;
         let norm = self.post_attention_layernorm;
         let act = ops::silu_mul(&trace.gate, &trace.up);
-        let dact = self.down_proj.backward(params, &act, &dout, grads)?;
+        let dact = self.down_proj.backward(params, &act, &dout, grads);
         let (dgate, dup) = ops::silu_mul_backward(&trace.gate, &trace.up, &dact);
         let h = ops::rms_norm(&trace.middle, params.data(norm), decoder.eps);
-        let mut dh = self.gate_proj.backward(params, &h, &dgate, grads)?;
-        dh.add_assign(&self.up_proj.backward(params, &h, &dup, grads)?);
+        let mut dh = self.gate_proj.backward(params, &h, &dgate, grads);
+        dh.add_assign(&self.up_proj.backward(params, &h, &dup, grads));
         let mut dmiddle = norm_backward(pass, norm, &trace.middle, &dh, grads);
         dmiddle.add_assign(&dout);
-        Ok(dmiddle)
+        dmiddle
     }
 
     fn project_backward(
@@ -215,7 +192,7 @@ impl Layer {
         Gradients { mut dq, mut dk, dv }: Gradients,
         dresidual: Mat,
         grads: &mut Grads,
-    ) -> Result<Mat, PolicyError> {
+    ) -> Mat {
         let Pass {
             decoder,
             params,
@@ -229,12 +206,12 @@ impl Layer {
             dk = norm_backward(pass, k_norm, k, &dk, grads);
         }
         let h = ops::rms_norm(x, params.data(self.input_layernorm), decoder.eps);
-        let mut dh = self.q_proj.backward(params, &h, &dq, grads)?;
-        dh.add_assign(&self.k_proj.backward(params, &h, &dk, grads)?);
-        dh.add_assign(&self.v_proj.backward(params, &h, &dv, grads)?);
+        let mut dh = self.q_proj.backward(params, &h, &dq, grads);
+        dh.add_assign(&self.k_proj.backward(params, &h, &dk, grads));
+        dh.add_assign(&self.v_proj.backward(params, &h, &dv, grads));
         let mut dx = norm_backward(pass, self.input_layernorm, x, &dh, grads);
         dx.add_assign(&dresidual);
-        Ok(dx)
+        dx
     }
 }
 

@@ -11,7 +11,7 @@ use super::{
     params::{Grads, ParamId, Params},
     simd::{axpy_inline, dispatch, exp_inline, log_sum_exp},
 };
-use crate::{error::PolicyError, types::TokenScores};
+use crate::types::TokenScores;
 
 /// Most logits alive at a time: 16 Mi numbers are 64 MiB.
 const CHUNK_LOGITS: usize = 16 << 20;
@@ -35,7 +35,7 @@ pub(crate) struct Scored {
 
 impl Head {
     /// Logits of every row, for sampling.
-    pub(crate) fn logits(&self, params: &Params, hidden: &Mat) -> Result<Mat, PolicyError> {
+    pub(crate) fn logits(&self, params: &Params, hidden: &Mat) -> Mat {
         let normed = ops::rms_norm(hidden, params.data(self.norm), self.eps);
         normed.mul_t(params.mat(self.weight))
     }
@@ -45,17 +45,13 @@ impl Head {
     }
 
     /// Log-prob of each target and entropy of its distribution at the temperature.
-    pub(crate) fn score(
-        &self,
-        params: &Params,
-        scored: &Scored,
-    ) -> Result<TokenScores, PolicyError> {
+    pub(crate) fn score(&self, params: &Params, scored: &Scored) -> TokenScores {
         let normed = ops::rms_norm(&scored.hidden, params.data(self.norm), self.eps);
         let weight = View::whole(params.mat(self.weight)).t();
         let mut scores = TokenScores::default();
         for from in (0..normed.rows).step_by(self.chunk_rows(params)) {
             let rows = self.chunk_rows(params).min(normed.rows - from);
-            let mut logits = View::window(&normed, from, rows, 0, normed.cols).gemm(weight)?;
+            let mut logits = View::window(&normed, from, rows, 0, normed.cols).mul(weight);
             let vocab = logits.cols;
             let targets = &scored.targets[from..from + rows];
             let chunk: Vec<(f32, f32)> = logits
@@ -69,7 +65,7 @@ impl Head {
                 scores.entropy.push(entropy);
             }
         }
-        Ok(scores)
+        scores
     }
 
     /// Gradient of the hidden states for `Σ dlogp·logp`, `[S, hidden]`; weight gradients go to `grads`.
@@ -81,23 +77,25 @@ impl Head {
         scored: &Scored,
         dlogp: &[f32],
         grads: &mut Grads,
-    ) -> Result<Mat, PolicyError> {
+    ) -> Mat {
         let normed = ops::rms_norm(&scored.hidden, params.data(self.norm), self.eps);
         let weight = View::whole(params.mat(self.weight));
         let mut dnormed = Vec::with_capacity(normed.data().len());
         for from in (0..normed.rows).step_by(self.chunk_rows(params)) {
             let rows = self.chunk_rows(params).min(normed.rows - from);
             let hidden = View::window(&normed, from, rows, 0, normed.cols);
-            let mut logits = hidden.gemm(weight.t())?;
+            let mut logits = hidden.mul(weight.t());
             let vocab = logits.cols;
             let targets = scored.targets[from..].iter().zip(&dlogp[from..]);
             let jobs: Vec<_> = logits.data_mut().chunks_mut(vocab).zip(targets).collect();
             jobs.into_par_iter().for_each(|(row, (target, d))| {
                 logit_gradient(row, *target, *d, scored.temperature);
             });
-            dnormed.extend(View::whole(&logits).gemm(weight)?.into_vec());
+            dnormed.extend(View::whole(&logits).mul(weight).into_vec());
             if params.trainable(self.weight) {
-                grads.add(self.weight, View::whole(&logits).t().gemm(hidden)?);
+                grads
+                    .slot(self.weight, params)
+                    .add_product(View::whole(&logits).t(), hidden);
             }
         }
         let dnormed = Mat::from_vec(normed.rows, normed.cols, dnormed);
@@ -105,9 +103,7 @@ impl Head {
         let dnorm = params
             .trainable(self.norm)
             .then(|| grads.slot(self.norm, params).data_mut());
-        Ok(ops::rms_norm_backward(
-            hidden, norm, self.eps, &dnormed, dnorm,
-        ))
+        ops::rms_norm_backward(hidden, norm, self.eps, &dnormed, dnorm)
     }
 }
 

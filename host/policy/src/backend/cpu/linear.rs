@@ -5,7 +5,6 @@ use super::{
     ops,
     params::{Grads, ParamId, Params},
 };
-use crate::error::PolicyError;
 
 /// `y = x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ`, the last term being LoRA (Hu et al. 2021) with `s = alpha / r`.
 #[derive(Clone, Debug)]
@@ -25,50 +24,39 @@ pub(crate) struct Lora {
 
 impl Linear {
     /// `[T, in] → [T, out]`; `adapters` off gives the reference policy.
-    pub(crate) fn forward(
-        &self,
-        params: &Params,
-        x: &Mat,
-        adapters: bool,
-    ) -> Result<Mat, PolicyError> {
-        let mut y = x.mul_t(params.mat(self.weight))?;
+    pub(crate) fn forward(&self, params: &Params, x: &Mat, adapters: bool) -> Mat {
+        let mut y = x.mul_t(params.mat(self.weight));
         if let Some(bias) = self.bias {
             ops::add_bias(&mut y, params.data(bias));
         }
         if let Some(lora) = self.lora.filter(|_| adapters) {
-            let mut low = x.mul_t(params.mat(lora.a))?;
+            let mut low = x.mul_t(params.mat(lora.a));
             scale(&mut low, lora.scale);
-            y.add_assign(&low.mul_t(params.mat(lora.b))?);
+            y.add_assign(&low.mul_t(params.mat(lora.b)));
         }
-        Ok(y)
+        y
     }
 
     /// Gradient of the input; those of the weights that train are added to `grads`. No product is made
     /// for a frozen weight.
-    pub(crate) fn backward(
-        &self,
-        params: &Params,
-        x: &Mat,
-        dy: &Mat,
-        grads: &mut Grads,
-    ) -> Result<Mat, PolicyError> {
-        let mut dx = dy.mul(params.mat(self.weight))?;
+    pub(crate) fn backward(&self, params: &Params, x: &Mat, dy: &Mat, grads: &mut Grads) -> Mat {
+        let mut dx = dy.mul(params.mat(self.weight));
         if params.trainable(self.weight) {
-            grads.add(self.weight, dy.t_mul(x)?);
+            grads.slot(self.weight, params).add_t_product(dy, x);
         }
         if let Some(bias) = self.bias.filter(|b| params.trainable(*b)) {
             ops::add_column_sums(dy, grads.slot(bias, params).data_mut());
         }
         if let Some(lora) = self.lora {
-            let mut low = x.mul_t(params.mat(lora.a))?;
+            let mut low = x.mul_t(params.mat(lora.a));
             scale(&mut low, lora.scale);
-            grads.add(lora.b, dy.t_mul(&low)?);
-            let mut dlow = dy.mul(params.mat(lora.b))?;
+            grads.slot(lora.b, params).add_t_product(dy, &low);
+            let mut dlow = dy.mul(params.mat(lora.b));
             scale(&mut dlow, lora.scale);
-            grads.add(lora.a, dlow.t_mul(x)?);
-            dx.add_assign(&dlow.mul(params.mat(lora.a))?);
+            grads.slot(lora.a, params).add_t_product(&dlow, x);
+            dx.add_assign(&dlow.mul(params.mat(lora.a)));
         }
-        Ok(dx)
+        dx
     }
 }
 

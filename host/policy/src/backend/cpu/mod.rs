@@ -1,4 +1,4 @@
-//! The CPU backend: f32, on candle's storage and `gemm`. The clear reference of every other device.
+//! The CPU backend: f32, matrix products by `faer`. The clear reference of every other device.
 //!
 //! Gradients are written by hand, layer by layer, instead of through candle's autograd: that one skips
 //! operations silently (`rms_norm`, `rope`, `softmax_last_dim`), differentiates frozen weights, and keeps
@@ -165,11 +165,11 @@ impl CpuBackend {
         };
         let mut x = self.decoder.embed(&self.params, &ids);
         for (index, layer) in self.decoder.layers.iter().enumerate() {
-            let projected = layer.project(&pass, &x)?;
+            let projected = layer.project(&pass, &x);
             kv.write(index, &tokens, &projected.k, &projected.v);
             let attended = kv.attend(index, &tokens, &projected.q);
-            let middle = layer.join(&pass, &x, &attended)?;
-            (_, _, x) = layer.mlp(&pass, &middle)?;
+            let middle = layer.join(&pass, &x, &attended);
+            (_, _, x) = layer.mlp(&pass, &middle);
         }
         Ok(decoder_rows::sampling(rows, &x))
     }
@@ -238,7 +238,7 @@ impl Backend for CpuBackend {
         if picked.rows.is_empty() {
             return Ok(out);
         }
-        let logits = self.decoder.head.logits(&self.params, &picked.hidden)?;
+        let logits = self.decoder.head.logits(&self.params, &picked.hidden);
         for (i, row) in picked.rows.iter().enumerate() {
             if let Some(args) = &rows[*row].sample {
                 out[*row] = Some(sampler::sample(logits.row(i), args, &mut self.scratch)?);

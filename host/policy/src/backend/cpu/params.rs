@@ -132,14 +132,6 @@ impl Grads {
         Self(vec![None; params.len()])
     }
 
-    /// Adds a gradient computed elsewhere.
-    pub(crate) fn add(&mut self, id: ParamId, grad: Mat) {
-        match &mut self.0[id] {
-            Some(sum) => sum.add_assign(&grad),
-            slot => *slot = Some(grad),
-        }
-    }
-
     /// The gradient to add into, zeros at first.
     pub(crate) fn slot(&mut self, id: ParamId, params: &Params) -> &mut Mat {
         let value = params.mat(id);
@@ -344,16 +336,20 @@ mod tests {
         (params, grads)
     }
 
+    fn fill(grads: &mut Grads, params: &Params, value: f32) {
+        grads.slot(0, params).data_mut().fill(value);
+    }
+
     #[test]
     fn two_steps_by_hand() {
         let (mut params, mut grads) = one(2.0);
         let mut optimizer = AdamW::default();
         // Step 1: m̂ = g and v̂ = g², so w = 2·(1 − 0.1·0.5) − 0.1.
-        grads.add(0, Mat::from_vec(1, 1, vec![3.0]));
+        fill(&mut grads, &params, 3.0);
         optimizer.step(&mut params, &mut grads, &HYPER).unwrap();
         assert!((params.data(0)[0] - 1.8).abs() < 1e-6);
         // Step 2 with g = 1: m = 0.9·0.3 + 0.1 = 0.37, v = 0.99·0.09 + 0.01 = 0.0991.
-        grads.add(0, Mat::from_vec(1, 1, vec![1.0]));
+        fill(&mut grads, &params, 1.0);
         optimizer.step(&mut params, &mut grads, &HYPER).unwrap();
         let step = 0.1 * (0.37 / 0.19) / (0.0991f64 / 0.0199).sqrt();
         assert!((f64::from(params.data(0)[0]) - (1.8 * 0.95 - step)).abs() < 1e-6);
@@ -363,7 +359,7 @@ mod tests {
     fn clipping_scales_to_the_norm_and_reports_the_one_before() {
         let (mut params, mut grads) = one(0.0);
         let mut optimizer = AdamW::default();
-        grads.add(0, Mat::from_vec(1, 1, vec![4.0]));
+        fill(&mut grads, &params, 4.0);
         let hyper = OptimStep {
             max_grad_norm: 1.0,
             ..HYPER
@@ -382,7 +378,7 @@ mod tests {
         let mut optimizer = AdamW::default();
         let error = optimizer.step(&mut params, &mut grads, &HYPER).unwrap_err();
         assert!(matches!(error, PolicyError::MissingGradient { name } if name == "w"));
-        grads.add(0, Mat::from_vec(1, 1, vec![f32::NAN]));
+        fill(&mut grads, &params, f32::NAN);
         let error = optimizer.step(&mut params, &mut grads, &HYPER).unwrap_err();
         assert!(matches!(error, PolicyError::NonFiniteGradient { name } if name == "w"));
         assert_eq!((params.data(0)[0], optimizer.steps), (1.0, 0));
@@ -392,7 +388,7 @@ mod tests {
     fn optimizer_state_survives_export() {
         let (mut params, mut grads) = one(1.0);
         let mut first = AdamW::default();
-        grads.add(0, Mat::from_vec(1, 1, vec![0.5]));
+        fill(&mut grads, &params, 0.5);
         first.step(&mut params, &mut grads, &HYPER).unwrap();
         let mut second = AdamW::default();
         second

@@ -52,7 +52,7 @@ impl CpuBackend {
         let mut layers = Vec::new();
         let mut x = self.decoder.embed(params, &batch.ids);
         for layer in &self.decoder.layers {
-            let (out, trace) = layer.forward(&layer_pass, &batch.cu_seqlens, &x)?;
+            let (out, trace) = layer.forward(&layer_pass, &batch.cu_seqlens, &x);
             if pass == Pass::Train {
                 layers.push((x, (!self.gradient_checkpointing).then_some(trace)));
             }
@@ -65,7 +65,7 @@ impl CpuBackend {
             targets: targets.map(|t| batch.ids[t]).collect(),
             temperature,
         };
-        let scores = self.decoder.head.score(params, &scored)?;
+        let scores = self.decoder.head.score(params, &scored);
         if pass == Pass::Train {
             let (ids, cu_seqlens) = (batch.ids.clone(), batch.cu_seqlens.clone());
             self.saved = Some(Saved {
@@ -100,7 +100,7 @@ impl CpuBackend {
             positions: &saved.positions,
             adapters: true,
         };
-        let dhidden = decoder.head.backward(params, &saved.scored, dlogp, grads)?;
+        let dhidden = decoder.head.backward(params, &saved.scored, dlogp, grads);
         let mut dx = Mat::zeros(saved.ids.len(), dhidden.cols);
         head::scatter_add(&mut dx, saved.predictors.iter().copied(), &dhidden);
         // By value and from the back, so that each trace is freed as soon as it has been used.
@@ -108,9 +108,9 @@ impl CpuBackend {
         for (layer, (x, trace)) in layers {
             let trace = match trace {
                 Some(trace) => trace,
-                None => layer.forward(&pass, &saved.cu_seqlens, &x)?.1,
+                None => layer.forward(&pass, &saved.cu_seqlens, &x).1,
             };
-            dx = layer.backward(&pass, (&x, &trace), &saved.cu_seqlens, dx, grads)?;
+            dx = layer.backward(&pass, (&x, &trace), &saved.cu_seqlens, dx, grads);
         }
         if params.trainable(decoder.embed_tokens) {
             let slot = grads.slot(decoder.embed_tokens, params);

@@ -1,0 +1,74 @@
+//! `grpo-host plugin inspect|check`: what a component is, and whether this host can run it.
+
+use serde_json::json;
+
+use crate::{
+    cli::{PluginCheckArgs, PluginCommand, PluginFileArgs},
+    config::PluginConfig,
+    plugin::{PluginHost, digest},
+    setup,
+};
+
+use super::progress::guest_log;
+
+pub(super) fn run(command: &PluginCommand) -> anyhow::Result<()> {
+    match command {
+        PluginCommand::Inspect(args) => inspect(args),
+        PluginCommand::Check(args) => check(args),
+    }
+}
+
+/// Prints role, digest, size, exports and imports; runs nothing of the component.
+fn inspect(args: &PluginFileArgs) -> anyhow::Result<()> {
+    let (name, bytes) = setup::component(&args.plugin)?;
+    let found = PluginHost::new(guest_log())?.describe(&name, &bytes)?;
+    let digest = digest(&bytes);
+    if args.output.json {
+        let object = json!({
+            "name": name,
+            "role": found.role,
+            "digest": digest,
+            "bytes": bytes.len(),
+            "exports": found.exports,
+            "imports": found.imports,
+        });
+        println!("{object}");
+        return Ok(());
+    }
+    let role = found.role.map_or("none of ours".to_owned(), |role| {
+        format!("{role:?}").to_lowercase()
+    });
+    println!("   name  {name}");
+    println!("   role  {role}");
+    println!(" digest  {digest}");
+    println!("  bytes  {}", bytes.len());
+    println!("exports  {}", list(&found.exports));
+    println!("imports  {}", list(&found.imports));
+    Ok(())
+}
+
+fn list(names: &[String]) -> String {
+    match names {
+        [] => "nothing".to_owned(),
+        names => names.join("\n         "),
+    }
+}
+
+/// Loads the component under the default limits, as a run would before its first step.
+fn check(args: &PluginCheckArgs) -> anyhow::Result<()> {
+    let config = PluginConfig {
+        source: args.plugin.clone(),
+        config: args.config.clone(),
+        ..PluginConfig::default()
+    };
+    let plugin = setup::load_plugin(&PluginHost::new(guest_log())?, &config)?;
+    let id = plugin.id();
+    if args.output.json {
+        let object = json!({ "ok": true, "role": id.role, "name": id.name, "digest": id.digest });
+        println!("{object}");
+    } else {
+        let role = format!("{:?}", id.role).to_lowercase();
+        println!("ok: {role} `{}` {}", id.name, id.digest);
+    }
+    Ok(())
+}

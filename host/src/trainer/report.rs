@@ -1,0 +1,83 @@
+//! What a step tells the record, and why one may have to stop. Plain data.
+
+use crate::{
+    grpo::advantage::Advantages,
+    rollout::Rollouts,
+    types::{Plan, Score},
+    update::UpdateReport,
+};
+
+/// A step that cannot go on, without any component having failed.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    #[error("every completion of step {step} was skipped; the first one because {reason}")]
+    AllSkipped { step: u64, reason: String },
+    #[error("the prompts of all {rows} rows of step {step} are longer than {limit} tokens")]
+    AllTooLong {
+        step: u64,
+        rows: usize,
+        limit: usize,
+    },
+}
+
+impl TrainError {
+    /// What the reader can do about it.
+    pub fn hint(&self) -> Option<String> {
+        Some(match self {
+            Self::AllSkipped { .. } => {
+                "check the reward's config and the columns of the data with `grpo-host eval`"
+                    .to_owned()
+            }
+            Self::AllTooLong { .. } => {
+                "raise max_prompt_length, or lower max_completion_length if the context is full"
+                    .to_owned()
+            }
+        })
+    }
+}
+
+/// Completions of one prompt with what the rewards said and what the update is to make of it.
+pub struct Group {
+    pub rollouts: Rollouts,
+    /// One per completion, as are the advantages.
+    pub scores: Vec<Score>,
+    pub advantages: Vec<f64>,
+}
+
+/// Everything one step did, for the record.
+pub struct StepReport {
+    /// From 1.
+    pub step: u64,
+    /// The groups that were trained on.
+    pub groups: Vec<Group>,
+    pub advantages: Advantages,
+    pub update: UpdateReport,
+    pub learning_rate: f64,
+    /// The curriculum's epoch and named numbers.
+    pub plan: Plan,
+    /// Samples each reward left out, and failures that its policy dealt with.
+    pub skipped: Vec<(String, u32)>,
+    pub faults: Vec<String>,
+    pub sampling: SamplingReport,
+    pub seconds: StepSeconds,
+}
+
+/// Work that dynamic sampling and length limits threw away.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SamplingReport {
+    pub too_long: usize,
+    pub dropped_groups: usize,
+    pub refills: u32,
+    /// Tokens of all completions, dropped ones included.
+    pub tokens: usize,
+}
+
+/// Where the time of a step went.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StepSeconds {
+    pub plan: f64,
+    pub rollout: f64,
+    pub reward: f64,
+    pub update: f64,
+    pub total: f64,
+}
