@@ -23,6 +23,13 @@ pub struct Example {
     prompt: usize,
 }
 
+impl Example {
+    /// Token ids of which the first `prompt` are not learned; at least one is learned, and not the first.
+    pub fn new(ids: Vec<u32>, prompt: usize) -> Self {
+        Self { ids, prompt }
+    }
+}
+
 /// Tokenised rows.
 pub struct Examples {
     pub examples: Vec<Example>,
@@ -77,7 +84,7 @@ pub fn examples(
         if ids.len() > policy.max_model_len() || ids.len() == prompt {
             out.too_long += 1;
         } else {
-            out.examples.push(Example { ids, prompt });
+            out.examples.push(Example::new(ids, prompt));
         }
     }
     anyhow::ensure!(

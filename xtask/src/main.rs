@@ -1,5 +1,6 @@
 //! `cargo xtask NAME`: the chores of this repository. Owns the dispatch only.
 
+mod bench;
 mod plugins;
 mod test;
 
@@ -33,7 +34,8 @@ fn run() -> anyhow::Result<()> {
         ["plugins", "--check"] => plugins::run(true),
         ["component", module, out] => plugins::component(module.as_ref(), out.as_ref()),
         ["tidy"] => tidy(),
-        _ => bail!("unknown arguments {args:?}\n{USAGE}"),
+        ["bench", ref rest @ ..] => bench::run(rest),
+        _ => bail!("unknown arguments {args:?}\n{USAGE}\n{}", bench::USAGE),
     }
 }
 

@@ -20,7 +20,7 @@ pub use environment::Environment;
 pub use plugin_arg::PluginArg;
 pub use tools::{
     BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchTrainArgs, DoctorArgs, PluginCheckArgs,
-    PluginCommand, PluginFileArgs, ResultsArgs,
+    PluginCommand, PluginFileArgs, ResultsArgs, ShapeArgs,
 };
 pub use training::{EvalArgs, RolloutArgs, SftArgs, TrainArgs};
 
@@ -123,7 +123,7 @@ pub struct ModelArgs {
 
 impl ModelArgs {
     /// `base`, then the config file, then these flags.
-    fn over(&self, mut base: RawConfig) -> Result<RawConfig, ConfigError> {
+    pub fn over(&self, mut base: RawConfig) -> Result<RawConfig, ConfigError> {
         if let Some(path) = &self.config {
             base.overlay(RawConfig::from_file(path)?);
         }

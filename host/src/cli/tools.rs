@@ -26,6 +26,17 @@ pub enum BenchCommand {
     Plugin(BenchPluginArgs),
 }
 
+/// A model of nothing but a shape: speed does not depend on what the weights are.
+#[derive(Args, Debug)]
+pub struct ShapeArgs {
+    /// Measure random weights of the shape given by `--shape` instead of `--model`
+    #[arg(long, requires = "shape", conflicts_with = "model")]
+    pub random_weights: bool,
+    /// The `config.json` of a model
+    #[arg(long, value_name = "FILE", requires = "random_weights")]
+    pub shape: Option<PathBuf>,
+}
+
 #[derive(Args, Debug)]
 pub struct BenchRolloutArgs {
     #[command(flatten)]
@@ -33,12 +44,17 @@ pub struct BenchRolloutArgs {
     /// Sequences decoded together
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     pub batch: u32,
-    /// Tokens of each prompt
-    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
-    pub prompt_tokens: u32,
-    /// Tokens of each completion
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
-    pub new_tokens: u32,
+    /// Tokens of each prompt [default: 128, or half of a shorter context]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub prompt_tokens: Option<u32>,
+    /// Tokens of each completion [default: 64, or what is left of a shorter context]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    pub new_tokens: Option<u32>,
+    /// Runs measured, after one to warm up; the best counts
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    pub repeats: u32,
+    #[command(flatten)]
+    pub shape: ShapeArgs,
     #[command(flatten)]
     pub output: OutputArgs,
 }
@@ -50,10 +66,12 @@ pub struct BenchTrainArgs {
     /// Sequences of a step
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     pub batch: u32,
-    /// Tokens of each sequence
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(2..))]
-    pub tokens: u32,
-    /// Steps measured, after one to warm up
+    /// Tokens of each sequence [default: 256, or a shorter context]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    pub tokens: Option<u32>,
+    #[command(flatten)]
+    pub shape: ShapeArgs,
+    /// Steps measured, after one to warm up; the best counts
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub steps: u32,
     #[command(flatten)]

@@ -1,6 +1,9 @@
 //! One file per subcommand; this one chooses, and holds what several of them begin with.
 
+mod bench_model;
 mod bench_plugin;
+mod bench_rollout;
+mod bench_train;
 mod doctor;
 mod eval;
 mod plugin;
@@ -26,11 +29,12 @@ pub fn run(command: Command, environment: &Environment) -> anyhow::Result<()> {
         Command::Eval(args) => eval::run(&args, environment),
         Command::Sft(args) => sft::run(&args, environment),
         Command::Rollout(args) => rollout::run(&args, environment),
+        Command::Bench(BenchCommand::Rollout(args)) => bench_rollout::run(&args, environment),
+        Command::Bench(BenchCommand::Train(args)) => bench_train::run(&args, environment),
         Command::Results(args) => results::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Plugin(command) => plugin::run(&command),
         Command::Bench(BenchCommand::Plugin(args)) => bench_plugin::run(&args),
-        Command::Bench(other) => anyhow::bail!("{other:?}: not built yet"),
     }
 }
 

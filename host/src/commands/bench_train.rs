@@ -1,0 +1,78 @@
+//! `grpo-host bench train`: seconds of one optimizer step, forward and backward pass included.
+//!
+//! The loss is the mean negative log-likelihood of every token but the first, as in
+//! `xtask/bench/peer_cpu.py`; GRPO's costs no measurable time beside the passes.
+
+use serde_json::json;
+
+use super::bench_model::{Measured, best, check_fits, timed};
+use crate::{
+    cli::{BenchTrainArgs, Environment},
+    policy::{Capacity, Mode, Policy},
+    sft::{Example, step},
+};
+
+const TOKENS: usize = 256;
+
+/// Measures, and prints a table or one JSON object.
+pub(super) fn run(args: &BenchTrainArgs, environment: &Environment) -> anyhow::Result<()> {
+    let measured = Measured::load(&args.model, &args.shape, args.output, environment)?;
+    let context = measured.context();
+    let tokens = args.tokens.map_or(TOKENS.min(context), |n| n as usize);
+    check_fits(tokens, context, "--tokens")?;
+    let sequences = measured.sequences(args.batch, tokens);
+    let examples: Vec<Example> = sequences
+        .into_iter()
+        .map(|ids| Example::new(ids, 1))
+        .collect();
+    let batch: Vec<&Example> = examples.iter().collect();
+    let Measured {
+        config,
+        name,
+        model,
+        threads,
+    } = measured;
+    let checkpointing = config.training.gradient_checkpointing;
+    let capacity = Capacity {
+        max_batch: 1,
+        max_model_len: tokens,
+        kv_tokens: None,
+    };
+    let mut policy = Policy::new(model, &name, Mode::of(&config), checkpointing, capacity)?;
+    let trainable = policy.backend.trainable_parameters();
+    let optimizer = config.optimizer.step(config.optimizer.learning_rate);
+    let mut losses = Vec::new();
+    let samples = timed(args.steps, || {
+        let report = step(&mut policy.backend, &batch, &config, &optimizer)?;
+        losses.push(report.loss);
+        Ok(())
+    })?;
+    let seconds = best(&samples);
+    let speed = (args.batch as usize * tokens) as f64 / seconds;
+    let what = match &config.training.lora {
+        None => "full".to_owned(),
+        Some(lora) => format!("LoRA r={}", lora.r),
+    };
+    let micro_batch_tokens = config.training.micro_batch_tokens;
+    if args.output.json {
+        let object = json!({
+            "name": "train", "unit": "s/step", "value": seconds, "tokens_per_second": speed,
+            "model": name, "batch": args.batch, "tokens": tokens,
+            "micro_batch_tokens": micro_batch_tokens, "gradient_checkpointing": checkpointing,
+            "trains": what, "trainable_parameters": trainable, "threads": threads,
+            "steps": args.steps, "seconds": samples, "losses": losses,
+        });
+        println!("{object}");
+        return Ok(());
+    }
+    let recompute = if checkpointing { "on" } else { "off" };
+    println!("    model  {name}, {threads} threads");
+    println!("   trains  {what}, {trainable} parameters");
+    println!(
+        "     work  {} × {tokens} tokens, micro-batches of {micro_batch_tokens}, gradient checkpointing {recompute}, best of {}",
+        args.batch, args.steps
+    );
+    println!("     step  {seconds:.3} s");
+    println!("    speed  {speed:.0} tokens/s");
+    Ok(())
+}
