@@ -98,8 +98,8 @@ impl Options {
                 .next()
                 .with_context(|| format!("{flag} needs a value\n{USAGE}"))?;
             let number = || {
-                let n = value.parse().with_context(|| format!("{flag} {value}"))?;
-                ensure!(n > 0usize, "{flag} must be at least 1");
+                let n: usize = value.parse().with_context(|| format!("{flag} {value}"))?;
+                ensure!(n > 0, "{flag} must be at least 1");
                 Ok(n)
             };
             match *flag {
@@ -166,7 +166,7 @@ impl Options {
             let name = line["name"].as_str().context("a peer line has no name")?;
             let label = PAIRS
                 .iter()
-                .find(|(label, ..)| name.strip_prefix("peer_") == Some(label));
+                .find(|(label, ..)| name.strip_prefix("peer_") == Some(*label));
             let (label, ..) = label.with_context(|| format!("unknown peer line {name}"))?;
             found.push((*label, number(&line, "value")?));
         }
@@ -206,7 +206,7 @@ fn number(object: &Value, key: &str) -> anyhow::Result<f64> {
 fn measure(found: &[(&'static str, f64)], best: &mut Best) -> anyhow::Result<()> {
     for (label, value) in found {
         let less = PAIRS.iter().any(|(l, _, less)| l == label && *less);
-        let kept = best.entry(label).or_insert(*value);
+        let kept = best.entry(*label).or_insert(*value);
         *kept = if less {
             kept.min(*value)
         } else {
