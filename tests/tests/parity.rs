@@ -91,7 +91,7 @@ fn assert_close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
     for (i, (f, e)) in found.iter().zip(expected).enumerate() {
         // Negated, so that NaN fails.
         assert!(
-            !((f - e).abs() > tolerance) && f.is_finite(),
+            (f - e).abs() <= tolerance && f.is_finite(),
             "{what}[{i}]: {f}, expected {e}"
         );
     }
