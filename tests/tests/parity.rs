@@ -89,7 +89,7 @@ fn joined(expected: &Weights, key: &str) -> Vec<f32> {
 fn assert_close(found: &[f32], expected: &[f32], tolerance: f32, what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
     for (i, (f, e)) in found.iter().zip(expected).enumerate() {
-        // Negated, so that NaN fails.
+        // A NaN compares false, so it fails.
         assert!(
             (f - e).abs() <= tolerance && f.is_finite(),
             "{what}[{i}]: {f}, expected {e}"

@@ -10,6 +10,9 @@ use grpo_host::run::{read_metrics, read_rollouts, rollout_files};
 use serde_json::{Map, Value};
 use tempfile::TempDir;
 
+/// Row, token ids, log-probs and reward of one logged completion.
+pub(super) type CompletionRow = (u64, Vec<u32>, Vec<f32>, Option<f64>);
+
 /// Most time anything here is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -88,17 +91,14 @@ impl Lab {
     pub(super) fn new() -> Self {
         let lab = Self(tempfile::tempdir().unwrap());
         let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/llama");
-        lab.write(
-            "run.yaml",
-            &CONFIG.replace("MODEL", model.to_str().unwrap()),
-        );
+        lab.write("run.yaml", CONFIG.replace("MODEL", model.to_str().unwrap()));
         let row = |i: usize| {
             format!(
                 "{{\"question\": \"{i} + 1 =\", \"answer\": \"{}\"}}\n",
                 i + 1
             )
         };
-        lab.write("rows.jsonl", &(0..24).map(row).collect::<String>());
+        lab.write("rows.jsonl", (0..24).map(row).collect::<String>());
         lab
     }
 
@@ -179,7 +179,7 @@ impl Lab {
     }
 
     /// Step, tokens, log-probs and reward of every completion of a run.
-    pub(super) fn completions(&self, run: &str) -> Vec<(u64, Vec<u32>, Vec<f32>, Option<f64>)> {
+    pub(super) fn completions(&self, run: &str) -> Vec<CompletionRow> {
         let files = rollout_files(&self.path(run)).unwrap();
         let rollouts = files
             .iter()
