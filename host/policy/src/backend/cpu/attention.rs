@@ -123,7 +123,7 @@ impl Packed<'_> {
                         lse.push(softmax(row, from + i + 1));
                     }
                     let values = self.keys(self.v, &tile);
-                    out.extend(View::whole(&scores).mul(values).into_vec());
+                    out.extend_from_slice(View::whole(&scores).mul(values).data());
                 }
                 (start, head, out, lse)
             })

@@ -3,6 +3,8 @@
 //! Logits exist for one chunk of tokens at a time; `[T, vocab]` never does. The backward pass makes them
 //! again from the hidden states (as Liger's fused linear losses do), trading one product for the memory.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::{
@@ -31,6 +33,20 @@ pub(crate) struct Scored {
     pub(crate) hidden: Mat,
     pub(crate) targets: Vec<u32>,
     pub(crate) temperature: f32,
+    /// Logits over the temperature of the last chunk, which [`Head::backward`] then need not make again:
+    /// all of them when a micro-batch fits into one chunk.
+    last: Option<Mat>,
+}
+
+impl Scored {
+    pub(crate) fn new(hidden: Mat, targets: Vec<u32>, temperature: f32) -> Self {
+        Self {
+            hidden,
+            targets,
+            temperature,
+            last: None,
+        }
+    }
 }
 
 impl Head {
@@ -44,26 +60,38 @@ impl Head {
         (CHUNK_LOGITS / params.mat(self.weight).rows).max(1)
     }
 
-    /// Log-prob of each target and entropy of its distribution at the temperature.
-    pub(crate) fn score(&self, params: &Params, scored: &Scored) -> TokenScores {
-        let normed = ops::rms_norm(&scored.hidden, params.data(self.norm), self.eps);
+    /// Logits of some rows of `normed` over the temperature, `[rows, vocab]`.
+    fn chunk(&self, params: &Params, normed: &Mat, rows: Range<usize>, temperature: f32) -> Mat {
         let weight = View::whole(params.mat(self.weight)).t();
+        let mut logits = View::window(normed, rows.start, rows.len(), 0, normed.cols).mul(weight);
+        if temperature != 1.0 {
+            let vocab = logits.cols;
+            let rows = logits.data_mut().par_chunks_mut(vocab);
+            rows.for_each(|row| row.iter_mut().for_each(|z| *z /= temperature));
+        }
+        logits
+    }
+
+    /// Log-prob of each target and entropy of its distribution at the temperature.
+    pub(crate) fn score(&self, params: &Params, scored: &mut Scored) -> TokenScores {
+        let normed = ops::rms_norm(&scored.hidden, params.data(self.norm), self.eps);
         let mut scores = TokenScores::default();
         for from in (0..normed.rows).step_by(self.chunk_rows(params)) {
-            let rows = self.chunk_rows(params).min(normed.rows - from);
-            let mut logits = View::window(&normed, from, rows, 0, normed.cols).mul(weight);
-            let vocab = logits.cols;
-            let targets = &scored.targets[from..from + rows];
+            let rows = from..normed.rows.min(from + self.chunk_rows(params));
+            // Only one chunk lives at a time.
+            scored.last = None;
+            let logits = self.chunk(params, &normed, rows.clone(), scored.temperature);
             let chunk: Vec<(f32, f32)> = logits
-                .data_mut()
-                .par_chunks_mut(vocab)
-                .zip(targets)
-                .map(|(row, target)| score_row(row, *target, scored.temperature))
+                .data()
+                .par_chunks(logits.cols)
+                .zip(&scored.targets[rows])
+                .map(|(row, target)| score_row(row, *target))
                 .collect();
             for (logprob, entropy) in chunk {
                 scores.logprobs.push(logprob);
                 scores.entropy.push(entropy);
             }
+            scored.last = Some(logits);
         }
         scores
     }
@@ -74,31 +102,33 @@ impl Head {
     pub(crate) fn backward(
         &self,
         params: &Params,
-        scored: &Scored,
+        scored: &mut Scored,
         dlogp: &[f32],
         grads: &mut Grads,
     ) -> Mat {
         let normed = ops::rms_norm(&scored.hidden, params.data(self.norm), self.eps);
         let weight = View::whole(params.mat(self.weight));
-        let mut dnormed = Vec::with_capacity(normed.data().len());
-        for from in (0..normed.rows).step_by(self.chunk_rows(params)) {
-            let rows = self.chunk_rows(params).min(normed.rows - from);
-            let hidden = View::window(&normed, from, rows, 0, normed.cols);
-            let mut logits = hidden.mul(weight.t());
+        let mut dnormed = Mat::unspecified(normed.rows, normed.cols);
+        let starts = (0..normed.rows).step_by(self.chunk_rows(params));
+        // From the back, because the last chunk's logits are there.
+        for from in starts.rev() {
+            let rows = from..normed.rows.min(from + self.chunk_rows(params));
+            let kept = scored.last.take();
+            let mut logits = kept
+                .unwrap_or_else(|| self.chunk(params, &normed, rows.clone(), scored.temperature));
             let vocab = logits.cols;
-            let targets = scored.targets[from..].iter().zip(&dlogp[from..]);
-            let jobs: Vec<_> = logits.data_mut().chunks_mut(vocab).zip(targets).collect();
-            jobs.into_par_iter().for_each(|(row, (target, d))| {
-                logit_gradient(row, *target, *d, scored.temperature);
-            });
-            dnormed.extend(View::whole(&logits).mul(weight).into_vec());
+            let targets = scored.targets[rows.clone()].par_iter();
+            let jobs = logits.data_mut().par_chunks_mut(vocab).zip(targets);
+            jobs.zip(&dlogp[rows.clone()])
+                .for_each(|((row, target), d)| {
+                    logit_gradient(row, *target, d / scored.temperature);
+                });
+            View::whole(&logits).write(weight, &mut dnormed, from);
             if params.trainable(self.weight) {
-                grads
-                    .slot(self.weight, params)
-                    .add_product(View::whole(&logits).t(), hidden);
+                let hidden = View::window(&normed, from, rows.len(), 0, normed.cols);
+                grads.add_product(self.weight, View::whole(&logits).t(), hidden);
             }
         }
-        let dnormed = Mat::from_vec(normed.rows, normed.cols, dnormed);
         let (hidden, norm) = (&scored.hidden, params.data(self.norm));
         let dnorm = params
             .trainable(self.norm)
@@ -108,8 +138,7 @@ impl Head {
 }
 
 /// `(log p(target), entropy)`; entropy is `lse − Σ p·z`.
-fn score_row(row: &mut [f32], target: u32, temperature: f32) -> (f32, f32) {
-    scale(row, 1.0 / temperature);
+fn score_row(row: &[f32], target: u32) -> (f32, f32) {
     let lse = log_sum_exp(row);
     let mean = dispatch(
         #[inline(always)]
@@ -128,11 +157,10 @@ fn score_row(row: &mut [f32], target: u32, temperature: f32) -> (f32, f32) {
     (row[target as usize] - lse, (lse - mean).max(0.0))
 }
 
-/// Replaces a row of logits by its gradient.
-fn logit_gradient(row: &mut [f32], target: u32, dlogp: f32, temperature: f32) {
-    scale(row, 1.0 / temperature);
+/// Replaces a row of logits by `d·(1[j = target] − p_j)`.
+fn logit_gradient(row: &mut [f32], target: u32, d: f32) {
     let lse = log_sum_exp(row);
-    let factor = -dlogp / temperature;
+    let factor = -d;
     dispatch(
         #[inline(always)]
         || {
@@ -142,12 +170,6 @@ fn logit_gradient(row: &mut [f32], target: u32, dlogp: f32, temperature: f32) {
         },
     );
     row[target as usize] -= factor;
-}
-
-fn scale(row: &mut [f32], by: f32) {
-    if by != 1.0 {
-        row.iter_mut().for_each(|z| *z *= by);
-    }
 }
 
 /// Adds row `i` of `from` to row `rows[i]` of `to`.
@@ -164,6 +186,9 @@ pub(crate) fn scatter_add(to: &mut Mat, rows: impl Iterator<Item = usize>, from:
 
 /// The named rows of `from`.
 pub(crate) fn gather(from: &Mat, rows: impl Iterator<Item = usize>) -> Mat {
-    let data: Vec<f32> = rows.flat_map(|r| from.row(r).iter().copied()).collect();
-    Mat::from_vec(data.len() / from.cols, from.cols, data)
+    let rows: Vec<usize> = rows.collect();
+    let mut out = Mat::unspecified(rows.len(), from.cols);
+    let copies = out.data_mut().chunks_mut(from.cols.max(1)).zip(rows);
+    copies.for_each(|(to, row)| to.copy_from_slice(from.row(row)));
+    out
 }

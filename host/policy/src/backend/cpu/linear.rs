@@ -1,7 +1,7 @@
 //! One projection: frozen or trained weight, optional bias, optional LoRA adapter.
 
 use super::{
-    mat::Mat,
+    mat::{Mat, View},
     ops,
     params::{Grads, ParamId, Params},
 };
@@ -42,7 +42,7 @@ impl Linear {
     pub(crate) fn backward(&self, params: &Params, x: &Mat, dy: &Mat, grads: &mut Grads) -> Mat {
         let mut dx = dy.mul(params.mat(self.weight));
         if params.trainable(self.weight) {
-            grads.slot(self.weight, params).add_t_product(dy, x);
+            grads.add_product(self.weight, View::whole(dy).t(), View::whole(x));
         }
         if let Some(bias) = self.bias.filter(|b| params.trainable(*b)) {
             ops::add_column_sums(dy, grads.slot(bias, params).data_mut());
@@ -50,10 +50,10 @@ impl Linear {
         if let Some(lora) = self.lora {
             let mut low = x.mul_t(params.mat(lora.a));
             scale(&mut low, lora.scale);
-            grads.slot(lora.b, params).add_t_product(dy, &low);
+            grads.add_product(lora.b, View::whole(dy).t(), View::whole(&low));
             let mut dlow = dy.mul(params.mat(lora.b));
             scale(&mut dlow, lora.scale);
-            grads.slot(lora.a, params).add_t_product(&dlow, x);
+            grads.add_product(lora.a, View::whole(&dlow).t(), View::whole(x));
             dx.add_assign(&dlow.mul(params.mat(lora.a)));
         }
         dx

@@ -5,6 +5,7 @@
 //! every intermediate. Here a layer keeps its trace, or only its input when checkpointing.
 
 mod attention;
+mod buffer;
 mod build;
 mod decoder;
 mod head;

@@ -35,14 +35,16 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
 
 /// RMSNorm (Zhang & Sennrich 2019) over runs of `weight.len()` elements: `y = x / rms(x) · w`.
 pub(crate) fn rms_norm(x: &Mat, weight: &[f32], eps: f32) -> Mat {
-    let mut out = x.clone();
-    for_rows(out.data_mut(), weight.len(), |_, row| {
+    let width = weight.len();
+    let mut out = Mat::unspecified(x.rows, x.cols);
+    for_rows(out.data_mut(), width, |i, row| {
+        let x = &x.data()[i * width..(i + 1) * width];
         dispatch(
             #[inline(always)]
             || {
-                let scale = inverse_rms(row, eps);
-                for (value, w) in row.iter_mut().zip(weight) {
-                    *value *= scale * w;
+                let scale = inverse_rms(x, eps);
+                for ((out, x), w) in row.iter_mut().zip(x).zip(weight) {
+                    *out = x * (scale * w);
                 }
             },
         );
@@ -62,7 +64,9 @@ pub(crate) fn rms_norm_backward(
 ) -> Mat {
     let width = weight.len();
     if let Some(dweight) = dweight {
-        for (x, dy) in x.data().chunks(width).zip(dy.data().chunks(width)) {
+        sum_over_rows(dweight, x.data().len() / width, |i, dweight| {
+            let run = i * width..(i + 1) * width;
+            let (x, dy) = (&x.data()[run.clone()], &dy.data()[run]);
             dispatch(
                 #[inline(always)]
                 || {
@@ -72,17 +76,18 @@ pub(crate) fn rms_norm_backward(
                     }
                 },
             );
-        }
+        });
     }
-    let mut dx = dy.clone();
+    let mut dx = Mat::unspecified(dy.rows, dy.cols);
     for_rows(dx.data_mut(), width, |i, row| {
-        let x = &x.data()[i * width..(i + 1) * width];
+        let run = i * width..(i + 1) * width;
+        let (x, dy) = (&x.data()[run.clone()], &dy.data()[run]);
         dispatch(
             #[inline(always)]
             || {
                 let scale = inverse_rms(x, eps);
-                for (g, w) in row.iter_mut().zip(weight) {
-                    *g *= w;
+                for ((g, dy), w) in row.iter_mut().zip(dy).zip(weight) {
+                    *g = dy * w;
                 }
                 let mean = dot_inline(row, x) * scale / width as f32;
                 for (g, x) in row.iter_mut().zip(x) {
@@ -94,6 +99,20 @@ pub(crate) fn rms_norm_backward(
     dx
 }
 
+/// `sum += Σ` of what `add(row, part)` adds. The parts are those of fixed runs of rows and are summed in
+/// order, so that the number of threads does not change the result.
+fn sum_over_rows(sum: &mut [f32], rows: usize, add: impl Fn(usize, &mut [f32]) + Sync + Send) {
+    const RUN: usize = 128;
+    let part = |run: usize| {
+        let mut part = vec![0.0; sum.len()];
+        (run * RUN..rows.min((run + 1) * RUN)).for_each(|row| add(row, &mut part));
+        part
+    };
+    let runs = (0..rows.div_ceil(RUN)).into_par_iter();
+    let parts: Vec<Vec<f32>> = runs.map(part).collect();
+    parts.iter().for_each(|part| simd::add_assign(sum, part));
+}
+
 /// Adds `bias` to each row.
 pub(crate) fn add_bias(x: &mut Mat, bias: &[f32]) {
     for row in x.data_mut().chunks_mut(bias.len()) {
@@ -103,21 +122,21 @@ pub(crate) fn add_bias(x: &mut Mat, bias: &[f32]) {
 
 /// Column sums, the gradient of a bias.
 pub(crate) fn add_column_sums(dy: &Mat, dbias: &mut [f32]) {
-    for row in dy.data().chunks(dbias.len()) {
-        simd::add_assign(dbias, row);
-    }
+    sum_over_rows(dbias, dy.rows, |i, dbias| {
+        simd::add_assign(dbias, dy.row(i));
+    });
 }
 
 /// `silu(gate)·up`, with `silu(x) = x·σ(x)` (Shazeer 2020).
 pub(crate) fn silu_mul(gate: &Mat, up: &Mat) -> Mat {
-    let mut out = up.clone();
+    let mut out = Mat::unspecified(up.rows, up.cols);
     for_rows(out.data_mut(), gate.cols, |i, row| {
-        let gate = gate.row(i);
+        let (gate, up) = (gate.row(i), up.row(i));
         dispatch(
             #[inline(always)]
             || {
-                for (u, g) in row.iter_mut().zip(gate) {
-                    *u *= g / (1.0 + exp_inline(-g));
+                for ((y, g), u) in row.iter_mut().zip(gate).zip(up) {
+                    *y = u * g / (1.0 + exp_inline(-g));
                 }
             },
         );
@@ -127,26 +146,20 @@ pub(crate) fn silu_mul(gate: &Mat, up: &Mat) -> Mat {
 
 /// Gradients of [`silu_mul`]: `(dgate, dup)`. `d silu(x)/dx = σ(x)·(1 + x·(1 − σ(x)))`.
 pub(crate) fn silu_mul_backward(gate: &Mat, up: &Mat, dy: &Mat) -> (Mat, Mat) {
-    let (mut dgate, mut dup) = (dy.clone(), dy.clone());
-    for_rows(dgate.data_mut(), gate.cols, |i, row| {
-        let (gate, up) = (gate.row(i), up.row(i));
+    let [mut dgate, mut dup] = [(); 2].map(|()| Mat::unspecified(dy.rows, dy.cols));
+    let width = dy.cols;
+    let outputs = dgate.data_mut().par_chunks_mut(width);
+    let outputs = outputs.zip(dup.data_mut().par_chunks_mut(width));
+    outputs.enumerate().for_each(|(i, (dgate, dup))| {
+        let inputs = gate.row(i).iter().zip(up.row(i)).zip(dy.row(i));
         dispatch(
             #[inline(always)]
             || {
-                for ((d, g), u) in row.iter_mut().zip(gate).zip(up) {
+                let outputs = dgate.iter_mut().zip(dup.iter_mut());
+                for ((dg, du), ((g, u), d)) in outputs.zip(inputs.clone()) {
                     let sigma = 1.0 / (1.0 + exp_inline(-g));
-                    *d *= u * sigma * (1.0 + g * (1.0 - sigma));
-                }
-            },
-        );
-    });
-    for_rows(dup.data_mut(), gate.cols, |i, row| {
-        let gate = gate.row(i);
-        dispatch(
-            #[inline(always)]
-            || {
-                for (d, g) in row.iter_mut().zip(gate) {
-                    *d *= g / (1.0 + exp_inline(-g));
+                    *dg = d * u * sigma * (1.0 + g * (1.0 - sigma));
+                    *du = d * g * sigma;
                 }
             },
         );

@@ -6,7 +6,7 @@ use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
 use super::{
-    mat::Mat,
+    mat::{Mat, View},
     simd::{dispatch, sum_of_squares},
 };
 use crate::{backend::OptimStep, error::PolicyError};
@@ -138,6 +138,14 @@ impl Grads {
         self.0[id].get_or_insert_with(|| Mat::zeros(value.rows, value.cols))
     }
 
+    /// Adds `a · b` to one gradient. The first product is written, not added to zeros.
+    pub(crate) fn add_product(&mut self, id: ParamId, a: View<'_>, b: View<'_>) {
+        match &mut self.0[id] {
+            Some(sum) => sum.add_product(a, b),
+            empty => *empty = Some(a.mul(b)),
+        }
+    }
+
     #[cfg(test)]
     pub(crate) fn get(&self, id: ParamId) -> Option<&Mat> {
         self.0[id].as_ref()
@@ -161,7 +169,8 @@ impl Grads {
         let mut total = 0.0;
         for (param, grad) in params.iter().zip(&self.0) {
             let Some(grad) = grad else { continue };
-            let squares = sum_of_squares(grad.data());
+            let runs = grad.data().par_chunks(1 << 16).map(sum_of_squares);
+            let squares: f64 = runs.collect::<Vec<f64>>().iter().sum();
             if !squares.is_finite() {
                 return Err(PolicyError::NonFiniteGradient {
                     name: param.name.clone(),

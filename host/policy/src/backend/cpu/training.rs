@@ -88,12 +88,10 @@ impl CpuBackend {
         }
         let targets = (0..batch.ids.len()).filter(|t| batch.scored[*t]);
         let predictors: Vec<usize> = targets.clone().map(|t| t - 1).collect();
-        let scored = Scored {
-            hidden: head::gather(&x, predictors.iter().copied()),
-            targets: targets.map(|t| batch.ids[t]).collect(),
-            temperature,
-        };
-        let scores = self.decoder.head.score(params, &scored);
+        let hidden = head::gather(&x, predictors.iter().copied());
+        let targets = targets.map(|t| batch.ids[t]).collect();
+        let mut scored = Scored::new(hidden, targets, temperature);
+        let scores = self.decoder.head.score(params, &mut scored);
         if pass == Pass::Train {
             let (ids, cu_seqlens) = (batch.ids.clone(), batch.cu_seqlens.clone());
             self.saved = Some(Saved {
@@ -110,7 +108,7 @@ impl CpuBackend {
 
     pub(super) fn backward_packed(&mut self, dlogp: &[f32]) -> Result<(), PolicyError> {
         let saved = self.saved.take();
-        let saved = saved.ok_or(PolicyError::Misuse("backward without a training pass"))?;
+        let mut saved = saved.ok_or(PolicyError::Misuse("backward without a training pass"))?;
         if dlogp.len() != saved.predictors.len() {
             return Err(PolicyError::Misuse(
                 "backward needs one coefficient per scored token",
@@ -128,7 +126,9 @@ impl CpuBackend {
             positions: &saved.positions,
             adapters: true,
         };
-        let dhidden = decoder.head.backward(params, &saved.scored, dlogp, grads);
+        let dhidden = decoder
+            .head
+            .backward(params, &mut saved.scored, dlogp, grads);
         let mut dx = Mat::zeros(saved.ids.len(), dhidden.cols);
         head::scatter_add(&mut dx, saved.predictors.iter().copied(), &dhidden);
         // By value and from the back, so that each trace is freed as soon as it has been used.
