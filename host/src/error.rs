@@ -51,6 +51,10 @@ const USAGE: &[fn(Link<'_>) -> bool] = &[
     |link| link.is::<WeightError>(),
     |link| link.is::<MissingPlugin>(),
     |link| matches!(link.downcast_ref(), Some(LossError::Config { .. })),
+    |link| {
+        link.downcast_ref()
+            .is_some_and(PluginError::is_of_the_config)
+    },
 ];
 
 fn hint_of<E: Error + 'static>(link: Link<'_>, hint: fn(&E) -> Option<String>) -> Option<String> {

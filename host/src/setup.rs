@@ -83,7 +83,10 @@ pub fn rows(
         None => defaults::train_rows()?,
         Some(name) => dataset(
             name,
-            &config.input.data_split,
+            Part {
+                split: &config.input.data_split,
+                subset: config.input.data_subset.as_deref(),
+            },
             config,
             environment,
             on_download,
@@ -129,7 +132,10 @@ pub fn eval_rows(
     ) {
         (Some(name), _) => dataset(
             name,
-            &config.input.eval_data_split,
+            Part {
+                split: &config.input.eval_data_split,
+                subset: config.input.eval_data_subset.as_deref(),
+            },
             config,
             environment,
             on_download,
@@ -141,10 +147,17 @@ pub fn eval_rows(
     Ok(Some(eval.rows))
 }
 
+/// Which rows of a hub dataset.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a> {
+    pub split: &'a str,
+    pub subset: Option<&'a str>,
+}
+
 /// Loads one dataset: file, folder or hub id.
 pub fn dataset(
     name: &str,
-    split: &str,
+    part: Part<'_>,
     config: &RunConfig,
     environment: &Environment,
     on_download: OnDownload<'_>,
@@ -159,8 +172,8 @@ pub fn dataset(
             let repo = Repo::dataset(&id).at(revision.as_deref().unwrap_or("main"));
             let wanted = HubDataset {
                 repo,
-                subset: None,
-                split: split.to_owned(),
+                subset: part.subset.map(str::to_owned),
+                split: part.split.to_owned(),
             };
             load_hub(&hub(environment)?, &wanted, &options, on_download)?
         }

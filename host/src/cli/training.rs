@@ -55,15 +55,11 @@ pub struct EvalArgs {
     /// Completions per row: 1 is greedy, more samples and adds pass@k
     #[arg(long, value_name = "K")]
     pub samples: Option<u32>,
-    /// Softmax temperature of sampling
-    #[arg(long, value_name = "T")]
-    pub temperature: Option<f64>,
     /// Rows, at most
     #[arg(long, value_name = "N")]
     pub limit: Option<u32>,
-    /// Tokens of a completion, at most
-    #[arg(long, value_name = "N")]
-    pub max_tokens: Option<u32>,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
     /// Plugin component or built-in name; replaces the config's list
     #[arg(long = "plugin", value_name = "FILE|REF[=WEIGHT]")]
     pub plugins: Vec<PluginArg>,
@@ -74,19 +70,12 @@ pub struct EvalArgs {
 impl EvalArgs {
     /// `base`, then the file, then the flags.
     pub fn over(&self, base: RawConfig) -> Result<RawConfig, ConfigError> {
-        let mut raw = self.model.over(base)?;
+        let mut raw = self.sampling.over(self.model.over(base)?)?;
         set_plugins(&mut raw, &self.plugins)?;
         set(&mut raw, "eval_data", "--data", self.data.as_ref())?;
         set(&mut raw, "eval_data_split", "--split", self.split.as_ref())?;
         set(&mut raw, "eval_samples", "--samples", self.samples)?;
-        set(&mut raw, "temperature", "--temperature", self.temperature)?;
         set(&mut raw, "eval_rows", "--limit", self.limit)?;
-        set(
-            &mut raw,
-            "max_completion_length",
-            "--max-tokens",
-            self.max_tokens,
-        )?;
         Ok(raw)
     }
 }
@@ -175,6 +164,22 @@ pub struct RolloutArgs {
     /// Completions
     #[arg(short, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub n: u32,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+impl RolloutArgs {
+    /// `base`, then the file, then the flags.
+    pub fn over(&self, base: RawConfig) -> Result<RawConfig, ConfigError> {
+        self.sampling.over(self.model.over(base)?)
+    }
+}
+
+/// How completions are sampled.
+#[derive(Args, Debug, Default)]
+pub struct SamplingArgs {
     /// Softmax temperature
     #[arg(long, value_name = "T")]
     pub temperature: Option<f64>,
@@ -193,14 +198,10 @@ pub struct RolloutArgs {
     /// Text that ends a completion; may be given several times
     #[arg(long, value_name = "TEXT")]
     pub stop: Vec<String>,
-    #[command(flatten)]
-    pub output: OutputArgs,
 }
 
-impl RolloutArgs {
-    /// `base`, then the file, then the flags.
-    pub fn over(&self, base: RawConfig) -> Result<RawConfig, ConfigError> {
-        let mut raw = self.model.over(base)?;
+impl SamplingArgs {
+    fn over(&self, mut raw: RawConfig) -> Result<RawConfig, ConfigError> {
         set(&mut raw, "temperature", "--temperature", self.temperature)?;
         set(&mut raw, "top_p", "--top-p", self.top_p)?;
         set(&mut raw, "top_k", "--top-k", self.top_k)?;

@@ -27,13 +27,11 @@ pub(super) fn run(args: &SftArgs, environment: &Environment) -> anyhow::Result<(
     super::require_cpu(config.hardware.device)?;
     anyhow::ensure!(!args.out.exists(), "{} exists already", args.out.display());
     let mut on_download = downloads(args.output.quiet);
-    let data = setup::dataset(
-        &args.data,
-        &args.split,
-        &config,
-        environment,
-        &mut on_download,
-    )?;
+    let part = setup::Part {
+        split: &config.input.data_split,
+        subset: config.input.data_subset.as_deref(),
+    };
+    let data = setup::dataset(&args.data, part, &config, environment, &mut on_download)?;
     let model = match (&args.init_shape, &args.tokenizer) {
         (Some(shape), Some(tokenizer)) => new_model(shape, tokenizer, config.training.seed)?,
         _ => setup::model(&config, environment, &mut on_download)?,

@@ -92,7 +92,10 @@ impl ConfigError {
                 origin: Origin::Flag(flag),
                 ..
             } => Some(format!("`{flag}` sets the config key `{key}`")),
-            _ => None,
+            Self::OutOfRange { key, .. } => Some(format!(
+                "docs/configuration.md says what `{key}` is for; without it the default holds"
+            )),
+            Self::Write { .. } => None,
         }
     }
 }

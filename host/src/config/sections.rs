@@ -25,12 +25,16 @@ pub struct InputConfig {
     pub data: Option<String>,
     /// Split of a hub dataset to train on.
     pub data_split: String,
+    /// Subset (configuration) of a hub dataset that has several.
+    pub data_subset: Option<String>,
     /// Renames columns: the name plugins see → the name in the data.
     pub columns: BTreeMap<String, String>,
     /// Held-out rows, as `data`. `null`: `eval_rows` rows are set aside from `data`.
     pub eval_data: Option<String>,
     /// Split of a hub dataset to evaluate on.
     pub eval_data_split: String,
+    /// Subset of a hub dataset to evaluate on.
+    pub eval_data_subset: Option<String>,
 }
 
 impl Default for InputConfig {
@@ -40,9 +44,11 @@ impl Default for InputConfig {
             revision: "main".to_owned(),
             data: None,
             data_split: "train".to_owned(),
+            data_subset: None,
             columns: BTreeMap::new(),
             eval_data: None,
             eval_data_split: "test".to_owned(),
+            eval_data_subset: None,
         }
     }
 }

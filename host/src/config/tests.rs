@@ -64,8 +64,8 @@ lora: {r: 8, target_modules: [q_proj, v_proj]}
 early_stopping_patience: 3
 output_dir: runs/x
 device: cuda:1
-rank: 1
-world_size: 2
+rank: 0
+world_size: 1
 ";
     let config = run(yaml);
     assert_eq!(config.input.model.as_deref(), Some("Qwen/Qwen2.5-0.5B"));
@@ -106,7 +106,7 @@ world_size: 2
         Some(Path::new("runs/x"))
     );
     assert_eq!(config.hardware.device, Device::Cuda(1));
-    assert_eq!((config.hardware.rank, config.hardware.world_size), (1, 2));
+    assert_eq!((config.hardware.rank, config.hardware.world_size), (0, 1));
 
     let written = config.to_yaml().unwrap();
     assert_eq!(run(&written), config);
@@ -264,8 +264,12 @@ fn ranges_name_key_value_and_what_is_allowed() {
             "run.yaml:1: `plugins[0].source` is empty; allowed: a component file or a built-in plugin's name",
         ),
         (
-            "\nrank: 2\nworld_size: 2",
+            "\nrank: 2",
             "run.yaml:2: `rank` is 2; allowed: 0 or more, below world_size",
+        ),
+        (
+            "world_size: 2",
+            "run.yaml:1: `world_size` is 2; allowed: 1 (training over several processes is not built yet)",
         ),
         (
             "threads: 0",

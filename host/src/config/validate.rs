@@ -308,7 +308,13 @@ fn run(ranges: &Ranges<'_>, config: &RunConfig) -> Result<(), ConfigError> {
     if let Some(threads) = hardware.threads {
         ranges.at_least_one("threads", threads)?;
     }
-    ranges.at_least_one("world_size", hardware.world_size)?;
+    // Accepting more would train copies that never meet.
+    ranges.check(
+        "world_size",
+        hardware.world_size,
+        "1 (training over several processes is not built yet)",
+        hardware.world_size == 1,
+    )?;
     ranges.check(
         "rank",
         hardware.rank,

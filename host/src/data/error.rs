@@ -87,7 +87,9 @@ impl DataError {
             Self::NoSplit { .. } => {
                 "name a split of those files with `data_split` or `eval_data_split`".into()
             }
-            Self::ManySubsets { .. } => "pick one of them with `subset`".into(),
+            Self::ManySubsets { .. } => {
+                "pick one of them with `data_subset` or `eval_data_subset`".into()
+            }
             Self::Hub(e) => return e.hint(),
             Self::Read { .. } => return None,
         })

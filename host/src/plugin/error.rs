@@ -148,6 +148,18 @@ fn list(names: &[String]) -> String {
 }
 
 impl PluginError {
+    /// Whether the config asks for what the plugin or the host refuses.
+    pub fn is_of_the_config(&self) -> bool {
+        matches!(
+            self.fault,
+            Fault::LimitRange { .. }
+                | Fault::Guest {
+                    kind: GuestErrorKind::Config,
+                    ..
+                }
+        )
+    }
+
     /// What the reader can do about it, if there is something.
     pub fn hint(&self) -> Option<String> {
         let plugin = &self.plugin;

@@ -62,7 +62,7 @@ pub(crate) fn build(
     let decoder = Decoder {
         embed_tokens,
         layers,
-        head: Head { norm, weight, eps },
+        head: Head::new(norm, weight, eps, spec.vocab_size),
         rope: Rope::new(spec),
         heads: Heads::of(spec),
         eps,

@@ -24,6 +24,8 @@ pub(crate) struct Head {
     pub(crate) norm: ParamId,
     pub(crate) weight: ParamId,
     pub(crate) eps: f32,
+    /// Most tokens whose logits are alive at a time.
+    pub(crate) chunk_rows: usize,
 }
 
 /// Hidden states that predict a scored token, and that token.
@@ -50,14 +52,21 @@ impl Scored {
 }
 
 impl Head {
+    /// `vocab` is the number of rows of `weight`.
+    pub(crate) fn new(norm: ParamId, weight: ParamId, eps: f32, vocab: usize) -> Self {
+        let chunk_rows = (CHUNK_LOGITS / vocab).max(1);
+        Self {
+            norm,
+            weight,
+            eps,
+            chunk_rows,
+        }
+    }
+
     /// Logits of every row, for sampling.
     pub(crate) fn logits(&self, params: &Params, hidden: &Mat) -> Mat {
         let normed = ops::rms_norm(hidden, params.data(self.norm), self.eps);
         normed.mul_t(params.mat(self.weight))
-    }
-
-    fn chunk_rows(&self, params: &Params) -> usize {
-        (CHUNK_LOGITS / params.mat(self.weight).rows).max(1)
     }
 
     /// Logits of some rows of `normed` over the temperature, `[rows, vocab]`.
@@ -76,8 +85,8 @@ impl Head {
     pub(crate) fn score(&self, params: &Params, scored: &mut Scored) -> TokenScores {
         let normed = ops::rms_norm(&scored.hidden, params.data(self.norm), self.eps);
         let mut scores = TokenScores::default();
-        for from in (0..normed.rows).step_by(self.chunk_rows(params)) {
-            let rows = from..normed.rows.min(from + self.chunk_rows(params));
+        for from in (0..normed.rows).step_by(self.chunk_rows) {
+            let rows = from..normed.rows.min(from + self.chunk_rows);
             // Only one chunk lives at a time.
             scored.last = None;
             let logits = self.chunk(params, &normed, rows.clone(), scored.temperature);
@@ -109,10 +118,10 @@ impl Head {
         let normed = ops::rms_norm(&scored.hidden, params.data(self.norm), self.eps);
         let weight = View::whole(params.mat(self.weight));
         let mut dnormed = Mat::unspecified(normed.rows, normed.cols);
-        let starts = (0..normed.rows).step_by(self.chunk_rows(params));
+        let starts = (0..normed.rows).step_by(self.chunk_rows);
         // From the back, because the last chunk's logits are there.
         for from in starts.rev() {
-            let rows = from..normed.rows.min(from + self.chunk_rows(params));
+            let rows = from..normed.rows.min(from + self.chunk_rows);
             let kept = scored.last.take();
             let mut logits = kept
                 .unwrap_or_else(|| self.chunk(params, &normed, rows.clone(), scored.temperature));
