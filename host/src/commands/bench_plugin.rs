@@ -114,7 +114,11 @@ fn measure(bench: &PluginBench) -> anyhow::Result<Vec<PluginMeasure>> {
     let plugin = load(bench)?;
     let texts = texts(bench);
     let parsed = Parsed::default();
-    let batch: Vec<Sample<'_>> = texts.iter().map(|text| sample(text, &parsed)).collect();
+    let batch: Vec<Sample<'_>> = texts
+        .iter()
+        .flat_map(|text| text.completions.iter().map(move |c| (text, c)))
+        .map(|(text, completion)| sample(text, completion, &parsed))
+        .collect();
     let mut instance = plugin.warm()?;
     let warm = micros(bench.calls, || instance.score(&batch).map(drop))?;
     drop(instance);
@@ -147,14 +151,14 @@ fn load(bench: &PluginBench) -> anyhow::Result<RewardPlugin> {
     }
 }
 
-/// Row, prompt and completion of one sample.
+/// What a group shares, and its completions.
 struct Texts {
     row: String,
     prompt: String,
-    completion: String,
+    completions: Vec<String>,
 }
 
-/// GSM8K-like texts of the size asked for; the completions of a group share row and prompt.
+/// GSM8K-like texts of the size asked for, in groups of [`GROUP`].
 fn texts(bench: &PluginBench) -> Vec<Texts> {
     let words = |n: usize, bytes: usize| {
         let sentence = format!("Then {n} of the apples are sold, and some more are bought. ");
@@ -163,28 +167,30 @@ fn texts(bench: &PluginBench) -> Vec<Texts> {
         text
     };
     let bytes = bench.sample_bytes;
-    let one = |i: usize| {
-        let group = i / GROUP;
+    let group = |first: usize| {
+        let group = first / GROUP;
         let question = words(group, bytes / ROW_SHARE);
         let row = format!(r#"{{"question": "{question}", "answer": "So it is\n#### {group}"}}"#);
         let prompt = words(group, bytes / PROMPT_SHARE);
         let rest = bytes.saturating_sub(row.len() + prompt.len());
-        let completion = format!("<think>{}</think> The answer is {group}.", words(i, rest));
+        let completion = |i| format!("<think>{}</think> The answer is {group}.", words(i, rest));
         Texts {
             row,
             prompt,
-            completion,
+            completions: (first..bench.samples.min(first + GROUP))
+                .map(completion)
+                .collect(),
         }
     };
-    (0..bench.samples).map(one).collect()
+    (0..bench.samples).step_by(GROUP).map(group).collect()
 }
 
-fn sample<'a>(texts: &'a Texts, parsed: &'a Parsed) -> Sample<'a> {
+fn sample<'a>(texts: &'a Texts, completion: &'a str, parsed: &'a Parsed) -> Sample<'a> {
     Sample {
         row_id: 0,
         row_json: &texts.row,
         prompt: &texts.prompt,
-        completion: &texts.completion,
+        completion,
         parsed,
         finish: Finish::Stop,
         telemetry: Telemetry::default(),
@@ -257,9 +263,11 @@ mod tests {
         ];
         assert_eq!(names, expected);
         assert!(measures.iter().all(|m| m.value > 0.0 && m.value < 1e6));
-        let bytes: Vec<usize> = texts(&bench)
+        let groups = texts(&bench);
+        assert_eq!((groups.len(), groups[7].completions.len()), (8, 8));
+        let bytes: Vec<usize> = groups
             .iter()
-            .map(|t| t.row.len() + t.prompt.len() + t.completion.len())
+            .map(|t| t.row.len() + t.prompt.len() + t.completions[0].len())
             .collect();
         assert!(bytes.iter().all(|n| (2500..2600).contains(n)), "{bytes:?}");
         let json = object(&bench, &measures).unwrap();

@@ -6,6 +6,7 @@ use super::limits::{Isolation, OnFailure};
 use super::sandbox::{Loaded, Session, Wall};
 use super::v0_1::{scoring, wit};
 use crate::types::{Finish, PluginId, Sample, Score};
+use std::ptr;
 
 /// A loaded reward. Calls from several threads run side by side, each in an instance of its own.
 pub struct RewardPlugin {
@@ -191,9 +192,9 @@ impl RewardPlugin {
         guest: &scoring::Guest,
         samples: &[Sample<'_>],
     ) -> Result<Vec<Outcome>, PluginError> {
-        let lowered: Vec<wit::Sample<'_>> = samples.iter().map(lower).collect();
+        let (questions, lowered) = lower(samples);
         let verdicts = self.loaded.call(session, Call::Score, |store, _| {
-            guest.call_score(store, &lowered)
+            guest.call_score(store, &questions, &lowered)
         })?;
         let error = |fault| self.loaded.error(Call::Score, fault);
         let verdicts = check::length(verdicts, samples.len()).map_err(error)?;
@@ -218,11 +219,26 @@ impl WarmReward<'_> {
     }
 }
 
-fn lower<'a>(sample: &Sample<'a>) -> wit::Sample<'a> {
+/// The batch as the guest sees it. Neighbours that share row and prompt, as the completions of a group
+/// do, share one question; sharing is told by address, because comparing the texts would read them all.
+fn lower<'a>(samples: &[Sample<'a>]) -> (Vec<wit::Question<'a>>, Vec<wit::Sample<'a>>) {
+    let mut questions: Vec<wit::Question<'_>> = Vec::new();
+    let mut lowered = Vec::with_capacity(samples.len());
+    for sample in samples {
+        let (row, prompt) = (sample.row_json, sample.prompt);
+        let same = |q: &wit::Question<'_>| ptr::eq(q.row, row) && ptr::eq(q.prompt, prompt);
+        if !questions.last().is_some_and(same) {
+            questions.push(wit::Question { row, prompt });
+        }
+        lowered.push(lower_sample(sample, (questions.len() - 1) as u32));
+    }
+    (questions, lowered)
+}
+
+fn lower_sample<'a>(sample: &Sample<'a>, question: u32) -> wit::Sample<'a> {
     let t = sample.telemetry;
     wit::Sample {
-        row: sample.row_json,
-        prompt: sample.prompt,
+        question,
         completion: sample.completion,
         reasoning: sample.parsed.reasoning.as_deref(),
         answer: sample.parsed.answer.as_deref(),

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 wit_bindgen::generate!({ path: "../../wit/v0.1", world: "reward" });
 
 use exports::grpo::plugin::scoring::Guest;
-use grpo::plugin::types::{Part, PluginError, Sample, Scored, Verdict};
+use grpo::plugin::types::{Part, PluginError, Question, Sample, Scored, Verdict};
 
 struct RewardFormat;
 
@@ -22,7 +22,7 @@ impl Guest for RewardFormat {
         Ok(())
     }
 
-    fn score(samples: Vec<Sample>) -> Result<Vec<Verdict>, PluginError> {
+    fn score(_: Vec<Question>, samples: Vec<Sample>) -> Result<Vec<Verdict>, PluginError> {
         CHECKER.with_borrow(|checker| Ok(samples.iter().map(|s| score(checker, s)).collect()))
     }
 }

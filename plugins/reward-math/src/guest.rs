@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 wit_bindgen::generate!({ path: "../../wit/v0.1", world: "reward" });
 
 use exports::grpo::plugin::scoring::Guest;
-use grpo::plugin::types::{Part, PluginError, Sample, Scored, Verdict};
+use grpo::plugin::types::{Part, PluginError, Question, Sample, Scored, Verdict};
 
 struct RewardMath;
 
@@ -26,34 +26,23 @@ impl Guest for RewardMath {
         Ok(())
     }
 
-    fn score(samples: Vec<Sample>) -> Result<Vec<Verdict>, PluginError> {
+    fn score(
+        questions: Vec<Question>,
+        samples: Vec<Sample>,
+    ) -> Result<Vec<Verdict>, PluginError> {
         CONFIG.with_borrow(|config| {
-            // The completions of a group share their row: read it once.
-            let mut last: Option<(&str, Result<Rational, String>)> = None;
-            let mut scores = Vec::with_capacity(samples.len());
-            for sample in &samples {
-                if last.as_ref().is_none_or(|(row, _)| !same(row, &sample.row)) {
-                    last = Some((&sample.row, gold(config, &sample.row)?));
+            let golds = questions.iter().map(|question| gold(config, &question.row));
+            let golds = golds.collect::<Result<Vec<_>, _>>()?;
+            let judge = |sample: &Sample| match &golds[sample.question as usize] {
+                Ok(gold) => {
+                    let answer = sample.answer.as_deref();
+                    value(config.judge(&sample.completion, answer, *gold))
                 }
-                scores.push(match &last {
-                    Some((_, Ok(gold))) => {
-                        let answer = sample.answer.as_deref();
-                        value(config.judge(&sample.completion, answer, *gold))
-                    }
-                    Some((_, Err(reason))) => Verdict::Skip(reason.clone()),
-                    None => Verdict::Skip("no row".to_owned()),
-                });
-            }
-            Ok(scores)
+                Err(reason) => Verdict::Skip(reason.clone()),
+            };
+            Ok(samples.iter().map(judge).collect())
         })
     }
-}
-
-/// Equality by words: the compiler's `memcmp` for wasm goes byte by byte.
-fn same(a: &str, b: &str) -> bool {
-    let ((a, a_rest), (b, b_rest)) = (a.as_bytes().as_chunks::<8>(), b.as_bytes().as_chunks::<8>());
-    let words = |(a, b): (&[u8; 8], &[u8; 8])| u64::from_ne_bytes(*a) == u64::from_ne_bytes(*b);
-    a.len() == b.len() && a_rest == b_rest && a.iter().zip(b).all(words)
 }
 
 /// The number of the row's answer column, or why the row cannot be judged.

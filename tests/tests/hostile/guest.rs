@@ -17,8 +17,10 @@ const SCAFFOLD: &str = r#"
     (field "cached-prompt-tokens" u32) (field "generated-tokens" u32)
     (field "draft-tokens" u32) (field "accepted-tokens" u32) (field "kv-bytes" u64)))
   (export $telemetry "telemetry" (type $telemetry0))
-  (type $sample0 (record (field "row" string) (field "prompt" string)
-    (field "completion" string) (field "reasoning" (option string))
+  (type $question0 (record (field "row" string) (field "prompt" string)))
+  (export $question "question" (type $question0))
+  (type $sample0 (record (field "question" u32) (field "completion" string)
+    (field "reasoning" (option string))
     (field "answer" (option string)) (field "finish" $finish)
     (field "telemetry" $telemetry)))
   (export $sample "sample" (type $sample0))
@@ -67,7 +69,8 @@ const SCAFFOLD: &str = r#"
   (func $configure (param "config" string) (result (result (error $error)))
     (canon lift (core func $main "configure")
       (memory (core memory $libc "memory")) (realloc (core func $libc "realloc"))))
-  (func $score (param "samples" (list $sample)) (result (result (list $verdict) (error $error)))
+  (func $score (param "questions" (list $question)) (param "samples" (list $sample))
+    (result (result (list $verdict) (error $error)))
     (canon lift (core func $main "score")
       (memory (core memory $libc "memory")) (realloc (core func $libc "realloc"))))
   (instance $scoring (export "configure" (func $configure)) (export "score" (func $score)))
@@ -79,11 +82,12 @@ pub(crate) fn component(main: &str) -> Vec<u8> {
     wat::parse_str(SCAFFOLD.replace("MAIN", main)).unwrap()
 }
 
-/// A component whose `score (param $samples i32) (param $n i32)` is `body`, which leaves the address
+/// A component whose `score` is `body`, which leaves the address
 /// of a result record. It has i32 locals `$i`, `$at` and `$len` to itself.
 pub(crate) fn scoring(body: &str) -> Vec<u8> {
     component(&format!(
-        r#"(func $score (export "score") (param $samples i32) (param $n i32) (result i32)
+        r#"(func $score (export "score") (param $questions i32) (param $asked i32)
+          (param $samples i32) (param $n i32) (result i32)
           (local $i i32) (local $at i32) (local $len i32) {body})"#
     ))
 }

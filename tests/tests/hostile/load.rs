@@ -7,7 +7,7 @@ use grpo_host::plugin::{Call, Fault};
 fn loop_in_start() {
     let main = format!(
         r#"(func $spin {LOOP}) (start $spin)
-           (func (export "score") (param i32 i32) (result i32) (unreachable))"#
+           (func (export "score") (param i32 i32 i32 i32) (result i32) (unreachable))"#
     );
     let error = error_of_load(&guest::component(&main));
     let limit_ms = DEADLINE_MS;
@@ -33,7 +33,7 @@ fn many_memories() {
     assert_eq!((error.call, error.fault), (Call::Load, declares));
     // Few enough to declare, each far below the cap, too much together: 4 + 7 · 40 MiB.
     let main = format!(
-        r#"{} (func (export "score") (param i32 i32) (result i32) (unreachable))"#,
+        r#"{} (func (export "score") (param i32 i32 i32 i32) (result i32) (unreachable))"#,
         "(memory 640)".repeat(7)
     );
     let error = error_of_load(&guest::component(&main));
@@ -46,8 +46,7 @@ fn many_memories() {
 
 #[test]
 fn one_huge_memory() {
-    let main =
-        r#"(memory 65536) (func (export "score") (param i32 i32) (result i32) (unreachable))"#;
+    let main = r#"(memory 65536) (func (export "score") (param i32 i32 i32 i32) (result i32) (unreachable))"#;
     let error = error_of_load(&guest::component(main));
     assert_eq!(error.call, Call::Instantiate);
     assert!(
@@ -141,15 +140,14 @@ fn files_that_are_no_components() {
 
 #[test]
 fn features_that_are_off() {
-    let simd = r#"(func (export "score") (param i32 i32) (result i32)
+    let simd = r#"(func (export "score") (param i32 i32 i32 i32) (result i32)
         (i32x4.extract_lane 0 (v128.const i32x4 1 2 3 4)))"#;
     let error = error_of_load(&guest::component(simd));
     assert!(
         matches!(&error.fault, Fault::Compile { reason } if reason.contains("SIMD")),
         "{error}"
     );
-    let wide =
-        r#"(memory i64 1) (func (export "score") (param i32 i32) (result i32) (unreachable))"#;
+    let wide = r#"(memory i64 1) (func (export "score") (param i32 i32 i32 i32) (result i32) (unreachable))"#;
     let error = error_of_load(&guest::component(wide));
     assert!(
         matches!(&error.fault, Fault::Compile { reason } if reason.contains("memory64")),

@@ -173,7 +173,7 @@ fn memory_bomb() {
 #[test]
 fn table_bomb() {
     let main = r#"(table $t 1 funcref)
-        (func (export "score") (param i32 i32) (result i32)
+        (func (export "score") (param i32 i32 i32 i32) (result i32)
           (loop $again
             (if (i32.eq (table.grow $t (ref.null func) (i32.const 1000)) (i32.const -1))
               (then (unreachable)))
@@ -189,7 +189,7 @@ fn table_bomb() {
 fn deep_recursion() {
     let main = r#"(func $deep (param i32) (result i32)
           (i32.add (call $deep (i32.add (local.get 0) (i32.const 1))) (local.get 0)))
-        (func (export "score") (param i32 i32) (result i32) (call $deep (i32.const 0)))"#;
+        (func (export "score") (param i32 i32 i32 i32) (result i32) (call $deep (i32.const 0)))"#;
     let fault = fault_of_score(&guest::component(main));
     assert!(
         matches!(&fault, Fault::Trap { reason } if reason.contains("stack exhausted")),
@@ -361,7 +361,7 @@ fn log_flood() {
 #[test]
 fn errors_of_the_guest_are_escaped() {
     let main = r#"(data (i32.const 1024) "no\1b[2J")
-        (func (export "score") (param i32 i32) (result i32)
+        (func (export "score") (param i32 i32 i32 i32) (result i32)
           (i32.store8 (i32.const 0) (i32.const 1))
           (i32.store8 offset=4 (i32.const 0) (i32.const 2))
           (i32.store offset=8 (i32.const 0) (i32.const 1024))
