@@ -166,9 +166,13 @@ impl Policy {
         requests: Vec<Request>,
         on_progress: &mut dyn FnMut(Progress),
     ) -> anyhow::Result<Vec<Completion>> {
-        let completions =
-            self.engine
-                .generate(&mut self.backend, &self.tokenizer, requests, on_progress)?;
+        let completions = self.engine.generate(
+            &mut self.backend,
+            None,
+            &self.tokenizer,
+            requests,
+            on_progress,
+        )?;
         Ok(completions)
     }
 

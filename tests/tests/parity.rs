@@ -177,7 +177,13 @@ fn greedy_text_is_that_of_transformers() {
         };
         let requests = case.sequences.iter().enumerate().map(request).collect();
         let completions = engine
-            .generate(&mut backend, &case.model.tokenizer, requests, &mut |_| {})
+            .generate(
+                &mut backend,
+                None,
+                &case.model.tokenizer,
+                requests,
+                &mut |_| {},
+            )
             .unwrap();
         for (i, completion) in completions.iter().enumerate() {
             assert_eq!(completion.tokens, case.greedy[i], "{name} greedy {i}");

@@ -87,6 +87,8 @@ pub enum PolicyError {
         needed: usize,
         available: usize,
     },
+    #[error("the draft's vocabulary has {draft} tokens and the policy's {policy}")]
+    DraftVocabulary { draft: usize, policy: usize },
     #[error("{0}")]
     Misuse(&'static str),
     #[error(transparent)]
@@ -131,6 +133,9 @@ impl PolicyError {
                 "the weights do not belong to this config.json; download the model again".to_owned()
             }
             Self::ChatTemplate(_) => "let the formatter return text instead of messages".to_owned(),
+            Self::DraftVocabulary { .. } => {
+                "take a draft of the policy's model family, or --draft ngram".to_owned()
+            }
             Self::KvExhausted { .. } => {
                 "lower max_completion_length or raise kv_cache_tokens".to_owned()
             }

@@ -110,6 +110,10 @@ pub struct Completion {
     pub text: String,
     pub finish: Finish,
     pub telemetry: Telemetry,
+    /// Proposals of a draft that were verified.
+    pub drafts: u32,
+    /// Of those, how many had their first, second, … token accepted; as long as the longest proposal.
+    pub accepted_per_pos: Vec<u32>,
 }
 
 /// Sequences laid end to end without padding, for a training or scoring pass.

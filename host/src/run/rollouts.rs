@@ -165,6 +165,8 @@ fn columns_of<'a>(
             Column::Float(rollouts.iter().map(|r| r.advantage).collect()),
         ),
         ("finish", text(|r| finish_name(r.completion.finish))),
+        ("drafts", integers(rollouts, |r| r.completion.drafts.into())),
+        ("accepted_per_pos", ids(|r| &r.completion.accepted_per_pos)),
         ("skip", optional(|r| r.skip.as_deref())),
         ("plugins", json(&json_columns.plugins)),
     ];
@@ -235,6 +237,8 @@ fn rollout(record: &Record<'_>, path: &Path) -> Result<Rollout, RunError> {
             text: record.text("completion")?,
             finish: serde_json::from_value(finish.into()).map_err(fail)?,
             telemetry: telemetry(record)?,
+            drafts: record.int("drafts")?,
+            accepted_per_pos: record.ids("accepted_per_pos")?,
         },
         parsed: Parsed {
             reasoning: record.optional_text("reasoning")?,

@@ -76,6 +76,8 @@ fn rollout(step: u64, index: u32) -> Rollout {
                 kv_bytes: 1 << 40,
                 ..Telemetry::default()
             },
+            drafts: 3,
+            accepted_per_pos: vec![2, 1],
         },
         parsed: Parsed {
             reasoning: None,

@@ -6,6 +6,7 @@
 pub mod cpu;
 
 use crate::{
+    engine::sampler::Proposal,
     error::PolicyError,
     spec::ModelSpec,
     types::{PackedBatch, SamplingParams, TokenScores},
@@ -34,8 +35,10 @@ pub struct SampleArgs<'a> {
     /// Key of the counter-based generator: stream of the completion, and position of the token to draw.
     pub stream: u64,
     pub position: u64,
-    /// All tokens so far, prompt included (repetition penalty).
+    /// All tokens so far, prompt included and proposal not (repetition penalty).
     pub history: &'a [u32],
+    /// Drafted tokens to verify. They are the last ones of the row's `tokens`.
+    pub proposal: Option<&'a Proposal>,
 }
 
 /// A drawn token with its log-probs (see [`crate::types::Completion`]).
@@ -84,8 +87,19 @@ pub trait Backend {
     /// A block copied from may be copied to later in the same list.
     fn copy_kv(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), PolicyError>;
 
-    /// Runs all rows, writes their keys and values, and samples where asked. Returns one entry per row.
-    fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Option<Sampled>>, PolicyError>;
+    /// Runs all rows, writes their keys and values, and samples where asked. Returns one entry per row:
+    /// empty where nothing was asked, else the accepted tokens of the proposal and one more
+    /// ([`crate::engine::sampler::verify`]).
+    fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError>;
+
+    /// Runs all rows as [`Backend::step`] does, but only through the first `layers` layers where given, and
+    /// returns what the next token of each row would be drawn from, `[V]`: a draft at work. Every row
+    /// must sample.
+    fn propose(
+        &mut self,
+        rows: &[StepRow<'_>],
+        layers: Option<usize>,
+    ) -> Result<Vec<Vec<f32>>, PolicyError>;
 
     /// Log-prob and entropy of every scored token at `temperature` (> 0).
     fn score(

@@ -7,6 +7,7 @@
 //! A completion depends on its prompt, its parameters and its stream of random numbers, never on what else
 //! was in the batch: the scheduler only decides when a token is computed.
 
+pub mod draft;
 mod kv;
 pub mod sampler;
 mod scheduler;
@@ -22,8 +23,10 @@ use crate::{
     tokenizer::Tokenizer,
     types::{Completion, Finish, Request},
 };
+use draft::{Ask, Draft, PromptPart, StepCost};
+use sampler::Proposal;
 use scheduler::{Plan, Scheduler};
-use sequence::SequenceId;
+use sequence::{Sequence, SequenceId};
 
 /// Sizes of an engine.
 #[derive(Clone, Debug, PartialEq)]
@@ -116,9 +119,10 @@ impl Engine {
     ///
     /// Errors: those of [`Self::add`] before anything runs, of [`Self::step`] afterwards; the engine is empty
     /// and usable after either. [`PolicyError::Misuse`] when requests are under way already.
-    pub fn generate(
+    pub fn generate<B: Backend>(
         &mut self,
-        backend: &mut impl Backend,
+        backend: &mut B,
+        mut draft: Option<&mut Draft<B>>,
         tokenizer: &Tokenizer,
         requests: Vec<Request>,
         on_event: &mut dyn FnMut(Progress),
@@ -137,7 +141,7 @@ impl Engine {
         }
         let mut finished = Vec::new();
         while !self.is_idle() {
-            finished.extend(self.advance(backend, tokenizer)?);
+            finished.extend(self.advance(backend, draft.as_deref_mut(), tokenizer)?);
             on_event(self.progress);
         }
         finished.sort_by_key(|(id, _)| *id);
@@ -156,12 +160,13 @@ impl Engine {
     }
 
     /// Runs one step and returns what it finished. An error drops everything queued.
-    pub fn step(
+    pub fn step<B: Backend>(
         &mut self,
-        backend: &mut impl Backend,
+        backend: &mut B,
+        draft: Option<&mut Draft<B>>,
         tokenizer: &Tokenizer,
     ) -> Result<Vec<Completion>, PolicyError> {
-        let finished = self.advance(backend, tokenizer)?;
+        let finished = self.advance(backend, draft, tokenizer)?;
         Ok(finished.into_iter().map(|(_, c)| c).collect())
     }
 
@@ -206,12 +211,13 @@ impl Engine {
         self.scheduler.forget_kv();
     }
 
-    fn advance(
+    fn advance<B: Backend>(
         &mut self,
-        backend: &mut impl Backend,
+        backend: &mut B,
+        draft: Option<&mut Draft<B>>,
         tokenizer: &Tokenizer,
     ) -> Result<Vec<Finished>, PolicyError> {
-        let outcome = self.try_advance(backend, tokenizer);
+        let outcome = self.try_advance(backend, draft, tokenizer);
         if outcome.is_err() {
             // A failed step leaves blocks half written; nothing of them may be found later.
             self.scheduler.clear();
@@ -219,52 +225,137 @@ impl Engine {
         outcome
     }
 
-    fn try_advance(
+    fn try_advance<B: Backend>(
         &mut self,
-        backend: &mut impl Backend,
+        backend: &mut B,
+        mut draft: Option<&mut Draft<B>>,
         tokenizer: &Tokenizer,
     ) -> Result<Vec<Finished>, PolicyError> {
         if self.block_bytes.is_none() {
             backend.init_kv(self.config.kv_blocks, self.config.block_size)?;
+            if let Some(draft) = &mut draft {
+                draft.init_kv(self.config.kv_blocks, self.config.block_size)?;
+            }
             self.block_bytes = Some(backend.kv_bytes_per_token() * self.config.block_size);
         }
-        let plan = self.scheduler.plan(Instant::now())?;
-        let sampled = self.run(backend, &plan)?;
-        let finished = self.commit(&plan, &sampled, tokenizer)?;
+        let (rows, context) = (self.scheduler.running.len(), self.config.max_model_len);
+        let mut drafts = |sequence: &Sequence, request: &Request| {
+            let Some(draft) = &mut draft else { return 0 };
+            // The last token a completion may have is never guessed: it comes with the step itself.
+            let tokens = request.sampling.max_tokens as usize - sequence.generated();
+            let room = tokens.min(context - sequence.tokens.len());
+            let wanted = draft.length(sequence.drafting.acceptance(), rows);
+            wanted.min(room.saturating_sub(1))
+        };
+        let plan = self.scheduler.plan(Instant::now(), &mut drafts)?;
+        if plan.rows.is_empty() {
+            self.progress = self.progress_after(&plan, &[], 0);
+            return Ok(Vec::new());
+        }
+        if !plan.copies.is_empty() {
+            backend.copy_kv(&plan.copies)?;
+        }
+        let proposals = match &mut draft {
+            Some(draft) => self.propose(backend, draft, &plan)?,
+            None => vec![None; plan.rows.len()],
+        };
+        let started = Instant::now();
+        let sampled = self.run(backend, &plan, &proposals)?;
+        if let Some(draft) = &mut draft {
+            draft.verified(&cost(&plan, &proposals, &sampled, started));
+        }
+        let ended = self.commit(&plan, &proposals, &sampled, tokenizer)?;
+        let mut finished = Vec::with_capacity(ended.len());
+        for (id, finish) in ended {
+            if let (Some(draft), Some(s)) = (&mut draft, self.scheduler.sequences.get(&id)) {
+                draft.finished(id, &s.tokens, s.prompt_len);
+            }
+            finished.extend(self.finish(id, finish, tokenizer)?);
+        }
         self.progress = self.progress_after(&plan, &sampled, finished.len());
         Ok(finished)
+    }
+
+    /// Asks the draft for all rows that have room for a guess; tells it about the others.
+    fn propose<B: Backend>(
+        &self,
+        backend: &mut B,
+        draft: &mut Draft<B>,
+        plan: &Plan,
+    ) -> Result<Vec<Option<Proposal>>, PolicyError> {
+        let (mut asks, mut others) = (Vec::new(), Vec::new());
+        for planned in &plan.rows {
+            let sequence = &self.scheduler.sequences[&planned.id];
+            let request = &self.scheduler.groups[&sequence.group].request;
+            if planned.drafts > 0 {
+                asks.push(Ask {
+                    id: planned.id,
+                    tokens: &sequence.tokens,
+                    prompt: sequence.prompt_len,
+                    cached: sequence.cached,
+                    blocks: &sequence.blocks,
+                    params: &request.sampling,
+                    stream: sequence.stream,
+                    most: planned.drafts,
+                });
+            } else {
+                others.push(PromptPart {
+                    id: planned.id,
+                    tokens: &sequence.tokens[sequence.cached..sequence.cached + planned.tokens],
+                    position: sequence.cached,
+                    blocks: &sequence.blocks,
+                });
+            }
+        }
+        draft.follow(&plan.copies, &others)?;
+        let mut proposals = if asks.is_empty() {
+            Vec::new()
+        } else {
+            draft.propose(backend, &asks)?
+        }
+        .into_iter();
+        let mut next = |drafts| (drafts > 0).then(|| proposals.next()).flatten();
+        let by_row = plan.rows.iter().map(|planned| next(planned.drafts));
+        Ok(by_row
+            .map(|proposal| proposal.filter(|p| !p.tokens.is_empty()))
+            .collect())
     }
 
     fn run(
         &self,
         backend: &mut impl Backend,
         plan: &Plan,
-    ) -> Result<Vec<Option<Sampled>>, PolicyError> {
-        if plan.rows.is_empty() {
-            return Ok(Vec::new());
-        }
-        if !plan.copies.is_empty() {
-            backend.copy_kv(&plan.copies)?;
-        }
+        proposals: &[Option<Proposal>],
+    ) -> Result<Vec<Vec<Sampled>>, PolicyError> {
+        let tokens = |(planned, proposal): (&scheduler::Planned, &Option<Proposal>)| {
+            let sequence = &self.scheduler.sequences[&planned.id];
+            let mut tokens =
+                sequence.tokens[sequence.cached..sequence.cached + planned.tokens].to_vec();
+            tokens.extend(proposal.iter().flat_map(|p| &p.tokens));
+            tokens
+        };
+        let tokens: Vec<Vec<u32>> = plan.rows.iter().zip(proposals).map(tokens).collect();
         let mut rows = Vec::with_capacity(plan.rows.len());
-        for planned in &plan.rows {
+        for ((planned, proposal), tokens) in plan.rows.iter().zip(proposals).zip(&tokens) {
             let sequence = &self.scheduler.sequences[&planned.id];
             let request = &self.scheduler.groups[&sequence.group].request;
-            let end = sequence.cached + planned.tokens;
+            let samples = sequence.cached + planned.tokens == sequence.tokens.len();
             rows.push(StepRow {
-                tokens: &sequence.tokens[sequence.cached..end],
+                tokens,
                 position: sequence.cached,
                 blocks: &sequence.blocks,
-                sample: (end == sequence.tokens.len()).then(|| sequence.sample_args(request)),
+                sample: samples.then(|| sequence.sample_args(request, proposal.as_ref())),
             });
         }
         let sampled = backend.step(&rows)?;
-        let answered = sampled.len() == rows.len()
-            && rows
-                .iter()
-                .zip(&sampled)
-                .all(|(row, s)| row.sample.is_some() == s.is_some());
-        if answered {
+        let answered = |(row, sampled): (&StepRow<'_>, &Vec<Sampled>)| match &row.sample {
+            None => sampled.is_empty(),
+            Some(args) => {
+                let proposed = args.proposal.map_or(0, |p| p.tokens.len());
+                (1..=proposed + 1).contains(&sampled.len())
+            }
+        };
+        if sampled.len() == rows.len() && rows.iter().zip(&sampled).all(answered) {
             Ok(sampled)
         } else {
             Err(PolicyError::Misuse(
@@ -273,31 +364,41 @@ impl Engine {
         }
     }
 
+    /// Appends what was sampled; returns the sequences that ended with it.
     fn commit(
         &mut self,
         plan: &Plan,
-        sampled: &[Option<Sampled>],
+        proposals: &[Option<Proposal>],
+        sampled: &[Vec<Sampled>],
         tokenizer: &Tokenizer,
-    ) -> Result<Vec<Finished>, PolicyError> {
+    ) -> Result<Vec<(SequenceId, Finish)>, PolicyError> {
         let now = Instant::now();
         let mut ended = Vec::new();
-        for (planned, sampled) in plan.rows.iter().zip(sampled) {
-            self.scheduler.advance(planned.id, planned.tokens);
+        for ((planned, sampled), proposal) in plan.rows.iter().zip(sampled).zip(proposals) {
             let Some(sequence) = self.scheduler.sequences.get_mut(&planned.id) else {
                 continue;
             };
             let request = &self.scheduler.groups[&sequence.group].request;
-            if let Some(sampled) = *sampled {
+            let mut finish = None;
+            let mut pushed = 0;
+            for token in sampled {
                 sequence.clock.sampled(now);
-                let finish = sequence.push(sampled, request, &self.config, tokenizer)?;
-                ended.extend(finish.map(|finish| (planned.id, finish)));
+                finish = sequence.push(*token, request, &self.config, tokenizer)?;
+                pushed += 1;
+                if finish.is_some() {
+                    break;
+                }
             }
+            let accepted = pushed.min(sampled.len().saturating_sub(1));
+            if let Some(proposal) = proposal {
+                sequence.drafting.add(proposal.tokens.len(), accepted);
+            }
+            ended.extend(finish.map(|finish| (planned.id, finish)));
+            // The keys and values of the last token pushed are not there, unless it is an accepted one.
+            let cached = (planned.tokens + pushed).min(planned.tokens + sampled.len().max(1) - 1);
+            self.scheduler.advance(planned.id, cached);
         }
-        let mut finished = Vec::with_capacity(ended.len());
-        for (id, finish) in ended {
-            finished.extend(self.finish(id, finish, tokenizer)?);
-        }
-        Ok(finished)
+        Ok(ended)
     }
 
     fn finish(
@@ -318,23 +419,35 @@ impl Engine {
         Ok(Some((id, completion)))
     }
 
-    fn progress_after(
-        &self,
-        plan: &Plan,
-        sampled: &[Option<Sampled>],
-        finished: usize,
-    ) -> Progress {
+    fn progress_after(&self, plan: &Plan, sampled: &[Vec<Sampled>], finished: usize) -> Progress {
         let pool = &self.scheduler.pool;
         Progress {
             running: self.scheduler.running.len(),
             waiting: self.scheduler.waiting.len(),
             finished,
             computed_tokens: plan.rows.iter().map(|row| row.tokens).sum(),
-            sampled_tokens: sampled.iter().flatten().count(),
+            sampled_tokens: sampled.iter().map(Vec::len).sum(),
             preempted: plan.preempted,
             kv_used: pool.len() - pool.available(),
             kv_blocks: pool.len(),
         }
+    }
+}
+
+/// What the step just made cost and brought.
+fn cost(
+    plan: &Plan,
+    proposals: &[Option<Proposal>],
+    sampled: &[Vec<Sampled>],
+    started: Instant,
+) -> StepCost {
+    let verified = proposals.iter().zip(sampled).filter(|(p, _)| p.is_some());
+    let proposed = proposals.iter().flatten().map(|p| p.tokens.len()).sum();
+    StepCost {
+        tokens: plan.rows.iter().map(|row| row.tokens).sum::<usize>() + proposed,
+        proposed,
+        accepted: verified.map(|(_, sampled)| sampled.len() - 1).sum(),
+        seconds: started.elapsed().as_secs_f64(),
     }
 }
 

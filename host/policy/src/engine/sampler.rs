@@ -6,7 +6,11 @@
 //! Tokens are ranked by (logit falling, id rising), so equal logits never make a result depend on a sort.
 
 mod softmax;
+mod target;
 mod truncate;
+mod verify;
+
+pub use verify::{Proposal, draw_proposal, verify};
 
 use rand_chacha::{
     ChaCha8Rng,
@@ -18,7 +22,7 @@ use crate::{
     error::PolicyError,
     types::SamplingParams,
 };
-use softmax::Softmax;
+use target::Target;
 use truncate::Candidate;
 
 /// Below this temperature the draw is greedy. vLLM's `_SAMPLING_EPS`: dividing by less overflows f32.
@@ -36,7 +40,7 @@ pub struct Scratch {
     candidates: Vec<Candidate>,
 }
 
-/// Draws the successor of `args.history` from `logits` (`[V]`).
+/// Draws the successor of `args.history` from `logits` (`[V]`); ignores `args.proposal`.
 ///
 /// The draw is an inverse CDF of one uniform number. The Gumbel trick was rejected: it needs `V` random
 /// numbers, and a device could not be checked against this function by handing it the same single number.
@@ -47,46 +51,8 @@ pub fn sample(
     args: &SampleArgs<'_>,
     scratch: &mut Scratch,
 ) -> Result<Sampled, PolicyError> {
-    let params = args.params;
-    let temperature = softmax_temperature(params);
-    let Scratch {
-        penalised,
-        seen,
-        sums,
-        candidates,
-    } = scratch;
-    let policy = finite_softmax(logits, temperature, sums, args.history.len())?;
-    let (shaped, full) = if penalty_is_on(params) {
-        penalise(
-            logits,
-            params.repetition_penalty,
-            args.history,
-            penalised,
-            seen,
-        );
-        let full = finite_softmax(penalised, temperature, sums, args.history.len())?;
-        (&penalised[..], full)
-    } else {
-        (logits, policy)
-    };
-    let (token, logprob) = if is_greedy(params) {
-        let token = full.first_max(shaped);
-        (token, full.logprob(shaped[token]))
-    } else {
-        let u = uniform(args.stream, args.position);
-        if truncate::is_on(params) {
-            truncate::survivors(shaped, &full, params, candidates);
-            truncate::draw(candidates, u)
-        } else {
-            let token = full.draw(shaped, sums, u);
-            (token, full.logprob(shaped[token]))
-        }
-    };
-    Ok(Sampled {
-        token: token as u32,
-        logprob: logprob as f32,
-        policy_logprob: policy.logprob(logits[token]) as f32,
-    })
+    let target = Target::of(logits, args.params, args.history, scratch)?;
+    Ok(target.sampled(target.draw(uniform(args.stream, args.position))))
 }
 
 /// The probabilities [`sample`] draws from, `[V]`; one-hot when greedy. Speculative decoding compares these
@@ -98,45 +64,7 @@ pub fn distribution(
     params: &SamplingParams,
     history: &[u32],
 ) -> Result<Vec<f32>, PolicyError> {
-    let Scratch {
-        mut penalised,
-        mut seen,
-        mut sums,
-        mut candidates,
-    } = Scratch::default();
-    let shaped = if penalty_is_on(params) {
-        penalise(
-            logits,
-            params.repetition_penalty,
-            history,
-            &mut penalised,
-            &mut seen,
-        );
-        &penalised[..]
-    } else {
-        logits
-    };
-    let full = finite_softmax(
-        shaped,
-        softmax_temperature(params),
-        &mut sums,
-        history.len(),
-    )?;
-    let mut probabilities = vec![0.0; logits.len()];
-    if is_greedy(params) {
-        probabilities[full.first_max(shaped)] = 1.0;
-    } else if truncate::is_on(params) {
-        truncate::survivors(shaped, &full, params, &mut candidates);
-        let total = truncate::mass(&candidates);
-        for candidate in &candidates {
-            probabilities[candidate.token as usize] = (candidate.scaled.exp() / total) as f32;
-        }
-    } else {
-        for (p, logit) in probabilities.iter_mut().zip(shaped) {
-            *p = full.logprob(*logit).exp() as f32;
-        }
-    }
-    Ok(probabilities)
+    Ok(Target::of(logits, params, history, &mut Scratch::default())?.dense())
 }
 
 /// Stream of completion `index` of a request with `seed`. The SplitMix64 finaliser (Steele, Lea, Flood 2014)
@@ -170,57 +98,5 @@ fn is_greedy(params: &SamplingParams) -> bool {
     params.temperature < GREEDY_BELOW
 }
 
-fn softmax_temperature(params: &SamplingParams) -> f32 {
-    if is_greedy(params) {
-        1.0
-    } else {
-        params.temperature
-    }
-}
-
-fn penalty_is_on(params: &SamplingParams) -> bool {
-    params.repetition_penalty != 1.0
-}
-
-fn finite_softmax(
-    logits: &[f32],
-    temperature: f32,
-    sums: &mut Vec<f64>,
-    position: usize,
-) -> Result<Softmax, PolicyError> {
-    Softmax::of(logits, temperature, sums).ok_or(PolicyError::NonFiniteLogits { position })
-}
-
-/// CTRL's penalty (Keskar et al. 2019, §4.1): once per distinct token, away from being likely.
-fn penalise(
-    logits: &[f32],
-    penalty: f32,
-    history: &[u32],
-    penalised: &mut Vec<f32>,
-    seen: &mut Vec<bool>,
-) {
-    penalised.clear();
-    penalised.extend_from_slice(logits);
-    seen.resize(logits.len(), false);
-    for &token in history {
-        let token = token as usize;
-        // A padded vocabulary may know ids that this LM head has no logit for.
-        if let (Some(logit), Some(seen)) = (penalised.get_mut(token), seen.get_mut(token))
-            && !std::mem::replace(seen, true)
-        {
-            *logit = if *logit > 0.0 {
-                *logit / penalty
-            } else {
-                *logit * penalty
-            };
-        }
-    }
-    for &token in history {
-        if let Some(seen) = seen.get_mut(token as usize) {
-            *seen = false;
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -24,6 +24,8 @@ pub(super) struct Planned {
     pub(super) id: SequenceId,
     /// Tokens to run, from the first not cached.
     pub(super) tokens: usize,
+    /// Drafted tokens there is room for behind them.
+    pub(super) drafts: usize,
 }
 
 /// The next step.
@@ -37,9 +39,9 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    fn push(&mut self, id: SequenceId, tokens: usize) {
-        self.rows.push(Planned { id, tokens });
-        self.tokens += tokens;
+    fn push(&mut self, id: SequenceId, tokens: usize, drafts: usize) {
+        self.rows.push(Planned { id, tokens, drafts });
+        self.tokens += tokens + drafts;
     }
 }
 
@@ -109,10 +111,15 @@ impl Scheduler {
         self.groups.insert(group, Group::new(request));
     }
 
-    /// Chooses rows and gives them blocks for the tokens they will write.
-    pub(super) fn plan(&mut self, now: Instant) -> Result<Plan, PolicyError> {
+    /// Chooses rows and gives them blocks for the tokens they will write. `drafts` says how many drafted
+    /// tokens a decoding sequence could use.
+    pub(super) fn plan(
+        &mut self,
+        now: Instant,
+        drafts: &mut dyn FnMut(&Sequence, &Request) -> usize,
+    ) -> Result<Plan, PolicyError> {
         let mut plan = Plan::default();
-        self.plan_running(&mut plan)?;
+        self.plan_running(&mut plan, drafts)?;
         // Whoever was preempted just now would come back first and push the next one out.
         if plan.preempted == 0 {
             self.admit(&mut plan, now)?;
@@ -120,16 +127,31 @@ impl Scheduler {
         Ok(plan)
     }
 
-    fn plan_running(&mut self, plan: &mut Plan) -> Result<(), PolicyError> {
+    fn plan_running(
+        &mut self,
+        plan: &mut Plan,
+        drafts: &mut dyn FnMut(&Sequence, &Request) -> usize,
+    ) -> Result<(), PolicyError> {
         let ids: Vec<SequenceId> = self.running.iter().copied().collect();
         for (i, &id) in ids.iter().enumerate() {
             // Each later row keeps one token of the budget, so that a long prompt never stalls decoding.
             let later = ids.len() - i - 1;
             let budget = self.max_step_tokens - plan.tokens - later;
             while self.running.contains(&id) {
-                let tokens = self.sequences[&id].pending().min(budget);
+                let sequence = &self.sequences[&id];
+                let tokens = sequence.pending().min(budget);
+                let drafts = match sequence.pending() {
+                    1 => drafts(sequence, &self.groups[&sequence.group].request),
+                    _ => 0,
+                };
+                let drafts = drafts.min(budget - tokens);
+                if drafts > 0 && self.reserve(id, tokens + drafts, plan) {
+                    plan.push(id, tokens, drafts);
+                    break;
+                }
+                // A guess is not worth another sequence's blocks.
                 if self.reserve(id, tokens, plan) {
-                    plan.push(id, tokens);
+                    plan.push(id, tokens, 0);
                     break;
                 }
                 self.make_room(id, plan)?;
@@ -163,7 +185,7 @@ impl Scheduler {
             sequence.clock.scheduled(now);
             let tokens = sequence.pending().min(budget);
             if self.reserve(id, tokens, plan) {
-                plan.push(id, tokens);
+                plan.push(id, tokens, 0);
             }
         }
         Ok(())
@@ -326,6 +348,10 @@ impl Scheduler {
         };
         let size = self.pool.block_size();
         sequence.cached += tokens;
+        // Blocks for drafted tokens that were rejected.
+        let used = self.pool.blocks_for(sequence.cached);
+        let mut unused = sequence.blocks.split_off(used.min(sequence.blocks.len()));
+        self.pool.release_all(&mut unused);
         while (sequence.registered + 1) * size <= sequence.cached {
             let at = sequence.registered;
             sequence.chain = self.pool.register(

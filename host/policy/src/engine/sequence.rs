@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     backend::{BlockId, SampleArgs, Sampled},
+    engine::sampler::Proposal,
     error::PolicyError,
     tokenizer::Tokenizer,
     types::{Completion, Finish, Request, Telemetry},
@@ -52,6 +53,35 @@ impl Group {
     }
 }
 
+/// What speculation did for one completion.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Drafting {
+    /// Proposals verified, their tokens, and those of them that became part of the completion.
+    pub(super) drafts: u32,
+    pub(super) tokens: u32,
+    pub(super) accepted: u32,
+    /// By position in the proposal.
+    pub(super) accepted_per_pos: Vec<u32>,
+}
+
+impl Drafting {
+    pub(super) fn add(&mut self, proposed: usize, accepted: usize) {
+        self.drafts += 1;
+        self.tokens += proposed as u32;
+        self.accepted += accepted as u32;
+        if self.accepted_per_pos.len() < proposed {
+            self.accepted_per_pos.resize(proposed, 0);
+        }
+        let counts = self.accepted_per_pos.iter_mut().take(accepted);
+        counts.for_each(|count| *count += 1);
+    }
+
+    /// Share of drafted tokens accepted, once there are enough to say.
+    pub(super) fn acceptance(&self) -> Option<f64> {
+        (self.tokens >= 8).then(|| f64::from(self.accepted) / f64::from(self.tokens))
+    }
+}
+
 /// One completion in the making.
 #[derive(Clone, Debug)]
 pub(super) struct Sequence {
@@ -70,7 +100,8 @@ pub(super) struct Sequence {
     pub(super) started: bool,
     pub(super) cached_prompt: usize,
     pub(super) clock: Clock,
-    stream: u64,
+    pub(super) stream: u64,
+    pub(super) drafting: Drafting,
     logprobs: Vec<f32>,
     policy_logprobs: Vec<f32>,
     stop: Option<StopWatch>,
@@ -91,6 +122,7 @@ impl Sequence {
             cached_prompt: 0,
             clock: Clock::start(now),
             stream: sampler::stream_key(request.seed, index),
+            drafting: Drafting::default(),
             logprobs: Vec::new(),
             policy_logprobs: Vec::new(),
             stop: StopWatch::new(&request.sampling.stop),
@@ -102,8 +134,13 @@ impl Sequence {
         self.tokens.len() - self.cached
     }
 
-    pub(super) fn sample_args<'a>(&'a self, request: &'a Request) -> SampleArgs<'a> {
+    pub(super) fn sample_args<'a>(
+        &'a self,
+        request: &'a Request,
+        proposal: Option<&'a Proposal>,
+    ) -> SampleArgs<'a> {
         SampleArgs {
+            proposal,
             params: &request.sampling,
             stream: self.stream,
             position: self.tokens.len() as u64,
@@ -167,6 +204,8 @@ impl Sequence {
             prompt_tokens: self.prompt_len as u32,
             cached_prompt_tokens: self.cached_prompt as u32,
             generated_tokens: tokens.len() as u32,
+            draft_tokens: self.drafting.tokens,
+            accepted_tokens: self.drafting.accepted,
             kv_bytes,
             ..self.clock.finish(Instant::now())
         };
@@ -179,6 +218,8 @@ impl Sequence {
             policy_logprobs: self.policy_logprobs,
             finish,
             telemetry,
+            drafts: self.drafting.drafts,
+            accepted_per_pos: self.drafting.accepted_per_pos,
         })
     }
 }

@@ -2,4 +2,5 @@
 
 mod cases;
 mod scripted;
+mod speculation;
 mod workload;

@@ -155,8 +155,12 @@ impl CpuBackend {
         copy.map(|params| params.export(|_| true)).transpose()
     }
 
-    /// Final hidden state of the last token of each row that samples, after filling the cache.
-    fn run_rows(&mut self, rows: &[StepRow<'_>]) -> Result<decoder_rows::Sampling, PolicyError> {
+    /// Hidden states that rows are sampled from, after filling the cache of the first `layers` layers.
+    fn run_rows(
+        &mut self,
+        rows: &[StepRow<'_>],
+        layers: usize,
+    ) -> Result<decoder_rows::Sampling, PolicyError> {
         let kv = self
             .kv
             .as_mut()
@@ -171,7 +175,7 @@ impl CpuBackend {
             adapters: true,
         };
         let mut x = self.decoder.embed(&self.params, &ids);
-        for (index, layer) in self.decoder.layers.iter().enumerate() {
+        for (index, layer) in self.decoder.layers.iter().enumerate().take(layers) {
             let projected = layer.project(&pass, &x);
             kv.write(index, &tokens, &projected.k, &projected.v);
             let attended = kv.attend(index, &tokens, &projected.q);
@@ -186,26 +190,29 @@ impl CpuBackend {
 mod decoder_rows {
     use super::{StepRow, head, mat::Mat};
 
-    /// Rows that sample, and their last hidden states.
+    /// Rows that sample, and their hidden states.
     pub(super) struct Sampling {
-        pub(super) rows: Vec<usize>,
+        /// Index of the row, and of its first hidden state.
+        pub(super) rows: Vec<(usize, usize)>,
+        /// Of the last token before each proposed one, and of the last proposed one.
         pub(super) hidden: Mat,
     }
 
     pub(super) fn sampling(rows: &[StepRow<'_>], x: &Mat) -> Sampling {
         let mut end = 0;
-        let mut last = Vec::new();
+        let mut positions = Vec::new();
         let mut picked = Vec::new();
         for (index, row) in rows.iter().enumerate() {
             end += row.tokens.len();
-            if row.sample.is_some() {
-                picked.push(index);
-                last.push(end - 1);
+            if let Some(args) = &row.sample {
+                picked.push((index, positions.len()));
+                let proposed = args.proposal.map_or(0, |p| p.tokens.len());
+                positions.extend(end - 1 - proposed..end);
             }
         }
         Sampling {
             rows: picked,
-            hidden: head::gather(x, last.into_iter()),
+            hidden: head::gather(x, positions.into_iter()),
         }
     }
 }
@@ -239,19 +246,36 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Option<Sampled>>, PolicyError> {
-        let picked = self.run_rows(rows)?;
-        let mut out = vec![None; rows.len()];
+    fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError> {
+        let picked = self.run_rows(rows, self.decoder.layers.len())?;
+        let mut out = vec![Vec::new(); rows.len()];
         if picked.rows.is_empty() {
             return Ok(out);
         }
         let logits = self.decoder.head.logits(&self.params, &picked.hidden);
-        for (i, row) in picked.rows.iter().enumerate() {
-            if let Some(args) = &rows[*row].sample {
-                out[*row] = Some(sampler::sample(logits.row(i), args, &mut self.scratch)?);
+        for (row, first) in picked.rows {
+            if let Some(args) = &rows[row].sample {
+                out[row] = sampler::verify(|i| logits.row(first + i), args, &mut self.scratch)?;
             }
         }
         Ok(out)
+    }
+
+    fn propose(
+        &mut self,
+        rows: &[StepRow<'_>],
+        layers: Option<usize>,
+    ) -> Result<Vec<Vec<f32>>, PolicyError> {
+        let all = self.decoder.layers.len();
+        let picked = self.run_rows(rows, layers.map_or(all, |n| n.min(all)))?;
+        let logits = self.decoder.head.logits(&self.params, &picked.hidden);
+        let args = rows.iter().map(|row| row.sample.as_ref());
+        args.enumerate()
+            .map(|(i, args)| {
+                let args = args.ok_or(PolicyError::Misuse("every row of a draft samples"))?;
+                sampler::distribution(logits.row(i), args.params, args.history)
+            })
+            .collect()
     }
 
     fn score(

@@ -248,6 +248,7 @@ fn rollout_logprobs_equal_scoring_logprobs() {
                 stream: 9,
                 position,
                 history: &history,
+                proposal: None,
             };
             let row = StepRow {
                 tokens: &history[cached..],
@@ -255,7 +256,7 @@ fn rollout_logprobs_equal_scoring_logprobs() {
                 blocks: &blocks,
                 sample: Some(args),
             };
-            let sampled = backend.step(&[row]).unwrap()[0].unwrap();
+            let sampled = backend.step(&[row]).unwrap()[0][0];
             cached = ids.len();
             ids.push(sampled.token);
             drawn.push(sampled.policy_logprob);

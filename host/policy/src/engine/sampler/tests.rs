@@ -125,6 +125,10 @@ fn ln_gamma_half(twice: usize) -> f64 {
 /// function (Abramowitz & Stegun 6.5.29).
 fn chi_square_p(statistic: f64, freedom: usize) -> f64 {
     let (a, x) = (freedom as f64 / 2.0, statistic / 2.0);
+    if x > 2.0 * a + 500.0 {
+        // Far below the smallest f64, and the series would overflow.
+        return 0.0;
+    }
     let (mut term, mut sum, mut n) = (1.0 / a, 1.0 / a, a);
     while term > sum * 1e-16 {
         n += 1.0;
@@ -136,8 +140,9 @@ fn chi_square_p(statistic: f64, freedom: usize) -> f64 {
 
 /// p-value of 100,000 draws against `exact`; 0 if an impossible token came up. Cells expected fewer than
 /// five times are pooled.
-fn p_value(exact: &[f64], mut draw: impl FnMut(u64) -> u32) -> f64 {
-    const DRAWS: u64 = 100_000;
+pub(in crate::engine) const DRAWS: u64 = 100_000;
+
+pub(in crate::engine) fn p_value(exact: &[f64], mut draw: impl FnMut(u64) -> u32) -> f64 {
     let mut counts = vec![0u32; exact.len()];
     (0..DRAWS).for_each(|i| counts[draw(i) as usize] += 1);
     let (mut statistic, mut cells, mut rare) = (0.0, 0, (0.0, 0.0));
@@ -206,6 +211,7 @@ fn draws_follow_the_definition_and_a_broken_sampler_does_not() {
                 stream: stream_key(case as u64, 0),
                 position: i,
                 history: &history,
+                proposal: None,
             };
             sample(&logits, &args, &mut scratch).unwrap()
         };
@@ -246,6 +252,7 @@ fn greedy_takes_the_lowest_of_the_best_with_logprob_at_temperature_one() {
         stream: 1,
         position: 2,
         history: &[],
+        proposal: None,
     };
     let sampled = sample(&logits, &args, &mut Scratch::default()).unwrap();
     let exact = reference(&logits, &SamplingParams::default(), &[])[77].ln();
@@ -264,6 +271,7 @@ fn greedy_takes_the_lowest_of_the_best_with_logprob_at_temperature_one() {
         stream: 1,
         position: 2,
         history: &[77],
+        proposal: None,
     };
     let sampled = sample(&logits, &args, &mut Scratch::default()).unwrap();
     assert_eq!(sampled.token, 500);
@@ -280,6 +288,7 @@ fn non_finite_logits_are_an_error_that_names_the_position() {
             stream: 0,
             position: 4,
             history: &[0; 4],
+            proposal: None,
         };
         let error = sample(&logits, &args, &mut Scratch::default()).unwrap_err();
         assert!(

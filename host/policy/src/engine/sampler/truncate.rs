@@ -70,10 +70,8 @@ pub(super) fn mass(candidates: &[Candidate]) -> f64 {
     candidates.iter().map(|c| c.scaled.exp()).sum()
 }
 
-/// Token at `u` in `[0, 1)` of the renormalised survivors, and its log-prob among them.
-pub(super) fn draw(candidates: &[Candidate], u: f64) -> (usize, f64) {
-    let total = mass(candidates);
-    let mut target = u * total;
+/// The token where the cumulated unnormalised probability passes `target`.
+pub(super) fn draw(candidates: &[Candidate], mut target: f64) -> usize {
     let mut chosen = candidates[0];
     for candidate in candidates {
         target -= candidate.scaled.exp();
@@ -82,7 +80,7 @@ pub(super) fn draw(candidates: &[Candidate], u: f64) -> (usize, f64) {
             break;
         }
     }
-    (chosen.token as usize, chosen.scaled - total.ln())
+    chosen.token as usize
 }
 
 fn rank(a: &Candidate, b: &Candidate) -> Ordering {

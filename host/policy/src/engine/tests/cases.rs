@@ -37,7 +37,7 @@ fn request(prompt_len: usize, n: u32) -> Request {
 
 fn run(engine: &mut Engine, backend: &mut ScriptedBackend, request: Request) -> Vec<Completion> {
     engine
-        .generate(backend, &tokenizer(), vec![request], &mut |_| ())
+        .generate(backend, None, &tokenizer(), vec![request], &mut |_| ())
         .unwrap()
 }
 
@@ -80,6 +80,7 @@ fn a_completion_does_not_depend_on_its_neighbours() {
         .unwrap()
         .generate(
             &mut ScriptedBackend::new(1),
+            None,
             &tokenizer(),
             vec![other, request(9, 5)],
             &mut |_| (),
@@ -140,7 +141,12 @@ fn abort_returns_what_there_is_and_leaves_the_rest() {
     };
     engine.add(kept.clone()).unwrap();
     for _ in 0..3 {
-        assert!(engine.step(&mut backend, &tokenizer).unwrap().is_empty());
+        assert!(
+            engine
+                .step(&mut backend, None, &tokenizer)
+                .unwrap()
+                .is_empty()
+        );
     }
     let aborted = engine.abort(5, &tokenizer).unwrap();
     let lengths: Vec<usize> = aborted.iter().map(|c| c.tokens.len()).collect();
@@ -148,7 +154,7 @@ fn abort_returns_what_there_is_and_leaves_the_rest() {
     assert!(aborted.iter().all(|c| c.finish == Finish::Abort));
     let mut rest = Vec::new();
     while !engine.is_idle() {
-        rest.extend(engine.step(&mut backend, &tokenizer).unwrap());
+        rest.extend(engine.step(&mut backend, None, &tokenizer).unwrap());
     }
     assert_eq!(
         rest[0].tokens,
@@ -163,11 +169,11 @@ fn new_weights_in_mid_flight_recompute_everything() {
     let mut engine = Engine::new(config()).unwrap();
     let mut backend = ScriptedBackend::new(1);
     engine.add(request(9, 2)).unwrap();
-    engine.step(&mut backend, &tokenizer).unwrap();
+    engine.step(&mut backend, None, &tokenizer).unwrap();
     let before = backend.computed;
     backend.salt = 2;
     engine.invalidate_prefix_cache();
-    engine.step(&mut backend, &tokenizer).unwrap();
+    engine.step(&mut backend, None, &tokenizer).unwrap();
     // The first sequence again: prompt and the token it had sampled.
     assert_eq!(backend.computed - before, 10);
 }
@@ -177,7 +183,13 @@ fn a_failed_step_leaves_an_empty_usable_engine() {
     let mut engine = Engine::new(config()).unwrap();
     let mut backend = ScriptedBackend::new(1);
     backend.fail_at = Some(3);
-    let failed = engine.generate(&mut backend, &tokenizer(), vec![request(9, 3)], &mut |_| ());
+    let failed = engine.generate(
+        &mut backend,
+        None,
+        &tokenizer(),
+        vec![request(9, 3)],
+        &mut |_| (),
+    );
     assert!(matches!(
         failed,
         Err(PolicyError::Misuse("scripted failure"))

@@ -11,7 +11,7 @@ use crate::{
     backend::{Backend, BlockId, OptimStep, Pass, SampleArgs, Sampled, StepRow},
     engine::{
         EngineConfig,
-        sampler::{Scratch, sample, stream_key},
+        sampler::{Scratch, distribution, sample, stream_key, verify},
     },
     error::PolicyError,
     spec::{Family, ModelSpec},
@@ -109,6 +109,8 @@ pub(super) struct ScriptedBackend {
     pub(super) salt: u64,
     /// A fault to inject.
     pub(super) skip_copies: bool,
+    /// Another fault: every proposed token is accepted.
+    pub(super) trusts_drafts: bool,
     /// Fails the step with this number.
     pub(super) fail_at: Option<usize>,
     pub(super) steps: usize,
@@ -130,6 +132,7 @@ impl ScriptedBackend {
         Self {
             salt,
             skip_copies: false,
+            trusts_drafts: false,
             fail_at: None,
             steps: 0,
             copies: 0,
@@ -187,6 +190,19 @@ impl ScriptedBackend {
     }
 }
 
+impl ScriptedBackend {
+    /// Logits before each proposed token and after the last.
+    fn row_logits(&self, row: &StepRow<'_>, args: &SampleArgs<'_>) -> Vec<Vec<f32>> {
+        let end = row.position + row.tokens.len();
+        let proposed = args.proposal.map_or(0, |p| p.tokens.len());
+        let after = |end: usize| {
+            let keys = (0..end).map(|position| self.keys[self.slot(row, position)]);
+            logits(keys.fold(0, attend))
+        };
+        (end - proposed..=end).map(after).collect()
+    }
+}
+
 impl Backend for ScriptedBackend {
     fn spec(&self) -> &ModelSpec {
         &self.spec
@@ -214,7 +230,7 @@ impl Backend for ScriptedBackend {
         Ok(())
     }
 
-    fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Option<Sampled>>, PolicyError> {
+    fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError> {
         self.steps += 1;
         if self.fail_at == Some(self.steps) {
             return Err(PolicyError::Misuse("scripted failure"));
@@ -228,17 +244,30 @@ impl Backend for ScriptedBackend {
         // All rows write before any row reads, as in a layer of a real model.
         self.write(rows);
         let mut scratch = Scratch::default();
-        rows.iter()
-            .map(|row| {
-                let end = row.position + row.tokens.len();
-                let keys = (0..end).map(|position| self.keys[self.slot(row, position)]);
-                let sum = keys.fold(0, attend);
-                row.sample
-                    .as_ref()
-                    .map(|args| sample(&logits(sum), args, &mut scratch))
-                    .transpose()
-            })
-            .collect()
+        let sample = |row: &StepRow<'_>| {
+            let Some(args) = &row.sample else {
+                return Ok(Vec::new());
+            };
+            let logits = self.row_logits(row, args);
+            if let (Some(proposal), true) = (args.proposal, self.trusts_drafts) {
+                return Ok(trusting(&logits, args, &proposal.tokens));
+            }
+            verify(|i| &logits[i], args, &mut scratch)
+        };
+        rows.iter().map(sample).collect()
+    }
+
+    fn propose(
+        &mut self,
+        rows: &[StepRow<'_>],
+        _: Option<usize>,
+    ) -> Result<Vec<Vec<f32>>, PolicyError> {
+        self.write(rows);
+        let propose = |row: &StepRow<'_>| {
+            let args = row.sample.as_ref().unwrap();
+            distribution(&self.row_logits(row, args)[0], args.params, args.history)
+        };
+        rows.iter().map(propose).collect()
     }
 
     fn score(&mut self, _: &PackedBatch, _: f32, _: Pass) -> Result<TokenScores, PolicyError> {
@@ -252,6 +281,19 @@ impl Backend for ScriptedBackend {
     fn optimizer_step(&mut self, _: &OptimStep) -> Result<f64, PolicyError> {
         Err(PolicyError::Misuse("the scripted model does not train"))
     }
+}
+
+/// All proposed tokens, and one more.
+fn trusting(logits: &[Vec<f32>], args: &SampleArgs<'_>, proposed: &[u32]) -> Vec<Sampled> {
+    let accepted = |token: &u32| Sampled {
+        token: *token,
+        logprob: 0.0,
+        policy_logprob: 0.0,
+    };
+    let mut out: Vec<Sampled> = proposed.iter().map(accepted).collect();
+    let last = &logits[proposed.len()];
+    out.push(sample(last, args, &mut Scratch::default()).unwrap());
+    out
 }
 
 /// What naive generation says a completion is.
@@ -277,18 +319,15 @@ pub(super) fn naive(
     let prompt = tokens.len();
     let (mut logprobs, mut policy_logprobs) = (Vec::new(), Vec::new());
     loop {
-        let mut before = salt;
-        let sum = tokens.iter().fold(0, |sum, token| {
-            before = key(before, *token);
-            attend(sum, before)
-        });
         let args = SampleArgs {
             params,
             stream: stream_key(request.seed, index),
             position: tokens.len() as u64,
             history: &tokens,
+            proposal: None,
         };
-        let sampled = sample(&logits(sum), &args, &mut Scratch::default()).unwrap();
+        let logits = logits_after(salt, &tokens);
+        let sampled = sample(&logits, &args, &mut Scratch::default()).unwrap();
         tokens.push(sampled.token);
         logprobs.push(sampled.logprob);
         policy_logprobs.push(sampled.policy_logprob);
@@ -315,4 +354,13 @@ pub(super) fn naive(
             finish,
         };
     }
+}
+
+/// Logits after `tokens`, from the definition.
+pub(super) fn logits_after(salt: u64, tokens: &[u32]) -> Vec<f32> {
+    let mut before = salt;
+    logits(tokens.iter().fold(0, |sum, token| {
+        before = key(before, *token);
+        attend(sum, before)
+    }))
 }

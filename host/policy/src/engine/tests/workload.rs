@@ -7,11 +7,11 @@ use crate::{
 };
 
 /// A small counter-based generator.
-struct Dice(u64);
+pub(super) struct Dice(pub(super) u64);
 
 impl Dice {
     /// In `low..=high`.
-    fn roll(&mut self, low: usize, high: usize) -> usize {
+    pub(super) fn roll(&mut self, low: usize, high: usize) -> usize {
         self.0 += 1;
         low + (mix(self.0) % (high - low + 1) as u64) as usize
     }
@@ -45,7 +45,7 @@ impl Dice {
         }
     }
 
-    fn requests(&mut self) -> Vec<Request> {
+    pub(super) fn requests(&mut self) -> Vec<Request> {
         let prefixes: Vec<Vec<u32>> = (0..3)
             .map(|_| {
                 let length = self.roll(0, 30);
@@ -68,7 +68,7 @@ impl Dice {
             .collect()
     }
 
-    fn config(&mut self, requests: &[Request]) -> EngineConfig {
+    pub(super) fn config(&mut self, requests: &[Request]) -> EngineConfig {
         let block_size = self.pick(&[1, 2, 4, 5, 16]);
         let max_model_len = self.roll(41, 70);
         let longest = requests
@@ -108,9 +108,15 @@ fn agrees(
 ) -> bool {
     let tokenizer = tokenizer();
     let completions = engine
-        .generate(backend, &tokenizer, requests.to_vec(), &mut |progress| {
-            *preempted += progress.preempted;
-        })
+        .generate(
+            backend,
+            None,
+            &tokenizer,
+            requests.to_vec(),
+            &mut |progress| {
+                *preempted += progress.preempted;
+            },
+        )
         .unwrap();
     let mut completions = completions.iter();
     let same = requests.iter().all(|request| {

@@ -1,0 +1,167 @@
+//! Drafts: cheap guesses of the next tokens, which the policy verifies several at a time. Whatever a draft
+//! proposes, completions keep their distribution ([`super::sampler::verify`]); a bad draft only costs time.
+//!
+//! A draft that runs a model uses the policy's block tables on a pool of its own with as many blocks (or, for
+//! [`Source::Layers`], on the policy's pool itself). So prefix sharing, copies and preemption hold for it
+//! without a second scheduler. What it may find stale there makes a guess worse, never a completion wrong.
+
+mod model;
+mod ngram;
+mod pace;
+mod suffix;
+
+use std::time::Instant;
+
+pub use model::Model;
+pub use pace::Length;
+pub use suffix::Suffix;
+
+use super::{sampler::Proposal, sequence::SequenceId};
+use crate::{
+    backend::{Backend, BlockId},
+    error::PolicyError,
+    types::SamplingParams,
+};
+use pace::Pace;
+
+/// Where guesses come from.
+pub enum Source<B> {
+    /// Prompt lookup (Saxena 2023): what followed the last tokens when they stood in the text before.
+    Ngram,
+    /// What followed the last tokens in earlier completions of the same prompt (SuffixDecoding, Oliaro et
+    /// al. 2024), else as [`Source::Ngram`].
+    Suffix(Suffix),
+    /// A smaller model with the same tokenizer.
+    Model(Box<Model<B>>),
+    /// The policy's own first layers under its head (self-speculation, Zhang et al. 2023).
+    Layers(usize),
+}
+
+/// A source, and how many tokens it is asked for.
+pub struct Draft<B> {
+    source: Source<B>,
+    pace: Pace,
+}
+
+/// One running sequence that could use a guess.
+pub(super) struct Ask<'a> {
+    pub(super) id: SequenceId,
+    /// Prompt and everything sampled.
+    pub(super) tokens: &'a [u32],
+    pub(super) prompt: usize,
+    /// Tokens whose keys and values the policy has; all but the last.
+    pub(super) cached: usize,
+    pub(super) blocks: &'a [BlockId],
+    pub(super) params: &'a SamplingParams,
+    pub(super) stream: u64,
+    /// Tokens wanted, at most; blocks are there for so many.
+    pub(super) most: usize,
+}
+
+impl<B: Backend> Draft<B> {
+    /// # Errors
+    /// [`PolicyError::Misuse`] for a fixed length of 0 and for no layer.
+    pub fn new(source: Source<B>, length: Length) -> Result<Self, PolicyError> {
+        if matches!(source, Source::Layers(0)) || length == Length::Fixed(0) {
+            return Err(PolicyError::Misuse("a draft of no layer or no token"));
+        }
+        let pace = Pace::new(length);
+        Ok(Self { source, pace })
+    }
+
+    /// The model that drafts, for training it.
+    pub fn model(&mut self) -> Option<&mut B> {
+        match &mut self.source {
+            Source::Model(model) => Some(model.backend()),
+            Source::Ngram | Source::Suffix(_) | Source::Layers(_) => None,
+        }
+    }
+
+    /// Tokens to draft for a sequence that accepted `acceptance` of its drafted tokens so far, with `rows`
+    /// sequences in the step. 0: drafting does not pay.
+    pub(super) fn length(&mut self, acceptance: Option<f64>, rows: usize) -> usize {
+        self.pace.length(acceptance, rows)
+    }
+
+    /// One proposal per ask, perhaps shorter than asked or empty.
+    pub(super) fn propose(
+        &mut self,
+        policy: &mut B,
+        asks: &[Ask<'_>],
+    ) -> Result<Vec<Proposal>, PolicyError> {
+        let started = Instant::now();
+        let certain = |tokens| Proposal {
+            tokens,
+            probabilities: Vec::new(),
+        };
+        let proposals: Vec<Proposal> = match &mut self.source {
+            Source::Ngram => asks
+                .iter()
+                .map(|ask| certain(ngram::lookup(ask.tokens, ask.most)))
+                .collect(),
+            Source::Suffix(suffix) => asks
+                .iter()
+                .map(|ask| certain(suffix.propose(ask.tokens, ask.prompt, ask.most)))
+                .collect(),
+            Source::Model(model) => model.propose(asks)?,
+            Source::Layers(layers) => {
+                let from: Vec<usize> = asks.iter().map(|ask| ask.cached).collect();
+                model::autoregress(policy, Some(*layers), asks, from)?
+            }
+        };
+        let rounds = proposals.iter().map(|p| p.tokens.len()).max().unwrap_or(0);
+        self.pace.drafted(rounds, asks.len(), started.elapsed());
+        Ok(proposals)
+    }
+
+    /// Told of every step the policy is about to make: `copies` of blocks, and the rows without a guess.
+    pub(super) fn follow(
+        &mut self,
+        copies: &[(BlockId, BlockId)],
+        prompts: &[PromptPart<'_>],
+    ) -> Result<(), PolicyError> {
+        match &mut self.source {
+            Source::Model(model) => model.follow(copies, prompts),
+            Source::Ngram | Source::Suffix(_) | Source::Layers(_) => Ok(()),
+        }
+    }
+
+    /// Told of the pool's size before the first step.
+    pub(super) fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError> {
+        match &mut self.source {
+            Source::Model(model) => model.backend().init_kv(blocks, block_size),
+            Source::Ngram | Source::Suffix(_) | Source::Layers(_) => Ok(()),
+        }
+    }
+
+    /// Told what a step took.
+    pub(super) fn verified(&mut self, step: &StepCost) {
+        self.pace.verified(step);
+    }
+
+    /// Told that a sequence ended: `tokens` are its prompt of `prompt` tokens and what was sampled.
+    pub(super) fn finished(&mut self, id: SequenceId, tokens: &[u32], prompt: usize) {
+        match &mut self.source {
+            Source::Suffix(suffix) => suffix.learn(&tokens[..prompt], &tokens[prompt..]),
+            Source::Model(model) => model.forget(id),
+            Source::Ngram | Source::Layers(_) => {}
+        }
+    }
+}
+
+/// Tokens the policy runs in a step without a guess behind them: a part of a prompt, or the last token.
+pub(super) struct PromptPart<'a> {
+    pub(super) id: SequenceId,
+    pub(super) tokens: &'a [u32],
+    pub(super) position: usize,
+    pub(super) blocks: &'a [BlockId],
+}
+
+/// What a step of the policy cost and brought.
+pub(super) struct StepCost {
+    /// Tokens the policy ran, prompts and proposals included.
+    pub(super) tokens: usize,
+    pub(super) proposed: usize,
+    pub(super) accepted: usize,
+    pub(super) seconds: f64,
+}
