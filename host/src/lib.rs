@@ -6,6 +6,7 @@ pub mod commands;
 pub mod config;
 pub mod data;
 pub mod defaults;
+pub mod draft;
 pub mod error;
 pub mod evaluate;
 pub mod grpo;

@@ -10,7 +10,7 @@ use grpo_policy::{
         cpu::{CpuBackend, Trainable},
     },
     chat::{ChatOptions, ChatTemplate},
-    engine::{Engine, EngineConfig, Progress},
+    engine::{Engine, EngineConfig, Progress, draft::Draft},
     tokenizer::Tokenizer,
     types::{Completion, Request},
     weights::{self, LoadedModel, LoraConfig, SaveType},
@@ -86,6 +86,7 @@ pub struct Policy {
     pub backend: CpuBackend,
     pub tokenizer: Tokenizer,
     engine: Engine,
+    draft: Option<Draft<CpuBackend>>,
     chat: Option<ChatTemplate>,
     mode: Mode,
     /// Model path or hub id, for `adapter_config.json`.
@@ -127,6 +128,7 @@ impl Policy {
             backend,
             tokenizer,
             engine,
+            draft: None,
             chat,
             mode,
             source: source.to_owned(),
@@ -160,6 +162,11 @@ impl Policy {
         Ok(chat.render(messages, &options)?)
     }
 
+    /// Speculates with this draft from now on; nothing may have been generated yet.
+    pub fn set_draft(&mut self, draft: Draft<CpuBackend>) {
+        self.draft = Some(draft);
+    }
+
     /// Runs all requests to their end.
     pub fn generate(
         &mut self,
@@ -168,7 +175,7 @@ impl Policy {
     ) -> anyhow::Result<Vec<Completion>> {
         let completions = self.engine.generate(
             &mut self.backend,
-            None,
+            self.draft.as_mut(),
             &self.tokenizer,
             requests,
             on_progress,

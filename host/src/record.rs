@@ -76,6 +76,7 @@ pub fn metrics(report: &StepReport, total_tokens: u64) -> Metrics {
         out.put(&format!("curriculum/{name}"), *value);
     }
     add_telemetry(&mut out, &report.groups);
+    add_speculation(&mut out, &report.groups);
     add_times(&mut out, report);
     out
 }
@@ -146,6 +147,33 @@ fn add_telemetry(out: &mut Metrics, groups: &[Group]) {
         f64::from(t.cached_prompt_tokens)
     });
     put("kv_bytes", &|t| t.kv_bytes as f64);
+}
+
+/// Speculation under vLLM's names; nothing where nothing was drafted, because a rate of it is undefined.
+fn add_speculation(out: &mut Metrics, groups: &[Group]) {
+    let completions = || groups.iter().flat_map(|g| &g.rollouts.completions);
+    let total = |of: fn(&Completion) -> u32| completions().map(|c| f64::from(of(c))).sum::<f64>();
+    let drafts = total(|c| c.drafts);
+    if drafts == 0.0 {
+        return;
+    }
+    let drafted = total(|c| c.telemetry.draft_tokens);
+    let accepted = total(|c| c.telemetry.accepted_tokens);
+    out.put("spec_decode/num_drafts", drafts);
+    out.put("spec_decode/num_draft_tokens", drafted);
+    out.put("spec_decode/num_accepted_tokens", accepted);
+    out.put("spec_decode/acceptance_rate", accepted / drafted);
+    // The token that every verification yields counts, as in vLLM.
+    out.put("spec_decode/mean_accepted_length", 1.0 + accepted / drafts);
+    let longest = completions().map(|c| c.accepted_per_pos.len()).max();
+    for position in 0..longest.unwrap_or(0) {
+        let at = |c: &Completion| c.accepted_per_pos.get(position).copied().unwrap_or(0);
+        let accepted: f64 = completions().map(|c| f64::from(at(c))).sum();
+        out.put(
+            &format!("spec_decode/accepted_per_pos/{position}"),
+            accepted / drafts,
+        );
+    }
 }
 
 fn add_times(out: &mut Metrics, report: &StepReport) {

@@ -37,10 +37,20 @@ pub fn model(
     let Some(name) = config.input.model.as_deref().filter(|m| *m != EMBEDDED) else {
         return Ok(defaults::model()?);
     };
+    named_model(name, &config.input.revision, environment, on_download)
+}
+
+/// Loads a model by its name; `revision` holds for a hub id that does not bring its own.
+pub fn named_model(
+    name: &str,
+    revision: &str,
+    environment: &Environment,
+    on_download: OnDownload<'_>,
+) -> anyhow::Result<LoadedModel> {
     let path = match Source::parse(name) {
         Source::Path(path) => path,
-        Source::Hub { id, revision } => {
-            let revision = revision.unwrap_or_else(|| config.input.revision.clone());
+        Source::Hub { id, revision: own } => {
+            let revision = own.unwrap_or_else(|| revision.to_owned());
             hub(environment)?.model(&Repo::model(&id).at(&revision), on_download)?
         }
     };

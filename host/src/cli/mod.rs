@@ -14,7 +14,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
-use crate::config::{ConfigError, Device, PluginConfig, RawConfig};
+use crate::config::{ConfigError, Device, DraftKind, DraftTokens, PluginConfig, RawConfig};
 
 pub use environment::Environment;
 pub use plugin_arg::PluginArg;
@@ -119,6 +119,12 @@ pub struct ModelArgs {
     /// Source of every random choice
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
+    /// Speculative decoding: who guesses [default: none]
+    #[arg(long, value_name = "none|ngram|suffix|model:PATH|layers:K")]
+    pub draft: Option<DraftKind>,
+    /// Tokens guessed at a time [default: auto]
+    #[arg(long, value_name = "auto|N")]
+    pub draft_tokens: Option<DraftTokens>,
 }
 
 impl ModelArgs {
@@ -135,6 +141,13 @@ impl ModelArgs {
         set(&mut base, "device", "--device", self.device)?;
         set(&mut base, "threads", "--threads", self.threads)?;
         set(&mut base, "seed", "--seed", self.seed)?;
+        set(&mut base, "draft", "--draft", self.draft.as_ref())?;
+        set(
+            &mut base,
+            "draft_tokens",
+            "--draft-tokens",
+            self.draft_tokens,
+        )?;
         Ok(base)
     }
 }

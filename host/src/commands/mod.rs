@@ -16,7 +16,8 @@ mod train;
 use crate::{
     cli::{BenchCommand, Command, Environment},
     config::{ConfigError, Device, RawConfig, RunConfig},
-    defaults,
+    defaults, draft,
+    policy::Policy,
 };
 
 pub use bench_plugin::PluginBenchError;
@@ -63,6 +64,20 @@ fn require_cpu(device: Device) -> Result<(), NoSuchDevice> {
         Device::Auto | Device::Cpu => Ok(()),
         Device::Cuda(_) => Err(NoSuchDevice { device }),
     }
+}
+
+/// Gives the policy the config's draft and tells the user what is odd about it.
+fn attach_draft(
+    policy: &mut Policy,
+    config: &RunConfig,
+    environment: &Environment,
+    quiet: bool,
+) -> anyhow::Result<()> {
+    let odd = draft::attach(policy, config, environment, &mut progress::downloads(quiet))?;
+    if let Some(odd) = odd {
+        eprintln!("warning: {odd}");
+    }
+    Ok(())
 }
 
 /// A device that this build cannot use.

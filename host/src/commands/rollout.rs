@@ -20,6 +20,7 @@ pub(super) fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Resu
     let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
     let name = setup::model_name(&config);
     let mut policy = Policy::new(model, name, Mode::Inference, false, capacity)?;
+    super::attach_draft(&mut policy, &config, environment, args.output.quiet)?;
     let (role, content) = ("user".to_owned(), args.prompt.clone());
     let body = match args.raw {
         true => PromptBody::Text(content),
@@ -50,8 +51,16 @@ pub(super) fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Resu
 
 fn cost(c: &Completion) -> String {
     let t = &c.telemetry;
+    let speculation = match t.draft_tokens {
+        0 => String::new(),
+        n => format!(
+            ", accept_rate={:.1}% ({}/{n} draft tokens accepted)",
+            100.0 * f64::from(t.accepted_tokens) / f64::from(n),
+            t.accepted_tokens,
+        ),
+    };
     format!(
-        "[{} tokens, {:?}, {:.0} ms ({:.0} prefill, {:.0} decode), {:.1} tokens/s, prompt {} ({} cached), KV {:.1} KiB]",
+        "[{} tokens, {:?}, {:.0} ms ({:.0} prefill, {:.0} decode), {:.1} tokens/s, prompt {} ({} cached), KV {:.1} KiB{speculation}]",
         t.generated_tokens,
         c.finish,
         t.latency_ms,
@@ -71,5 +80,7 @@ fn json_of(c: &Completion) -> serde_json::Value {
         "logprobs": c.logprobs,
         "finish": c.finish,
         "telemetry": c.telemetry,
+        "drafts": c.drafts,
+        "accepted_per_pos": c.accepted_per_pos,
     })
 }

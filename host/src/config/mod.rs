@@ -5,6 +5,7 @@
 //! `validate`. Plugin limits pass through unread: the plugin host owns their names.
 
 mod choices;
+mod draft;
 mod error;
 mod sections;
 #[cfg(test)]
@@ -17,6 +18,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_norway::{Mapping, Value};
 
 pub use choices::{Device, ImportanceMode, KlEstimator, LossType, LrSchedule, ScaleRewards};
+pub use draft::{DraftKind, DraftTokens};
 pub use error::{ConfigError, Origin};
 pub use sections::{
     EvalConfig, GenerationConfig, HardwareConfig, ImportanceCorrection, InputConfig, LoraConfig,

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::choices::{Device, ImportanceMode, KlEstimator, LossType, LrSchedule, ScaleRewards};
+use super::draft::{DraftKind, DraftTokens};
 use grpo_policy::backend::OptimStep;
 
 use crate::types::SamplingParams;
@@ -114,6 +115,10 @@ pub struct GenerationConfig {
     pub kv_cache_tokens: Option<u64>,
     /// Sequences decoded at the same time, at most.
     pub max_batch_size: u32,
+    /// What drafts for speculative decoding.
+    pub draft: DraftKind,
+    /// Tokens drafted at a time.
+    pub draft_tokens: DraftTokens,
 }
 
 impl Default for GenerationConfig {
@@ -131,6 +136,8 @@ impl Default for GenerationConfig {
             stop: Vec::new(),
             kv_cache_tokens: None,
             max_batch_size: 128,
+            draft: DraftKind::None,
+            draft_tokens: DraftTokens::Auto,
         }
     }
 }

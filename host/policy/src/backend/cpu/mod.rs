@@ -110,6 +110,11 @@ impl CpuBackend {
         self.params.trainable_count()
     }
 
+    /// Number of all weights, adapters included.
+    pub fn parameters(&self) -> usize {
+        self.params.iter().map(|p| p.value.data().len()).sum()
+    }
+
     /// The base weights, as they are now; adapters are not merged in.
     pub fn export_weights(&self) -> Result<BTreeMap<String, Tensor>, PolicyError> {
         self.params.export(|p| !is_adapter(&p.name))
