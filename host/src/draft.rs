@@ -22,7 +22,9 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum DraftError {
     #[error(
-        "draft `{draft}` has another tokenizer than the policy: token {id} is {theirs:?} there and {ours:?} here"
+        "draft `{draft}` has another tokenizer than the policy: token {id} is {} there and {} here",
+        text(theirs.as_ref()),
+        text(ours.as_ref())
     )]
     Tokenizer {
         draft: String,
@@ -32,6 +34,10 @@ pub enum DraftError {
     },
     #[error("draft layers:{wanted} of a policy with {layers} layers")]
     Layers { wanted: usize, layers: usize },
+}
+
+fn text(token: Option<&String>) -> String {
+    token.map_or_else(|| "missing".to_owned(), |token| format!("`{token}`"))
 }
 
 impl DraftError {

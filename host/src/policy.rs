@@ -167,6 +167,11 @@ impl Policy {
         self.draft = Some(draft);
     }
 
+    /// Time the draft has taken so far.
+    pub fn drafting_seconds(&self) -> f64 {
+        self.draft.as_ref().map_or(0.0, |d| d.spent().as_secs_f64())
+    }
+
     /// Runs all requests to their end.
     pub fn generate(
         &mut self,

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use serde_json::{Map, Value};
 
-use super::{ModelArgs, OutputArgs, PluginArg};
+use super::{ModelArgs, OutputArgs, PluginArg, set};
+use crate::config::{ConfigError, DraftKind, RawConfig};
 
 #[derive(Args, Debug)]
 pub struct ResultsArgs {
@@ -24,6 +25,8 @@ pub enum BenchCommand {
     Train(BenchTrainArgs),
     /// Time of one plugin call
     Plugin(BenchPluginArgs),
+    /// What speculative decoding brings, draft by draft
+    Spec(BenchSpecArgs),
 }
 
 /// A model of nothing but a shape: speed does not depend on what the weights are.
@@ -57,6 +60,45 @@ pub struct BenchRolloutArgs {
     pub shape: ShapeArgs,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct BenchSpecArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Rows whose prompts are continued [default: the built-in rows]
+    #[arg(long, value_name = "PATH|HUB-ID")]
+    pub data: Option<String>,
+    /// Drafts to compare with plain decoding
+    #[arg(
+        long,
+        value_name = "KIND,…",
+        value_delimiter = ',',
+        default_value = "ngram,suffix"
+    )]
+    pub drafts: Vec<DraftKind>,
+    /// Sequences decoded together
+    #[arg(long, value_name = "N,…", value_delimiter = ',', default_value = "1,4,16", value_parser = clap::value_parser!(u32).range(1..))]
+    pub batches: Vec<u32>,
+    /// Tokens of each completion
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(2..))]
+    pub new_tokens: u32,
+    /// Runs measured, after one to warm up; the best counts
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..))]
+    pub repeats: u32,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+impl BenchSpecArgs {
+    /// The config these flags lay over `base`.
+    pub fn over(&self, base: RawConfig) -> Result<RawConfig, ConfigError> {
+        let mut raw = self.model.over(base)?;
+        set(&mut raw, "data", "--data", self.data.as_ref())?;
+        let tokens = Some(self.new_tokens);
+        set(&mut raw, "max_completion_length", "--new-tokens", tokens)?;
+        Ok(raw)
+    }
 }
 
 #[derive(Args, Debug)]

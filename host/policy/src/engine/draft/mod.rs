@@ -10,7 +10,7 @@ mod ngram;
 mod pace;
 mod suffix;
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 pub use model::Model;
 pub use pace::Length;
@@ -41,6 +41,7 @@ pub enum Source<B> {
 pub struct Draft<B> {
     source: Source<B>,
     pace: Pace,
+    spent: Duration,
 }
 
 /// One running sequence that could use a guess.
@@ -66,7 +67,11 @@ impl<B: Backend> Draft<B> {
             return Err(PolicyError::Misuse("a draft of no layer or no token"));
         }
         let pace = Pace::new(length);
-        Ok(Self { source, pace })
+        Ok(Self {
+            source,
+            pace,
+            spent: Duration::ZERO,
+        })
     }
 
     /// The model that drafts, for training it.
@@ -75,6 +80,11 @@ impl<B: Backend> Draft<B> {
             Source::Model(model) => Some(model.backend()),
             Source::Ngram | Source::Suffix(_) | Source::Layers(_) => None,
         }
+    }
+
+    /// Time spent drafting so far.
+    pub fn spent(&self) -> Duration {
+        self.spent
     }
 
     /// Tokens to draft for a sequence that accepted `acceptance` of its drafted tokens so far, with `rows`
@@ -110,6 +120,7 @@ impl<B: Backend> Draft<B> {
             }
         };
         let rounds = proposals.iter().map(|p| p.tokens.len()).max().unwrap_or(0);
+        self.spent += started.elapsed();
         self.pace.drafted(rounds, asks.len(), started.elapsed());
         Ok(proposals)
     }
