@@ -27,6 +27,9 @@ const BLOCK_SIZE: usize = 16;
 /// Most memory the KV pool takes when its size is not configured.
 const KV_BYTES: usize = 2 << 30;
 
+/// What the draft has learnt, in a checkpoint.
+const DRAFT_FILE: &str = "draft.u32";
+
 /// Prompt tokens run beside the decoding rows of one step.
 const PREFILL_TOKENS: usize = 512;
 
@@ -212,6 +215,10 @@ impl Policy {
             &optimizer,
             SaveType::F32,
         )?;
+        let learnt = self.draft.as_ref().map(Draft::export).unwrap_or_default();
+        if !learnt.is_empty() {
+            write_numbers(&folder.join(DRAFT_FILE), &learnt)?;
+        }
         Ok(())
     }
 
@@ -224,6 +231,10 @@ impl Policy {
         self.backend.import(&trained)?;
         let optimizer = weights::read_safetensors(&folder.join("optimizer.safetensors"))?;
         self.backend.import_optimizer(&optimizer)?;
+        let learnt = folder.join(DRAFT_FILE);
+        if let Some(draft) = self.draft.as_mut().filter(|_| learnt.exists()) {
+            draft.import(&read_numbers(&learnt)?)?;
+        }
         self.forget_kv();
         Ok(())
     }
@@ -248,6 +259,19 @@ impl Policy {
         weights::save_model(folder, spec, &tensors, &self.tokenizer, SaveType::F32)?;
         Ok(())
     }
+}
+
+/// Little-endian, without a header: the checkpoint's manifest is what makes it whole.
+fn write_numbers(path: &Path, numbers: &[u32]) -> anyhow::Result<()> {
+    let bytes: Vec<u8> = numbers.iter().flat_map(|n| n.to_le_bytes()).collect();
+    std::fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
+}
+
+fn read_numbers(path: &Path) -> anyhow::Result<Vec<u32>> {
+    let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let (numbers, rest) = bytes.as_chunks::<4>();
+    anyhow::ensure!(rest.is_empty(), "{} is cut off", path.display());
+    Ok(numbers.iter().map(|n| u32::from_le_bytes(*n)).collect())
 }
 
 fn make_folder(parent: &Path, name: &str) -> anyhow::Result<PathBuf> {

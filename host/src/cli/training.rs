@@ -171,16 +171,27 @@ pub struct RolloutArgs {
 }
 
 impl RolloutArgs {
-    /// `base`, then the file, then the flags.
+    /// `base`, then the file, then the flags. `--temperature 0` is not for the config, whose temperature
+    /// is that of training: see [`RolloutArgs::greedy`].
     pub fn over(&self, base: RawConfig) -> Result<RawConfig, ConfigError> {
-        self.sampling.over(self.model.over(base)?)
+        let temperature = self.sampling.temperature.filter(|_| !self.greedy());
+        let sampling = SamplingArgs {
+            temperature,
+            ..self.sampling.clone()
+        };
+        sampling.over(self.model.over(base)?)
+    }
+
+    /// Always take the most likely token.
+    pub fn greedy(&self) -> bool {
+        self.sampling.temperature == Some(0.0)
     }
 }
 
 /// How completions are sampled.
-#[derive(Args, Debug, Default)]
+#[derive(Args, Clone, Debug, Default)]
 pub struct SamplingArgs {
-    /// Softmax temperature
+    /// Softmax temperature; 0 in `rollout` is greedy
     #[arg(long, value_name = "T")]
     pub temperature: Option<f64>,
     /// Nucleus mass

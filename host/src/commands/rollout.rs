@@ -27,11 +27,15 @@ pub(super) fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Resu
         false => PromptBody::Messages(vec![Message { role, content }]),
     };
     let text = policy.render(&body)?;
+    let mut sampling = config.generation.sampling();
+    if args.greedy() {
+        sampling.temperature = 0.0;
+    }
     let request = Request {
         id: 0,
         prompt: policy.tokenizer.encode_prompt(&text)?,
         n: args.n,
-        sampling: config.generation.sampling(),
+        sampling,
         seed: config.training.seed,
     };
     let completions = policy.generate(vec![request], &mut |_| {})?;

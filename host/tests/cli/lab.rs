@@ -90,7 +90,7 @@ impl Lab {
     /// With `run.yaml` (the config above) and `rows.jsonl`.
     pub(super) fn new() -> Self {
         let lab = Self(tempfile::tempdir().unwrap());
-        let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/llama");
+        let model = lab.model();
         lab.write("run.yaml", CONFIG.replace("MODEL", model.to_str().unwrap()));
         let row = |i: usize| {
             format!(
@@ -100,6 +100,11 @@ impl Lab {
         };
         lab.write("rows.jsonl", (0..24).map(row).collect::<String>());
         lab
+    }
+
+    /// The model of `run.yaml`.
+    pub(super) fn model(&self) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/llama")
     }
 
     pub(super) fn path(&self, name: &str) -> PathBuf {

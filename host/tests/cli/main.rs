@@ -9,4 +9,5 @@ mod bad_input;
 mod contract;
 mod lab;
 mod resume;
+mod speculation;
 mod stop;

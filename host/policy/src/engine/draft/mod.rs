@@ -82,6 +82,28 @@ impl<B: Backend> Draft<B> {
         }
     }
 
+    /// What the draft has learnt, for a checkpoint; empty for one that learns nothing.
+    pub fn export(&self) -> Vec<u32> {
+        match &self.source {
+            Source::Suffix(suffix) => suffix.export(),
+            Source::Ngram | Source::Model(_) | Source::Layers(_) => Vec::new(),
+        }
+    }
+
+    /// The inverse of [`Draft::export`].
+    ///
+    /// # Errors
+    /// [`PolicyError::Misuse`] for what another draft has learnt.
+    pub fn import(&mut self, learnt: &[u32]) -> Result<(), PolicyError> {
+        let foreign = PolicyError::Misuse("the checkpoint holds what another draft has learnt");
+        match &mut self.source {
+            Source::Suffix(suffix) => *suffix = Suffix::import(learnt).ok_or(foreign)?,
+            _ if learnt.is_empty() => {}
+            Source::Ngram | Source::Model(_) | Source::Layers(_) => return Err(foreign),
+        }
+        Ok(())
+    }
+
     /// Time spent drafting so far.
     pub fn spent(&self) -> Duration {
         self.spent

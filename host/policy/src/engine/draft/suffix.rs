@@ -60,6 +60,37 @@ impl Suffix {
         }
     }
 
+    /// Everything learnt, as numbers for a checkpoint: per prompt, the one not seen for longest first, its
+    /// length, the length of its text, and both.
+    pub fn export(&self) -> Vec<u32> {
+        let mut entries: Vec<_> = self.by_prompt.iter().collect();
+        entries.sort_by_key(|(_, entry)| entry.last_use);
+        let mut out = Vec::new();
+        for (prompt, entry) in entries {
+            let text = &entry.automaton.text;
+            out.extend([prompt.len() as u32, text.len() as u32]);
+            out.extend(prompt);
+            out.extend(text);
+        }
+        out
+    }
+
+    /// The inverse of [`Suffix::export`]; `None` for numbers that are not one.
+    pub fn import(mut numbers: &[u32]) -> Option<Self> {
+        let mut suffix = Self::default();
+        while let [prompt, text, rest @ ..] = numbers {
+            let (prompt, rest) = rest.split_at_checked(*prompt as usize)?;
+            let (text, rest) = rest.split_at_checked(*text as usize)?;
+            let (separator, text) = text.split_first()?;
+            if *separator != SEPARATOR {
+                return None;
+            }
+            suffix.learn(prompt, text);
+            numbers = rest;
+        }
+        numbers.is_empty().then_some(suffix)
+    }
+
     fn drop_oldest(&mut self) {
         let oldest = self.by_prompt.iter().min_by_key(|(_, e)| e.last_use);
         if let Some(prompt) = oldest.map(|(prompt, _)| prompt.clone())
@@ -242,6 +273,23 @@ mod tests {
                 .collect();
             assert!(expected.contains(&&found[..]), "{recent:?} → {found:?}");
         }
+    }
+
+    #[test]
+    fn a_checkpoint_proposes_the_same() {
+        let mut suffix = learnt(&[&[1, 2, 3, 4, 5, 6], &[9, 2, 3, 7, 8], &[2, 3, 5, 5]]);
+        suffix.learn(&[7], &[1, 2, 9]);
+        let numbers = suffix.export();
+        let again = Suffix::import(&numbers).unwrap();
+        for recent in [&[1, 2, 3][..], &[0, 2, 3], &[8, 9, 2, 3]] {
+            assert_eq!(propose(&again, recent), propose(&suffix, recent));
+        }
+        assert_eq!(
+            (again.export(), again.tokens),
+            (numbers.clone(), suffix.tokens)
+        );
+        assert!(Suffix::import(&numbers[..numbers.len() - 1]).is_none());
+        assert!(Suffix::import(&[1, 1, 5, 6]).is_none());
     }
 
     #[test]

@@ -1,0 +1,120 @@
+//! Speculative decoding from the command line.
+
+use super::lab::Lab;
+
+const ROLLOUT: &str =
+    "rollout --config run.yaml --raw --prompt abcabcab -n 3 --max-tokens 12 --json";
+
+#[test]
+fn greedy_rollouts_do_not_depend_on_the_draft() {
+    let lab = Lab::new();
+    let model = format!("model:{}", lab.model().display());
+    let rollout = |draft: &str| {
+        let args = format!("{ROLLOUT} --temperature 0 --draft {draft} --draft-tokens 3");
+        lab.run(&args).fine().json()["completions"].clone()
+    };
+    let plain = rollout("none");
+    assert_eq!(plain[0]["telemetry"]["draft_tokens"], 0);
+    for draft in ["ngram", "suffix", "layers:1", &model] {
+        let drafted = rollout(draft);
+        for i in 0..3 {
+            assert_eq!(drafted[i]["tokens"], plain[i]["tokens"], "{draft}");
+        }
+        let total = |key: &str| -> u64 {
+            (0..3)
+                .map(|i| drafted[i]["telemetry"][key].as_u64().unwrap())
+                .sum()
+        };
+        if draft == model {
+            assert!(total("draft_tokens") > 0);
+            assert!(total("accepted_tokens") > 0, "{drafted}");
+        }
+    }
+}
+
+#[test]
+fn acceptance_is_printed_where_something_was_drafted() {
+    let lab = Lab::new();
+    let args = ROLLOUT.replace(" --json", "");
+    let plain = lab.run(&args).fine().stdout;
+    assert!(
+        plain.contains(" tokens, ") && !plain.contains("accept_rate"),
+        "{plain}"
+    );
+    let model = lab.model();
+    let model = model.display();
+    let drafted = lab.run(&format!(
+        "{args} --temperature 0 --draft model:{model} --draft-tokens 2"
+    ));
+    let stdout = drafted.fine().stdout;
+    assert!(
+        stdout.contains("accept_rate=") && stdout.contains(" draft tokens accepted)"),
+        "{stdout}"
+    );
+}
+
+#[test]
+fn training_logs_acceptance_and_resumes_exactly() {
+    let lab = Lab::new();
+    let flags = "--draft suffix --draft-tokens 2 --set save_steps=1 --set temperature=0.05";
+    // Few rows, so that prompts come again and there is something to learn.
+    lab.write(
+        "few.jsonl",
+        "{\"question\": \"1\", \"answer\": \"2\"}\n".repeat(9),
+    );
+    let whole = format!("train --config run.yaml --data few.jsonl --quiet {flags}");
+    lab.run(&format!("{whole} --out a")).fine();
+    let lines = lab.metrics("a");
+    let last = lines.last().unwrap();
+    let number = |key: &str| last[key].as_f64().unwrap();
+    let rate = number("spec_decode/num_accepted_tokens") / number("spec_decode/num_draft_tokens");
+    assert!((rate - number("spec_decode/acceptance_rate")).abs() < 1e-12);
+    let length = 1.0 + number("spec_decode/num_accepted_tokens") / number("spec_decode/num_drafts");
+    assert!((length - number("spec_decode/mean_accepted_length")).abs() < 1e-12);
+    let first = number("spec_decode/accepted_per_pos/0");
+    assert!(first > 0.0 && first >= number("spec_decode/accepted_per_pos/1"));
+
+    let mut child = lab.run_until(3, "b", &format!("{whole} --out b"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    lab.run("train --quiet --resume b").fine();
+    assert_eq!(lab.metrics("b"), lines);
+    assert_eq!(lab.completions("b"), lab.completions("a"));
+}
+
+#[test]
+fn impossible_drafts_are_refused() {
+    let lab = Lab::new();
+    let refused = |draft: &str, code| {
+        let ended = lab.run(&format!("{ROLLOUT} --draft {draft}"));
+        let (error, hint) = ended.refused(code);
+        (error.to_owned(), hint.to_owned())
+    };
+    let (error, hint) = refused("eagle", 2);
+    assert!(
+        error.ends_with("use none, ngram, suffix, model:PATH or layers:K"),
+        "{error}"
+    );
+    assert_eq!(hint, "`--help` lists commands and flags");
+    let (error, hint) = refused("layers:2", 1);
+    assert_eq!(error, "draft layers:2 of a policy with 2 layers");
+    assert_eq!(hint, "use layers:1 to layers:1");
+    // The same model with two tokens exchanged.
+    let other = lab.path("other");
+    std::fs::create_dir(&other).unwrap();
+    for file in ["config.json", "tokenizer_config.json", "model.safetensors"] {
+        std::fs::copy(lab.model().join(file), other.join(file)).unwrap();
+    }
+    let tokenizer = std::fs::read(lab.model().join("tokenizer.json")).unwrap();
+    let mut tokenizer: serde_json::Value = serde_json::from_slice(&tokenizer).unwrap();
+    let vocabulary = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    let (a, b) = (vocabulary["A"].take(), vocabulary["B"].take());
+    let first = a.as_u64().unwrap().min(b.as_u64().unwrap());
+    (vocabulary["A"], vocabulary["B"]) = (b, a);
+    lab.write("other/tokenizer.json", tokenizer.to_string());
+    let (error, _) = refused("model:./other", 1);
+    let expected = format!(
+        "draft `./other` has another tokenizer than the policy: token {first} is `B` there and `A` here"
+    );
+    assert_eq!(error, expected);
+}
