@@ -9,7 +9,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use grpo_policy::error::PolicyError;
 
 use crate::{
-    commands::{Interrupted, NoSuchDevice, PluginBenchError, PluginChanged},
+    commands::{Interrupted, NoSuchDevice, PluginBenchError, PluginChanged, ResumeChanges},
     config::ConfigError,
     data::DataError,
     draft::DraftError,
@@ -45,12 +45,14 @@ const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
     |link| hint_of(link, NoSuchDevice::hint),
     |link| hint_of(link, PluginBenchError::hint),
     |link| hint_of(link, PluginChanged::hint),
+    |link| hint_of(link, ResumeChanges::hint),
 ];
 
 /// One line per error type that is the user's command line or config to mend.
 const USAGE: &[fn(Link<'_>) -> bool] = &[
     |link| link.is::<ConfigError>(),
     |link| link.is::<WeightError>(),
+    |link| link.is::<ResumeChanges>(),
     |link| link.is::<MissingPlugin>(),
     |link| matches!(link.downcast_ref(), Some(LossError::Config { .. })),
     |link| {

@@ -87,12 +87,28 @@ pub enum PolicyError {
         needed: usize,
         available: usize,
     },
+    #[error("LoRA target `{target}` names no linear layer")]
+    LoraTarget { target: String, known: String },
+    #[error(
+        "{what} needs {:.1} GiB of memory and {:.1} GiB are free",
+        gib(*needed),
+        gib(*free)
+    )]
+    Memory {
+        what: &'static str,
+        needed: u64,
+        free: u64,
+    },
     #[error("the draft's vocabulary has {draft} tokens and the policy's {policy}")]
     DraftVocabulary { draft: usize, policy: usize },
     #[error("{0}")]
     Misuse(&'static str),
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+}
+
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1u32 << 30)
 }
 
 impl PolicyError {
@@ -133,6 +149,10 @@ impl PolicyError {
                 "the weights do not belong to this config.json; download the model again".to_owned()
             }
             Self::ChatTemplate(_) => "let the formatter return text instead of messages".to_owned(),
+            Self::LoraTarget { known, .. } => format!("use {known} or all-linear"),
+            Self::Memory { .. } => {
+                "lower kv_cache_tokens, max_batch_size or max_completion_length".to_owned()
+            }
             Self::DraftVocabulary { .. } => {
                 "take a draft of the policy's model family, or --draft ngram".to_owned()
             }

@@ -49,6 +49,9 @@ pub struct ModelSpec {
     pub qk_norm: bool,
 }
 
+/// Far beyond any decoder; a damaged config must not make a list of a billion weights.
+const MOST_LAYERS: usize = 10_000;
+
 impl ModelSpec {
     /// Width of the concatenated query heads, the output of `q_proj`.
     pub fn q_dim(&self) -> usize {
@@ -124,6 +127,12 @@ impl ModelSpec {
         ];
         if let Some((name, _)) = positive.iter().find(|(_, n)| *n == 0) {
             return Err(format!("`{name}` is 0"));
+        }
+        if self.num_hidden_layers > MOST_LAYERS {
+            let layers = self.num_hidden_layers;
+            return Err(format!(
+                "num_hidden_layers {layers} is more than {MOST_LAYERS}"
+            ));
         }
         if !self
             .num_attention_heads

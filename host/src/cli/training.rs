@@ -162,7 +162,7 @@ pub struct RolloutArgs {
     #[arg(long)]
     pub raw: bool,
     /// Completions
-    #[arg(short, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(short, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub n: u32,
     #[command(flatten)]
     pub sampling: SamplingArgs,

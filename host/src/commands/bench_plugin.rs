@@ -76,16 +76,19 @@ pub(super) fn run(args: &BenchPluginArgs) -> anyhow::Result<()> {
     let bench = PluginBench::of(args);
     let measures = measure(&bench)?;
     if args.output.json {
-        println!("{}", object(&bench, &measures)?);
+        outln!("{}", object(&bench, &measures)?);
         return Ok(());
     }
     for m in &measures {
-        println!("{:>16}  {:>8.1} {}", m.name, m.value, m.unit);
+        outln!("{:>16}  {:>8.1} {}", m.name, m.value, m.unit);
     }
     if !args.output.quiet {
-        println!(
+        outln!(
             "{} calls of {} samples of {} bytes into {}",
-            bench.calls, bench.samples, bench.sample_bytes, bench.plugin
+            bench.calls,
+            bench.samples,
+            bench.sample_bytes,
+            bench.plugin
         );
     }
     Ok(())

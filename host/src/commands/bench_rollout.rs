@@ -53,17 +53,20 @@ pub(super) fn run(args: &BenchRolloutArgs, environment: &Environment) -> anyhow:
             "new_tokens": work.new_tokens, "threads": threads, "repeats": args.repeats,
             "seconds": whole, "seconds_first_token": first,
         });
-        println!("{object}");
+        outln!("{object}");
         return Ok(());
     }
-    println!("    model  {name}, {threads} threads");
-    println!(
+    outln!("    model  {name}, {threads} threads");
+    outln!(
         "     work  {} × ({} prompt + {} new tokens), best of {}",
-        args.batch, work.prompt_tokens, work.new_tokens, args.repeats
+        args.batch,
+        work.prompt_tokens,
+        work.new_tokens,
+        args.repeats
     );
-    println!("  prefill  {:.1} tokens/s", speed.prefill);
-    println!("   decode  {:.1} tokens/s", speed.decode);
-    println!(
+    outln!("  prefill  {:.1} tokens/s", speed.prefill);
+    outln!("   decode  {:.1} tokens/s", speed.decode);
+    outln!(
         "    whole  {:.1} new tokens/s, {:.2} s",
         speed.whole,
         best(&whole)

@@ -74,7 +74,7 @@ pub(super) fn run(args: &BenchSpecArgs, environment: &Environment) -> anyhow::Re
             .iter()
             .filter_map(|m| m.speedup)
             .fold(0.0, f64::max);
-        println!(
+        outln!(
             "{}",
             json!({
                 "name": "spec", "unit": "speedup", "value": fastest,
@@ -190,7 +190,7 @@ fn print_row(measure: Option<&Measure>) {
     let rate = m
         .acceptance_rate
         .map_or_else(|| "–".to_owned(), |a| format!("{:.1} %", 100.0 * a));
-    println!(
+    outln!(
         "{:>24}  batch {:>3}  {:>8.1} tokens/s  speed-up {:>6}  predicted {:>6}  accepted {rate}",
         m.draft,
         m.batch,

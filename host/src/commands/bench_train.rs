@@ -62,17 +62,18 @@ pub(super) fn run(args: &BenchTrainArgs, environment: &Environment) -> anyhow::R
             "trains": what, "trainable_parameters": trainable, "threads": threads,
             "steps": args.steps, "seconds": samples, "losses": losses,
         });
-        println!("{object}");
+        outln!("{object}");
         return Ok(());
     }
     let recompute = if checkpointing { "on" } else { "off" };
-    println!("    model  {name}, {threads} threads");
-    println!("   trains  {what}, {trainable} parameters");
-    println!(
+    outln!("    model  {name}, {threads} threads");
+    outln!("   trains  {what}, {trainable} parameters");
+    outln!(
         "     work  {} × {tokens} tokens, micro-batches of {micro_batch_tokens}, gradient checkpointing {recompute}, best of {}",
-        args.batch, args.steps
+        args.batch,
+        args.steps
     );
-    println!("     step  {seconds:.3} s");
-    println!("    speed  {speed:.0} tokens/s");
+    outln!("     step  {seconds:.3} s");
+    outln!("    speed  {speed:.0} tokens/s");
     Ok(())
 }

@@ -21,20 +21,20 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
             "cuda": Value::Null,
             "plugins": plugins.map(|(name, digest, bytes)| json!({ "name": name, "digest": digest, "bytes": bytes })),
         });
-        println!("{facts}");
+        outln!("{facts}");
         return Ok(());
     }
-    println!("grpo-host {}", env!("CARGO_PKG_VERSION"));
-    println!("cpu      {cores} cores, {}", simd.join(" "));
+    outln!("grpo-host {}", env!("CARGO_PKG_VERSION"));
+    outln!("cpu      {cores} cores, {}", simd.join(" "));
     match memory {
         Some(Memory { total, available }) => {
-            println!("memory   {available} MiB available of {total} MiB");
+            outln!("memory   {available} MiB available of {total} MiB");
         }
-        None => println!("memory   unknown"),
+        None => outln!("memory   unknown"),
     }
-    println!("devices  cpu (this build has no CUDA)");
+    outln!("devices  cpu (this build has no CUDA)");
     for (name, digest, bytes) in plugins {
-        println!("plugin   {name}, {} KiB, {digest}", bytes.div_ceil(1024));
+        outln!("plugin   {name}, {} KiB, {digest}", bytes.div_ceil(1024));
     }
     Ok(())
 }

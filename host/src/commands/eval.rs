@@ -37,9 +37,9 @@ pub(super) fn run(args: &EvalArgs, environment: &Environment) -> anyhow::Result<
     })?;
     bar.finish();
     if args.output.json {
-        println!("{}", json_of(&report, settings.samples));
+        outln!("{}", json_of(&report, settings.samples));
     } else {
-        print!("{}", table(&report, settings.samples));
+        out!("{}", table(&report, settings.samples));
     }
     Ok(())
 }

@@ -1,5 +1,15 @@
 //! One file per subcommand; this one chooses, and holds what several of them begin with.
 
+/// `print!` for results: see [`output::write`].
+macro_rules! out {
+    ($($text:tt)*) => { $crate::commands::output::write(&format!($($text)*)) };
+}
+/// `println!` for results.
+macro_rules! outln {
+    () => { $crate::commands::output::write("\n") };
+    ($($text:tt)*) => { $crate::commands::output::write(&format!("{}\n", format_args!($($text)*))) };
+}
+
 mod bench_model;
 mod bench_plugin;
 mod bench_rollout;
@@ -7,6 +17,7 @@ mod bench_spec;
 mod bench_train;
 mod doctor;
 mod eval;
+mod output;
 mod plugin;
 mod progress;
 mod results;
@@ -22,7 +33,7 @@ use crate::{
 };
 
 pub use bench_plugin::PluginBenchError;
-pub use train::{Interrupted, PluginChanged};
+pub use train::{Interrupted, PluginChanged, ResumeChanges};
 
 /// Runs a command to its end. Results go to stdout, progress to stderr.
 pub fn run(command: Command, environment: &Environment) -> anyhow::Result<()> {
@@ -55,9 +66,18 @@ fn config_over_defaults(
 
 /// Sizes the thread pool that all tensor work runs on.
 fn set_threads(threads: Option<u32>) -> anyhow::Result<()> {
-    Ok(threads.map_or(Ok(()), |n| {
-        grpo_policy::backend::cpu::set_threads(n as usize)
-    })?)
+    let Some(threads) = threads else {
+        return Ok(());
+    };
+    let cores = std::thread::available_parallelism()?.get();
+    // The workers of a matrix product wait for each other by spinning: with many more of them than cores
+    // a step takes minutes.
+    anyhow::ensure!(
+        threads as usize <= 4 * cores,
+        "{threads} threads are too many for {cores} cores; allowed: 1 to {}",
+        4 * cores
+    );
+    Ok(grpo_policy::backend::cpu::set_threads(threads as usize)?)
 }
 
 /// This build computes on the CPU only.

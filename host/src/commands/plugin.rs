@@ -32,18 +32,18 @@ fn inspect(args: &PluginFileArgs) -> anyhow::Result<()> {
             "exports": found.exports,
             "imports": found.imports,
         });
-        println!("{object}");
+        outln!("{object}");
         return Ok(());
     }
     let role = found.role.map_or("none of ours".to_owned(), |role| {
         format!("{role:?}").to_lowercase()
     });
-    println!("   name  {name}");
-    println!("   role  {role}");
-    println!(" digest  {digest}");
-    println!("  bytes  {}", bytes.len());
-    println!("exports  {}", list(&found.exports));
-    println!("imports  {}", list(&found.imports));
+    outln!("   name  {name}");
+    outln!("   role  {role}");
+    outln!(" digest  {digest}");
+    outln!("  bytes  {}", bytes.len());
+    outln!("exports  {}", list(&found.exports));
+    outln!("imports  {}", list(&found.imports));
     Ok(())
 }
 
@@ -65,10 +65,10 @@ fn check(args: &PluginCheckArgs) -> anyhow::Result<()> {
     let id = plugin.id();
     if args.output.json {
         let object = json!({ "ok": true, "role": id.role, "name": id.name, "digest": id.digest });
-        println!("{object}");
+        outln!("{object}");
     } else {
         let role = format!("{:?}", id.role).to_lowercase();
-        println!("ok: {role} `{}` {}", id.name, id.digest);
+        outln!("ok: {role} `{}` {}", id.name, id.digest);
     }
     Ok(())
 }

@@ -90,7 +90,11 @@ impl Bar {
         ));
     }
 
+    /// What is going on now; without a terminal a line of its own, since nothing else would show.
     pub(super) fn say(&mut self, what: &str) {
+        if self.bar.is_hidden() {
+            self.print(what);
+        }
         self.bar.set_message(format!("{} · {what}", self.message));
     }
 

@@ -6,11 +6,11 @@ use crate::{cli::ResultsArgs, run::summarise};
 pub(super) fn run(args: &ResultsArgs) -> anyhow::Result<()> {
     let summary = summarise(&args.run)?;
     if args.output.json {
-        println!("{}", serde_json::to_string(&summary)?);
+        outln!("{}", serde_json::to_string(&summary)?);
         return Ok(());
     }
     let plugins: Vec<&str> = summary.plugins.iter().map(|p| p.id.name.as_str()).collect();
-    println!(
+    outln!(
         "{}: {} steps, {}",
         args.run.display(),
         summary.steps,
@@ -22,13 +22,18 @@ pub(super) fn run(args: &ResultsArgs) -> anyhow::Result<()> {
         .map(|m| m.name.len())
         .max()
         .unwrap_or(0);
-    println!(
+    outln!(
         "{:width$}  {:>12} {:>12} {:>12} {:>12} {:>12}",
-        "", "first", "last", "mean", "min", "max"
+        "",
+        "first",
+        "last",
+        "mean",
+        "min",
+        "max"
     );
     for m in &summary.metrics {
         let cells = [m.first, m.last, m.mean, m.min, m.max].map(short);
-        println!("{:width$}  {}", m.name, cells.join(" "));
+        outln!("{:width$}  {}", m.name, cells.join(" "));
     }
     Ok(())
 }

@@ -41,13 +41,13 @@ pub(super) fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Resu
     let completions = policy.generate(vec![request], &mut |_| {})?;
     if args.output.json {
         let objects: Vec<_> = completions.iter().map(json_of).collect();
-        println!("{}", json!({ "prompt": text, "completions": objects }));
+        outln!("{}", json!({ "prompt": text, "completions": objects }));
         return Ok(());
     }
     for completion in &completions {
-        println!("{}", completion.text);
+        outln!("{}", completion.text);
         if !args.output.quiet {
-            println!("  {}", cost(completion));
+            outln!("  {}", cost(completion));
         }
     }
     Ok(())

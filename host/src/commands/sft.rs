@@ -64,17 +64,17 @@ pub(super) fn run(args: &SftArgs, environment: &Environment) -> anyhow::Result<(
             "steps": args.steps, "loss_first": first, "loss_last": last, "tokens_per_second": speed,
             "wall_s": wall_s, "rows": rows.examples.len(), "too_long": rows.too_long, "out": args.out,
         });
-        println!("{object}");
+        outln!("{object}");
     } else {
         let number = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.4}"));
-        println!("     loss  {} → {}", number(first), number(last));
-        println!(
+        outln!("     loss  {} → {}", number(first), number(last));
+        outln!(
             "     rows  {} ({} too long)",
             rows.examples.len(),
             rows.too_long
         );
-        println!("    speed  {speed:.0} tokens/s, {wall_s:.1} s");
-        println!("    model  {}", args.out.join("model").display());
+        outln!("    speed  {speed:.0} tokens/s, {wall_s:.1} s");
+        outln!("    model  {}", args.out.join("model").display());
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `grpo-host train`: opens or resumes the run directory, drives the trainer, keeps the record.
 
-use std::{path::PathBuf, time::Instant};
+use std::{io::ErrorKind, path::PathBuf, time::Instant};
 
 use anyhow::Context;
 use serde_json::json;
@@ -28,7 +28,7 @@ const ENDS: u64 = 10;
 pub(super) fn run(args: &TrainArgs, environment: &Environment) -> anyhow::Result<()> {
     let (config, place) = open(args)?;
     let interrupt = Interrupt::listen(|| {
-        eprintln!("\nstopping after this step; once more to stop at once");
+        eprintln!("\nstopping after this step or evaluation; once more to stop at once, which loses nothing that is saved: `--resume` goes on from the last checkpoint");
     })
     .context("cannot listen for Ctrl-C")?;
     let quiet = args.output.quiet;
@@ -38,9 +38,9 @@ pub(super) fn run(args: &TrainArgs, environment: &Environment) -> anyhow::Result
     let outcome = run.train(&interrupt, quiet)?;
     let summary = run.finish(&outcome)?;
     if args.output.json {
-        println!("{}", summary.json());
+        outln!("{}", summary.json());
     } else {
-        print!("{}", summary.table());
+        out!("{}", summary.table());
     }
     match outcome.interrupted {
         true => Err(Interrupted {
@@ -71,7 +71,8 @@ impl Interrupted {
 /// Where a run goes. A new one's folder is made only when plugins, rows and model have been loaded, so
 /// that bad input leaves nothing behind.
 enum Place {
-    New(PathBuf),
+    /// `None`: the next free number under `runs/`.
+    New(Option<PathBuf>),
     Resumed(Box<Resumed>),
 }
 
@@ -80,25 +81,36 @@ fn open(args: &TrainArgs) -> anyhow::Result<(RunConfig, Place)> {
     if let Some(root) = &args.resume {
         let resumed = RunDir::resume(root)?;
         let saved = RawConfig::from_yaml(&resumed.dir.config()?, &root.display().to_string())?;
+        let before = saved.validate()?;
         let config = args.over(saved)?.validate()?;
         loss_config(&config.loss).validate()?;
+        refuse_changes(&before, &config)?;
         return Ok((config, Place::Resumed(Box::new(resumed))));
     }
     let config = super::config_over_defaults(|base| args.over(base))?;
     loss_config(&config.loss).validate()?;
-    let root = match &config.output.output_dir {
-        Some(root) => root.clone(),
-        None => new_run_folder()?,
-    };
-    RunDir::refuse_existing(&root)?;
+    let root = config.output.output_dir.clone();
+    if let Some(root) = &root {
+        RunDir::refuse_existing(root)?;
+    }
     Ok((config, Place::New(root)))
 }
 
-/// `runs/N` with the first free number.
+/// Makes `runs/N` with the first free number; two runs that start together get two numbers.
 fn new_run_folder() -> anyhow::Result<PathBuf> {
-    let free = |n: &u32| !PathBuf::from(format!("runs/{n:04}")).exists();
-    let number = (1..10_000).find(free).context("runs/ is full: 9999 runs")?;
-    Ok(PathBuf::from(format!("runs/{number:04}")))
+    let runs = PathBuf::from("runs");
+    std::fs::create_dir_all(&runs).context("cannot create runs")?;
+    for number in 1..10_000 {
+        let root = runs.join(format!("{number:04}"));
+        match std::fs::create_dir(&root) {
+            Ok(()) => return Ok(root),
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot create {}", root.display()));
+            }
+        }
+    }
+    anyhow::bail!("runs/ is full: 9999 runs")
 }
 
 /// A trainer with its record.
@@ -109,6 +121,42 @@ struct Run<'a> {
     started: Instant,
     /// Wall time of earlier sessions.
     wall_before: f64,
+}
+
+/// Settings that a resumed run cannot take: its history would not be one.
+#[derive(Debug, thiserror::Error)]
+#[error("a resumed run cannot change {}", keys.iter().map(|k| format!("`{k}`")).collect::<Vec<_>>().join(", "))]
+pub struct ResumeChanges {
+    keys: Vec<String>,
+}
+
+impl ResumeChanges {
+    /// What would do what is wanted.
+    pub fn hint(&self) -> Option<String> {
+        Some("leave it out, or start a new run from this one's model: --model RUN/model".to_owned())
+    }
+}
+
+/// How long a run goes, what it evaluates and saves and where it computes may change; what it learns from
+/// and how may not.
+fn refuse_changes(before: &RunConfig, now: &RunConfig) -> anyhow::Result<()> {
+    let mut may = before.clone();
+    may.training.max_steps = now.training.max_steps;
+    may.eval = now.eval.clone();
+    may.output = now.output.clone();
+    may.hardware = now.hardware.clone();
+    if may == *now {
+        return Ok(());
+    }
+    let lines = |config: &RunConfig| -> anyhow::Result<serde_json::Map<String, serde_json::Value>> {
+        Ok(serde_norway::from_str(&config.to_yaml()?)?)
+    };
+    let (may, now) = (lines(&may)?, lines(now)?);
+    let changed = now
+        .iter()
+        .filter(|(key, value)| may.get(*key) != Some(*value));
+    let keys = changed.map(|(key, _)| key.clone()).collect();
+    Err(ResumeChanges { keys }.into())
 }
 
 /// How the loop ended.
@@ -145,14 +193,19 @@ impl<'a> Run<'a> {
             ..TrainState::default()
         };
         let dir = match place {
-            Place::New(root) => RunDir::create(&root, &config.to_yaml()?)?,
+            Place::New(root) => {
+                let root = root.map_or_else(new_run_folder, Ok)?;
+                RunDir::create(&root, &config.to_yaml()?)?
+            }
             Place::Resumed(resumed) => {
                 check_lock(&resumed.dir, &plugins.locked)?;
                 if let Some(checkpoint) = resumed.checkpoint {
                     policy.load_checkpoint(&checkpoint.path)?;
                     state = checkpoint.state;
                 }
-                resumed.dir
+                let mut dir = resumed.dir;
+                dir.rewrite_config(&config.to_yaml()?)?;
+                dir
             }
         };
         dir.write_plugins_lock(&plugins.locked)?;
@@ -205,7 +258,7 @@ impl<'a> Run<'a> {
     }
 
     fn evaluate(&mut self, bar: &mut Bar) -> anyhow::Result<EvalReport> {
-        bar.say("evaluating");
+        bar.say(&format!("evaluating {} rows", self.trainer.rows.eval.len()));
         let eval = self.trainer.evaluate(&mut |p| bar.rollout(p))?;
         bar.eval(&eval);
         Ok(eval)

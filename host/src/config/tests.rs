@@ -212,7 +212,7 @@ fn ranges_name_key_value_and_what_is_allowed() {
     for (yaml, message) in [
         (
             "num_generations: 1",
-            "run.yaml:1: `num_generations` is 1; allowed: 2 or more (one completion has nothing to be compared with)",
+            "run.yaml:1: `num_generations` is 1; allowed: 2 to 65536 (one completion has nothing to be compared with)",
         ),
         (
             "temperature: 0",
@@ -257,7 +257,7 @@ fn ranges_name_key_value_and_what_is_allowed() {
         ),
         (
             "lora: {r: 0}",
-            "run.yaml:1: `lora.r` is 0; allowed: 1 or more",
+            "run.yaml:1: `lora.r` is 0; allowed: 1 to 4096",
         ),
         (
             "plugins: [{weight: 1}]",

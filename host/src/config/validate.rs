@@ -172,6 +172,16 @@ impl Ranges<'_> {
         )
     }
 
+    fn within(
+        &self,
+        key: &str,
+        value: u32,
+        most: u32,
+        allowed: &'static str,
+    ) -> Result<(), ConfigError> {
+        self.check(key, value, allowed, (1..=most).contains(&value))
+    }
+
     fn at_least_one(&self, key: &str, value: u32) -> Result<(), ConfigError> {
         self.check(key, value, "1 or more", value >= 1)
     }
@@ -209,10 +219,11 @@ fn generation(ranges: &Ranges<'_>, config: &GenerationConfig) -> Result<(), Conf
     ranges.check(
         "num_generations",
         config.num_generations,
-        "2 or more (one completion has nothing to be compared with)",
-        config.num_generations >= 2,
+        "2 to 65536 (one completion has nothing to be compared with)",
+        (2..=1 << 16).contains(&config.num_generations),
     )?;
-    ranges.at_least_one("prompts_per_step", config.prompts_per_step)?;
+    let prompts = config.prompts_per_step;
+    ranges.within("prompts_per_step", prompts, 1 << 16, "1 to 65536")?;
     ranges.positive("temperature", config.temperature)?;
     ranges.check(
         "top_p",
@@ -289,7 +300,7 @@ fn run(ranges: &Ranges<'_>, config: &RunConfig) -> Result<(), ConfigError> {
     )?;
     ranges.at_least_one("micro_batch_tokens", training.micro_batch_tokens)?;
     if let Some(lora) = &training.lora {
-        ranges.at_least_one("lora.r", lora.r)?;
+        ranges.within("lora.r", lora.r, 4096, "1 to 4096")?;
         ranges.positive("lora.alpha", lora.alpha)?;
         ranges.check(
             "lora.target_modules",
@@ -299,7 +310,7 @@ fn run(ranges: &Ranges<'_>, config: &RunConfig) -> Result<(), ConfigError> {
         )?;
     }
     ranges.at_least_one("eval_rows", config.eval.eval_rows)?;
-    ranges.at_least_one("eval_samples", config.eval.eval_samples)?;
+    ranges.within("eval_samples", config.eval.eval_samples, 1024, "1 to 1024")?;
     if let Some(patience) = config.eval.early_stopping_patience {
         ranges.at_least_one("early_stopping_patience", patience)?;
     }

@@ -83,7 +83,10 @@ impl DataError {
                 let near = found.first().map_or("COLUMN", |c| c);
                 format!("the config key `columns` maps names: `columns: {{question: {near}}}`")
             }
-            Self::SplitTooLarge { .. } => "hold out fewer rows".into(),
+            Self::SplitTooLarge { .. } => {
+                "hold out fewer rows with `--set eval_rows=N`, or name others with `eval_data`"
+                    .into()
+            }
             Self::NoSplit { .. } => {
                 "name a split of those files with `data_split` or `eval_data_split`".into()
             }

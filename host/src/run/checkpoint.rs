@@ -179,6 +179,15 @@ pub fn checkpoints(root: &Path) -> Result<Vec<Checkpoint>, RunError> {
     Ok(found)
 }
 
+/// How many complete checkpoints there seem to be, valid or not.
+pub(super) fn folders(root: &Path) -> Result<usize, RunError> {
+    let entries = atomic::entries(&root.join("checkpoints"))?;
+    Ok(entries
+        .iter()
+        .filter(|path| step_of(path).is_some())
+        .count())
+}
+
 /// The newest valid checkpoint.
 pub fn latest(root: &Path) -> Result<Option<Checkpoint>, RunError> {
     Ok(checkpoints(root)?.pop())

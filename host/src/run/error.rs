@@ -12,6 +12,8 @@ pub enum RunError {
     Exists { path: PathBuf },
     #[error("{path} is not a run directory: it has no config.yaml")]
     NotARun { path: PathBuf },
+    #[error("{path} has {found} checkpoints and none of them can be read")]
+    NoCheckpoint { path: PathBuf, found: usize },
     #[error("{path} is in use by another process")]
     Locked { path: PathBuf },
     #[error("cannot write {path}: {source}")]
@@ -47,6 +49,11 @@ impl RunError {
                 format!("continue it with `--resume {}`, or give another `--out`", path.display())
             }
             Self::NotARun { .. } => "give the folder that `--out` named".to_owned(),
+            Self::NoCheckpoint { .. } => {
+                "nothing was changed; bring state.json and curriculum.bin of one back, or remove \
+                 `checkpoints/` to begin again from step 0"
+                    .to_owned()
+            }
             Self::Locked { .. } => "wait for that process, or end it, before resuming".to_owned(),
             Self::Write { source, .. } if is_full(source.kind()) => {
                 "no room left: free some space and `--resume` the run; its last checkpoint is intact"

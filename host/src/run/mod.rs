@@ -82,6 +82,14 @@ impl RunDir {
         }
         let dir = Self::locked(root)?;
         let checkpoint = latest(root)?;
+        let found = checkpoint::folders(root)?;
+        if checkpoint.is_none() && found > 0 {
+            // Going on from step 0 would delete what may still be saved.
+            return Err(RunError::NoCheckpoint {
+                path: root.to_owned(),
+                found,
+            });
+        }
         let step = checkpoint.as_ref().map_or(0, |c| c.state.step);
         checkpoint::remove_after(root, step)?;
         metrics::cut_after(root, step)?;
@@ -112,6 +120,15 @@ impl RunDir {
     /// The folder.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// Replaces `config.yaml`, and locks the new one.
+    pub fn rewrite_config(&mut self, config_yaml: &str) -> Result<(), RunError> {
+        if self.config()? != config_yaml {
+            atomic::write(&self.root.join("config.yaml"), config_yaml.as_bytes())?;
+            *self = Self::locked(&self.root)?;
+        }
+        Ok(())
     }
 
     /// Text of `config.yaml`.

@@ -19,7 +19,11 @@ use super::{
     ops::Rope,
     params::{ParamId, Params},
 };
-use crate::{error::PolicyError, spec::ModelSpec, weights::LoraConfig};
+use crate::{
+    error::PolicyError,
+    spec::ModelSpec,
+    weights::{ALL_LINEAR, LoraConfig},
+};
 
 /// Looks weights up and registers them.
 struct Builder<'a> {
@@ -37,6 +41,9 @@ pub(crate) fn build(
     tensors: &BTreeMap<String, Tensor>,
     trainable: &Trainable,
 ) -> Result<(Decoder, Params), PolicyError> {
+    if let Trainable::Lora { config, .. } = trainable {
+        refuse_unknown_targets(config)?;
+    }
     let seed = match trainable {
         Trainable::Lora { seed, .. } => *seed,
         _ => 0,
@@ -68,6 +75,29 @@ pub(crate) fn build(
         eps,
     };
     Ok((decoder, b.params))
+}
+
+/// Linear layers of a decoder that can have an adapter.
+const LINEARS: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
+
+/// A name that fits no layer would train less than was asked for, or nothing, without a word.
+fn refuse_unknown_targets(config: &LoraConfig) -> Result<(), PolicyError> {
+    let known = |target: &&String| *target == ALL_LINEAR || LINEARS.contains(&target.as_str());
+    match config.targets.iter().find(|target| !known(target)) {
+        None => Ok(()),
+        Some(target) => Err(PolicyError::LoraTarget {
+            target: target.clone(),
+            known: LINEARS.join(", "),
+        }),
+    }
 }
 
 impl Builder<'_> {

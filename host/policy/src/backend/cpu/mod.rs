@@ -191,6 +191,14 @@ impl CpuBackend {
     }
 }
 
+/// Bytes that can be had without swapping, where the system says.
+fn free_memory() -> Option<u64> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().strip_suffix(" kB")?.parse().ok()?;
+    Some(kib * 1024)
+}
+
 /// Picking the hidden states that are sampled from.
 mod decoder_rows {
     use super::{StepRow, head, mat::Mat};
@@ -238,6 +246,13 @@ impl Backend for CpuBackend {
 
     fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError> {
         let layers = self.spec.num_hidden_layers;
+        let tokens = blocks.saturating_mul(block_size);
+        let needed = tokens.saturating_mul(self.kv_bytes_per_token()) as u64;
+        // Linux hands out what it does not have and kills somebody later.
+        if let Some(free) = free_memory().filter(|free| *free < needed) {
+            let what = "the KV pool";
+            return Err(PolicyError::Memory { what, needed, free });
+        }
         self.kv = Some(KvPool::new(self.decoder.heads, layers, blocks, block_size));
         Ok(())
     }
