@@ -180,7 +180,7 @@ fn base_can_follow_the_budget_and_order_the_dataset() {
 #[test]
 fn a_large_dataset_is_read_in_few_instructions() {
     let limits = Limits {
-        fuel: Some(200_000_000),
+        fuel: Some(400_000_000),
         ..Limits::default()
     };
     let (plugin, _) = limited(&json!({}), &limits);
