@@ -171,7 +171,7 @@ fn never_nan_whatever_the_rewards() {
                 1 => a,
                 2 => [a, b][(draw(&mut state) % 2) as usize],
                 3 => [f64::MAX, f64::MIN, 0.0][(draw(&mut state) % 3) as usize],
-                4 => f64::from_bits(a.to_bits() & !7 | draw(&mut state) % 8),
+                4 => f64::from_bits((a.to_bits() & !7) | (draw(&mut state) % 8)),
                 _ => f64::from_bits(draw(&mut state) % 4),
             })
             .collect();

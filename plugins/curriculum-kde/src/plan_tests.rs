@@ -113,7 +113,7 @@ fn averages_move_by_the_decay() {
     assert_eq!(averages[0], Some(0.5));
     assert!((averages[1].unwrap() - 0.65).abs() < 1e-12);
     learn(&mut averages, 0.7, 0, &[f64::MAX, f64::MAX, -f64::MAX]).unwrap();
-    let refuse = |row, rewards: &[f64]| learn(&mut vec![None; 2], 0.7, row, rewards).unwrap_err();
+    let refuse = |row, rewards: &[f64]| learn(&mut [None; 2], 0.7, row, rewards).unwrap_err();
     assert_eq!(refuse(2, &[1.0]), "an outcome of row 2, the dataset has 2");
     assert_eq!(
         refuse(1, &[1.0, f64::NAN]),

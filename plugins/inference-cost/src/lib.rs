@@ -79,9 +79,8 @@ impl Weights {
         Ok(())
     }
 
-    /// `- latency_weight·latency_ms - token_weight·generated_tokens - kv_weight·kv_mb
-    /// + accept_weight·accept_rate + reuse_weight·cache_reuse`, where accept_rate is accepted over
-    /// drafted tokens and cache_reuse is cached over all prompt tokens.
+    /// Rates times their weights less costs times theirs; docs/plugins.md has it as a formula. accept_rate
+    /// is accepted over drafted tokens and cache_reuse is cached over all prompt tokens.
     ///
     /// A rate over no tokens is undefined: its term is left out, for 0 would say that every draft was
     /// refused, and is counted in `undefined`. The error says what is wrong with the telemetry.
