@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// The shipped components by name.
-pub const COMPONENTS: [(&str, &[u8]); 4] = [
+pub const COMPONENTS: [(&str, &[u8]); 7] = [
     (
         "reward-math",
         include_bytes!("../../plugins/dist/reward-math.wasm"),
@@ -22,12 +22,24 @@ pub const COMPONENTS: [(&str, &[u8]); 4] = [
         include_bytes!("../../plugins/dist/reward-format.wasm"),
     ),
     (
+        "reward-inference",
+        include_bytes!("../../plugins/dist/reward-inference.wasm"),
+    ),
+    (
+        "reward-math-inference",
+        include_bytes!("../../plugins/dist/reward-math-inference.wasm"),
+    ),
+    (
         "formatter-chat",
         include_bytes!("../../plugins/dist/formatter-chat.wasm"),
     ),
     (
         "curriculum-uniform",
         include_bytes!("../../plugins/dist/curriculum-uniform.wasm"),
+    ),
+    (
+        "curriculum-kde",
+        include_bytes!("../../plugins/dist/curriculum-kde.wasm"),
     ),
 ];
 

@@ -83,8 +83,11 @@ fn roles_are_read_from_exports() {
     for (name, role) in [
         ("reward-math", Role::Reward),
         ("reward-format", Role::Reward),
+        ("reward-inference", Role::Reward),
+        ("reward-math-inference", Role::Reward),
         ("formatter-chat", Role::Formatter),
         ("curriculum-uniform", Role::Curriculum),
+        ("curriculum-kde", Role::Curriculum),
     ] {
         let plugin = load(&host, name, json!({}));
         assert_eq!((plugin.id().role, plugin.id().name.as_str()), (role, name));
@@ -208,6 +211,12 @@ fn bad_configs_fail_at_load() {
             "curriculum-uniform",
             json!({"group_size": 0}),
             "group_size is 0",
+        ),
+        ("curriculum-kde", json!({"alpha": -1}), "alpha is -1"),
+        (
+            "reward-inference",
+            json!({"task_weight": 1}),
+            "unknown field `task_weight`",
         ),
     ] {
         let bytes = defaults::component(name).unwrap();

@@ -1,3 +1,4 @@
-//! The part of the chores that tests call: the tidy rules.
+//! The part of the chores that tests call: the tidy rules, and making one component of two.
 
+pub mod compose;
 pub mod tidy;

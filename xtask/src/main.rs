@@ -13,6 +13,7 @@ usage: cargo xtask <command>
   test              everything CI runs: format, lints, plugins, tests
   plugins [--check] build the shipped plugins into plugins/dist, or check that dist is up to date
   component IN OUT  make a component of a guest's core module, as `plugins` does for ours
+  compose WRAPPER INNER OUT  make one component of two: INNER answers what WRAPPER imports
   tidy              the layering, size and naming rules alone";
 
 fn main() -> ExitCode {
@@ -33,6 +34,9 @@ fn run() -> anyhow::Result<()> {
         ["plugins"] => plugins::run(false),
         ["plugins", "--check"] => plugins::run(true),
         ["component", module, out] => plugins::component(module.as_ref(), out.as_ref()),
+        ["compose", wrapper, inner, out] => {
+            plugins::compose(wrapper.as_ref(), inner.as_ref(), out.as_ref())
+        }
         ["tidy"] => tidy(),
         ["bench", ref rest @ ..] => bench::run(rest),
         _ => bail!("unknown arguments {args:?}\n{USAGE}\n{}", bench::USAGE),

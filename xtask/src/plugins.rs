@@ -12,12 +12,39 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-const GUESTS: [&str; 4] = [
-    "reward-math",
-    "reward-format",
-    "formatter-chat",
-    "curriculum-uniform",
+/// A component in `dist` and the crates it is built from besides the one of its name.
+struct Guest {
+    name: &'static str,
+    libraries: &'static [&'static str],
+}
+
+const GUESTS: [Guest; 7] = [
+    guest("reward-math", &[]),
+    guest("reward-format", &[]),
+    guest("reward-inference", &["inference-cost"]),
+    guest("inference-wrapper", &["inference-cost"]),
+    guest("formatter-chat", &[]),
+    guest("curriculum-uniform", &["curriculum-walk"]),
+    guest("curriculum-kde", &["curriculum-walk"]),
 ];
+
+/// A component in `dist` made of two others there: `inner` is what `wrapper` imports.
+struct Composed {
+    name: &'static str,
+    wrapper: &'static str,
+    inner: &'static str,
+}
+
+const COMPOSED: [Composed; 1] = [Composed {
+    name: "reward-math-inference",
+    wrapper: "inference-wrapper",
+    inner: "reward-math",
+}];
+
+const fn guest(name: &'static str, libraries: &'static [&'static str]) -> Guest {
+    Guest { name, libraries }
+}
+
 const TARGET: &str = "wasm32-unknown-unknown";
 
 /// Builds every guest (or only compares hashes, with `check_only`).
@@ -29,16 +56,19 @@ pub(crate) fn run(check_only: bool) -> Result<()> {
     build_modules(&root)?;
     let dist = root.join("plugins/dist");
     fs::create_dir_all(&dist)?;
-    for guest in GUESTS {
-        let module = format!("{}.wasm", guest.replace('-', "_"));
+    for Guest { name, .. } in GUESTS {
+        let module = format!("{}.wasm", name.replace('-', "_"));
         let path = root
             .join("plugins/target")
             .join(TARGET)
             .join("release")
             .join(module);
-        let component = componentize(&path)?;
-        let out = dist.join(format!("{guest}.wasm"));
-        fs::write(&out, component).with_context(|| format!("cannot write {}", out.display()))?;
+        component(&path, &dist_file(&root, name))?;
+    }
+    for made in COMPOSED {
+        let [wrapper, inner, out] =
+            [made.wrapper, made.inner, made.name].map(|name| dist_file(&root, name));
+        compose(&wrapper, &inner, &out)?;
     }
     fs::write(dist.join("SOURCES"), sources(&root)?)?;
     check(&root)
@@ -47,6 +77,20 @@ pub(crate) fn run(check_only: bool) -> Result<()> {
 /// Makes the component `out` of a core module built with wit-bindgen.
 pub(crate) fn component(module: &Path, out: &Path) -> Result<()> {
     fs::write(out, componentize(module)?).with_context(|| format!("cannot write {}", out.display()))
+}
+
+/// Writes the component `out`: `wrapper` with its import answered by `inner`.
+pub(crate) fn compose(wrapper: &Path, inner: &Path, out: &Path) -> Result<()> {
+    let composed = xtask::compose::compose(&read(wrapper)?, &read(inner)?)?;
+    fs::write(out, composed).with_context(|| format!("cannot write {}", out.display()))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    fs::read(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+fn dist_file(root: &Path, name: &str) -> PathBuf {
+    root.join("plugins/dist").join(format!("{name}.wasm"))
 }
 
 fn root() -> Result<PathBuf> {
@@ -58,7 +102,7 @@ fn root() -> Result<PathBuf> {
 /// A core module whose type section was left by wit-bindgen becomes a component. It imports what the
 /// module imports, so a guest that dragged in anything but our `host` would show it here.
 fn componentize(module: &Path) -> Result<Vec<u8>> {
-    let bytes = fs::read(module).with_context(|| format!("cannot read {}", module.display()))?;
+    let bytes = read(module)?;
     wit_component::ComponentEncoder::default()
         .validate(true)
         .module(&bytes)
@@ -139,10 +183,11 @@ fn check(root: &Path) -> Result<()> {
     let committed =
         fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let current = sources(root)?;
-    for (guest, (old, new)) in GUESTS.iter().zip(committed.lines().zip(current.lines())) {
+    for (old, new) in committed.lines().zip(current.lines()) {
+        let name = new.split(' ').next().unwrap_or_default();
         ensure!(
             old == new,
-            "plugins/dist/{guest}.wasm is not what its sources give; run `cargo xtask plugins`\n\
+            "plugins/dist/{name}.wasm is not what its sources give; run `cargo xtask plugins`\n\
              committed: {old}\n  current: {new}"
         );
     }
@@ -153,37 +198,46 @@ fn check(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The text of `SOURCES`: guest, hash of its inputs, hash of its component.
+/// The text of `SOURCES`: component, hash of its inputs, hash of its bytes. The inputs of a composed
+/// component are the two that it is made of.
 fn sources(root: &Path) -> Result<String> {
     let mut text = String::new();
-    for guest in GUESTS {
-        let component = root.join("plugins/dist").join(format!("{guest}.wasm"));
-        let bytes =
-            fs::read(&component).with_context(|| format!("cannot read {}", component.display()))?;
-        let inputs = hash_inputs(root, guest)?;
-        writeln!(
-            text,
-            "{guest} sources:{inputs} component:{}",
-            hex(&Sha256::digest(bytes))
-        )?;
+    for Guest { name, libraries } in GUESTS {
+        let inputs = hash_inputs(root, name, libraries)?;
+        line(&mut text, root, name, &inputs)?;
+    }
+    for made in COMPOSED {
+        let mut hash = Sha256::new();
+        for part in [made.wrapper, made.inner] {
+            hash.update(Sha256::digest(read(&dist_file(root, part))?));
+        }
+        line(&mut text, root, made.name, &hex(&hash.finalize()))?;
     }
     Ok(text)
 }
 
-/// Hash over names and contents of a guest's crate, the WIT, the workspace manifest and its lock.
-fn hash_inputs(root: &Path, guest: &str) -> Result<String> {
-    let crate_dir = format!("plugins/{guest}");
+fn line(text: &mut String, root: &Path, name: &str, inputs: &str) -> Result<()> {
+    let component = hex(&Sha256::digest(read(&dist_file(root, name))?));
+    writeln!(text, "{name} sources:{inputs} component:{component}")?;
+    Ok(())
+}
+
+/// Hash over names and contents of a guest's crates, the WIT, the workspace manifest and its lock.
+fn hash_inputs(root: &Path, guest: &str, libraries: &[&str]) -> Result<String> {
     let mut files = vec![
         root.join("plugins/Cargo.toml"),
         root.join("plugins/Cargo.lock"),
     ];
-    files.push(root.join(&crate_dir).join("Cargo.toml"));
-    files.extend(files_in(&root.join(&crate_dir).join("src"), "rs")?);
+    for name in [guest].iter().chain(libraries) {
+        let crate_dir = root.join("plugins").join(name);
+        files.push(crate_dir.join("Cargo.toml"));
+        files.extend(files_in(&crate_dir.join("src"), "rs")?);
+    }
     files.extend(files_in(&root.join("wit/v0.1"), "wit")?);
     files.sort();
     let mut hash = Sha256::new();
     for file in files {
-        let bytes = fs::read(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        let bytes = read(&file)?;
         let name = file.strip_prefix(root)?.to_string_lossy().into_owned();
         hash.update(format!("{name}\n{}\n", bytes.len()));
         hash.update(&bytes);
@@ -223,6 +277,8 @@ mod tests {
             "plugins/Cargo.lock",
             "plugins/g/Cargo.toml",
             "plugins/g/src/lib.rs",
+            "plugins/l/Cargo.toml",
+            "plugins/l/src/lib.rs",
             "wit/v0.1/types.wit",
         ];
         for input in inputs {
@@ -230,13 +286,17 @@ mod tests {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(path, "a").unwrap();
         }
-        let before = super::hash_inputs(&dir, "g").unwrap();
+        let before = super::hash_inputs(&dir, "g", &["l"]).unwrap();
         for input in inputs {
             std::fs::write(dir.join(input), "b").unwrap();
-            assert_ne!(super::hash_inputs(&dir, "g").unwrap(), before, "{input}");
+            assert_ne!(
+                super::hash_inputs(&dir, "g", &["l"]).unwrap(),
+                before,
+                "{input}"
+            );
             std::fs::write(dir.join(input), "a").unwrap();
         }
-        assert_eq!(super::hash_inputs(&dir, "g").unwrap(), before);
+        assert_eq!(super::hash_inputs(&dir, "g", &["l"]).unwrap(), before);
         std::fs::remove_dir_all(dir).unwrap();
     }
 }

@@ -1,7 +1,6 @@
 //! The component: budget, picks and state across the border.
 
-use crate::shuffle;
-use crate::state::State;
+use curriculum_walk::{Format, Walk};
 use serde::Deserialize;
 use std::cell::RefCell;
 
@@ -29,6 +28,11 @@ impl Default for Config {
     }
 }
 
+const FORMAT: Format = Format {
+    magic: *b"unif",
+    version: 1,
+};
+
 struct CurriculumUniform;
 
 thread_local! {
@@ -51,28 +55,23 @@ impl Guest for CurriculumUniform {
             return Err(PluginError::Input("the dataset has no rows".to_owned()));
         }
         let config = CONFIG.with_borrow(|c| *c);
-        let mut state =
-            State::from_bytes(&state, budget.rows, budget.seed).map_err(PluginError::Input)?;
+        let (mut walk, rest) = Walk::from_bytes(&state, FORMAT, budget.rows, budget.seed)
+            .map_err(PluginError::Input)?;
+        if !rest.is_empty() {
+            let text = format!("state has {} bytes more than expected", rest.len());
+            return Err(PluginError::Input(text));
+        }
         let rollouts = config.group_size.unwrap_or(budget.group_size);
         let picks = (0..budget.prompts)
-            .map(|_| {
-                let (epoch, index) = (state.position / state.rows, state.position % state.rows);
-                state.position += 1;
-                let key = shuffle::mix(state.seed ^ shuffle::mix(epoch));
-                let row = if config.shuffle {
-                    shuffle::at(key, state.rows, index)
-                } else {
-                    index
-                };
-                Pick { row, rollouts }
+            .map(|_| Pick {
+                row: walk.next_row(config.shuffle),
+                rollouts,
             })
             .collect();
-        #[expect(clippy::cast_precision_loss, reason = "a number for people")]
-        let epoch = state.position as f64 / state.rows as f64;
         Ok(StepPlan {
             picks,
-            epoch,
-            state: state.to_bytes(),
+            epoch: walk.epochs(),
+            state: walk.to_bytes(FORMAT),
             metrics: Vec::new(),
         })
     }

@@ -1,7 +1,4 @@
 //! Every row once per epoch, in an order shuffled by the run's seed, with groups of one size.
 
-pub mod shuffle;
-pub mod state;
-
 #[cfg(target_arch = "wasm32")]
 mod guest;

@@ -26,10 +26,7 @@ impl Guest for RewardMath {
         Ok(())
     }
 
-    fn score(
-        questions: Vec<Question>,
-        samples: Vec<Sample>,
-    ) -> Result<Vec<Verdict>, PluginError> {
+    fn score(questions: Vec<Question>, samples: Vec<Sample>) -> Result<Vec<Verdict>, PluginError> {
         CONFIG.with_borrow(|config| {
             let golds = questions.iter().map(|question| gold(config, &question.row));
             let golds = golds.collect::<Result<Vec<_>, _>>()?;

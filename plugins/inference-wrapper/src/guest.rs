@@ -1,0 +1,93 @@
+//! The component: the inner reward's border on one side, the host's on the other.
+
+use crate::join::Config;
+use inference_cost::{Undefined, Usage};
+use std::cell::RefCell;
+
+wit_bindgen::generate!({ path: "../../wit/v0.1", world: "reward-wrapper" });
+
+use exports::grpo::plugin::scoring::Guest;
+use grpo::plugin::host::{Level, log};
+use grpo::plugin::scoring as inner;
+use grpo::plugin::types::{Part, PluginError, Question, Sample, Scored, Telemetry, Verdict};
+
+struct InferenceWrapper;
+
+thread_local! {
+    static CONFIG: RefCell<Config> = RefCell::new(Config::default());
+}
+
+impl Guest for InferenceWrapper {
+    fn configure(config: String) -> Result<(), PluginError> {
+        let config = Config::parse(&config).map_err(PluginError::Config)?;
+        inner::configure(config.inner_json()).map_err(of_inner)?;
+        CONFIG.set(config);
+        Ok(())
+    }
+
+    fn score(questions: Vec<Question>, samples: Vec<Sample>) -> Result<Vec<Verdict>, PluginError> {
+        let verdicts = inner::score(&questions, &samples).map_err(of_inner)?;
+        let (found, expected) = (verdicts.len(), samples.len());
+        if found != expected {
+            let text = format!("inner: {found} verdicts for {expected} samples");
+            return Err(PluginError::Internal(text));
+        }
+        let mut undefined = Undefined::default();
+        let joined = CONFIG.with_borrow(|config| {
+            let joined = samples.iter().zip(verdicts);
+            joined
+                .map(|(sample, verdict)| join(config, sample, verdict, &mut undefined))
+                .collect()
+        });
+        for line in undefined.warnings(expected) {
+            log(Level::Warn, &line);
+        }
+        joined
+    }
+}
+
+/// A sample that the inner reward skips stays skipped: a total of cost terms alone would rank it
+/// against totals that have a task reward in them.
+fn join(
+    config: &Config,
+    sample: &Sample,
+    verdict: Verdict,
+    undefined: &mut Undefined,
+) -> Result<Verdict, PluginError> {
+    let Verdict::Value(scored) = verdict else {
+        return Ok(verdict);
+    };
+    let terms = config
+        .inference
+        .terms(&usage(&sample.telemetry), undefined)
+        .map_err(|e| PluginError::Input(format!("telemetry: {e}")))?;
+    let parts = scored.parts.into_iter().map(|p| (p.name, p.value));
+    let (total, parts) = config.join(scored.total, parts.collect(), terms);
+    let parts = parts.into_iter().map(|(name, value)| Part { name, value });
+    Ok(Verdict::Value(Scored {
+        total,
+        parts: parts.collect(),
+    }))
+}
+
+fn of_inner(error: PluginError) -> PluginError {
+    match error {
+        PluginError::Config(text) => PluginError::Config(format!("inner: {text}")),
+        PluginError::Input(text) => PluginError::Input(format!("inner: {text}")),
+        PluginError::Internal(text) => PluginError::Internal(format!("inner: {text}")),
+    }
+}
+
+fn usage(telemetry: &Telemetry) -> Usage {
+    Usage {
+        latency_ms: telemetry.latency_ms,
+        prompt_tokens: telemetry.prompt_tokens,
+        cached_prompt_tokens: telemetry.cached_prompt_tokens,
+        generated_tokens: telemetry.generated_tokens,
+        draft_tokens: telemetry.draft_tokens,
+        accepted_tokens: telemetry.accepted_tokens,
+        kv_bytes: telemetry.kv_bytes,
+    }
+}
+
+export!(InferenceWrapper);

@@ -1,0 +1,65 @@
+//! The component: config, telemetry and terms across the border.
+
+use inference_cost::{Undefined, Usage, Weights};
+use std::cell::RefCell;
+
+wit_bindgen::generate!({ path: "../../wit/v0.1", world: "reward" });
+
+use exports::grpo::plugin::scoring::Guest;
+use grpo::plugin::host::{Level, log};
+use grpo::plugin::types::{Part, PluginError, Question, Sample, Scored, Telemetry, Verdict};
+
+struct RewardInference;
+
+thread_local! {
+    static WEIGHTS: RefCell<Weights> = RefCell::new(Weights::default());
+}
+
+impl Guest for RewardInference {
+    fn configure(config: String) -> Result<(), PluginError> {
+        let weights: Weights =
+            serde_json::from_str(&config).map_err(|e| PluginError::Config(e.to_string()))?;
+        weights.check().map_err(PluginError::Config)?;
+        WEIGHTS.set(weights);
+        Ok(())
+    }
+
+    fn score(_: Vec<Question>, samples: Vec<Sample>) -> Result<Vec<Verdict>, PluginError> {
+        let weights = WEIGHTS.with_borrow(|w| *w);
+        let mut undefined = Undefined::default();
+        let verdicts = samples
+            .iter()
+            .map(|sample| {
+                let terms = weights
+                    .terms(&usage(&sample.telemetry), &mut undefined)
+                    .map_err(|e| PluginError::Input(format!("telemetry: {e}")))?;
+                let part = |(name, value): (&str, f64)| Part {
+                    name: name.to_owned(),
+                    value,
+                };
+                Ok(Verdict::Value(Scored {
+                    total: terms.total,
+                    parts: terms.parts.into_iter().map(part).collect(),
+                }))
+            })
+            .collect();
+        for line in undefined.warnings(samples.len()) {
+            log(Level::Warn, &line);
+        }
+        verdicts
+    }
+}
+
+fn usage(telemetry: &Telemetry) -> Usage {
+    Usage {
+        latency_ms: telemetry.latency_ms,
+        prompt_tokens: telemetry.prompt_tokens,
+        cached_prompt_tokens: telemetry.cached_prompt_tokens,
+        generated_tokens: telemetry.generated_tokens,
+        draft_tokens: telemetry.draft_tokens,
+        accepted_tokens: telemetry.accepted_tokens,
+        kv_bytes: telemetry.kv_bytes,
+    }
+}
+
+export!(RewardInference);
