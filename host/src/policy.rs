@@ -115,6 +115,7 @@ impl Policy {
         let wanted = capacity.max_batch * max_model_len.next_multiple_of(BLOCK_SIZE);
         let affordable = (KV_BYTES / backend.kv_bytes_per_token()).max(max_model_len + BLOCK_SIZE);
         let kv_tokens = capacity.kv_tokens.unwrap_or(wanted.min(affordable));
+        backend.check_kv(kv_tokens)?;
         let engine = Engine::new(EngineConfig {
             block_size: BLOCK_SIZE,
             kv_blocks: kv_tokens.div_ceil(BLOCK_SIZE),

@@ -103,8 +103,14 @@ pub enum PolicyError {
     DraftVocabulary { draft: usize, policy: usize },
     #[error("{0}")]
     Misuse(&'static str),
-    #[error(transparent)]
+    #[error("{}", plainly(.0))]
     Tensor(#[from] candle_core::Error),
+}
+
+/// The message without the backtrace that candle appends where RUST_BACKTRACE is set.
+pub(crate) fn plainly(error: &candle_core::Error) -> String {
+    let text = error.to_string();
+    text.lines().next().unwrap_or_default().to_owned()
 }
 
 fn gib(bytes: u64) -> f64 {

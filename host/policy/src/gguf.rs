@@ -12,7 +12,7 @@ use candle_core::{
     quantized::gguf_file::{Content, Value},
 };
 
-use crate::error::PolicyError;
+use crate::error::{PolicyError, plainly};
 
 /// A GGUF file whose header has been read.
 pub(crate) struct Gguf {
@@ -30,7 +30,7 @@ impl Gguf {
         let mut file = BufReader::with_capacity(1 << 20, file);
         let content = Content::read(&mut file).map_err(|error| PolicyError::Malformed {
             path: path.to_owned(),
-            reason: error.to_string(),
+            reason: plainly(&error),
         })?;
         Ok(Self {
             path: path.to_owned(),
@@ -45,7 +45,7 @@ impl Gguf {
         self.content
             .tensor(&mut self.file, name, &device)
             .and_then(|q| q.dequantize(&device))
-            .map_err(|error| self.malformed(format!("tensor `{name}`: {error}")))
+            .map_err(|error| self.malformed(format!("tensor `{name}`: {}", plainly(&error))))
     }
 
     pub(crate) fn malformed(&self, reason: String) -> PolicyError {

@@ -1,7 +1,7 @@
 //! Bad input of every kind: one line that says what is wrong, one that says what to do, an exit code,
 //! and nothing of it left on disk.
 
-use super::lab::Lab;
+use super::lab::{Ended, Lab};
 
 /// Exit codes: the command line or config is to be mended, or something else is.
 const USAGE: i32 = 2;
@@ -195,4 +195,82 @@ fn a_run_directory_is_never_overwritten() {
         "continue it with `--resume a`, or give another `--out`",
     );
     assert_eq!(std::fs::read(lab.path("a/metrics.jsonl")).unwrap(), before);
+}
+
+#[test]
+fn more_than_the_machine_has() {
+    let lab = Lab::new();
+    let ended = lab.run(&format!("{TRAIN} --set kv_cache_tokens=1000000000000"));
+    let (error, hint) = ended.refused(FAILURE);
+    assert!(
+        error.starts_with("the KV pool needs ") && error.ends_with(" GiB are free"),
+        "{error}"
+    );
+    assert!(hint.starts_with("lower kv_cache_tokens"), "{hint}");
+    let ended = lab.run(&format!("{TRAIN} --threads 100000"));
+    assert_eq!(ended.status.code(), Some(FAILURE));
+    assert!(
+        ended.stderr.contains("100000 threads are too many for "),
+        "{ended:?}"
+    );
+    assert!(!lab.path("out").exists());
+}
+
+#[test]
+fn adapters_for_layers_that_do_not_exist() {
+    let lab = Lab::new();
+    let config = std::fs::read_to_string(lab.path("run.yaml")).unwrap();
+    lab.write("lora.yaml", config + "lora: { target_modules: [foo] }\n");
+    refuses(
+        &lab,
+        "--config lora.yaml --out out",
+        FAILURE,
+        "LoRA target `foo` names no linear layer",
+        "use q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj or all-linear",
+    );
+}
+
+/// Nobody reads the results any more, or nobody can.
+#[test]
+fn a_closed_and_a_full_stdout() {
+    let run = |script: &str| -> Ended {
+        let program = env!("CARGO_BIN_EXE_grpo-host");
+        let script = script.replace("PROGRAM", program);
+        std::process::Command::new("bash")
+            .args(["-c", &script])
+            .output()
+            .unwrap()
+            .into()
+    };
+    // `sleep` lets the reader go away first.
+    let closed = run("(sleep 0.2; PROGRAM doctor; echo $? >&2) | true");
+    assert_eq!(closed.stderr, "0\n");
+    let full = run("PROGRAM doctor > /dev/full");
+    assert_eq!(full.status.code(), Some(FAILURE));
+    assert_eq!(
+        full.stderr,
+        "error: cannot write to stdout: No space left on device (os error 28)\n"
+    );
+}
+
+#[test]
+fn runs_that_start_together_get_a_folder_each() {
+    let lab = Lab::new();
+    let start = || {
+        let mut command = lab.command("--config run.yaml --steps 1 --quiet --json");
+        command.stdout(std::process::Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let children: Vec<_> = (0..3).map(|_| start()).collect();
+    for child in children {
+        let ended = Ended::from(child.wait_with_output().unwrap()).fine();
+        assert!(
+            ended.json()["run_dir"]
+                .as_str()
+                .unwrap()
+                .starts_with("runs/000")
+        );
+    }
+    let folders = std::fs::read_dir(lab.path("runs")).unwrap().count();
+    assert_eq!(folders, 3);
 }

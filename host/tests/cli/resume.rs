@@ -106,3 +106,38 @@ fn a_run_out_of_patience_does_no_further_step() {
     );
     assert_eq!(lab.metrics("a").len(), 3);
 }
+
+#[test]
+fn settings_that_make_history_cannot_change_and_others_are_taken_in() {
+    let lab = Lab::new();
+    lab.run("--config run.yaml --out a --steps 2 --quiet")
+        .fine();
+    let before = lab.metrics("a");
+    let ended = lab.run("--resume a --steps 4 --set learning_rate=0.5 --set beta=0.1");
+    let (error, hint) = ended.refused(2);
+    assert_eq!(error, "a resumed run cannot change `beta`, `learning_rate`");
+    assert!(hint.contains("start a new run"), "{hint}");
+    let ended = lab.run("--resume a --steps 4 --plugin reward-math");
+    let (error, _) = ended.refused(2);
+    assert_eq!(error, "a resumed run cannot change `plugins`");
+    assert_eq!(lab.metrics("a"), before);
+    lab.run("--resume a --steps 3 --quiet").fine();
+    let config = std::fs::read_to_string(lab.path("a/config.yaml")).unwrap();
+    assert!(config.contains("\nmax_steps: 3\n"), "{config}");
+    assert_eq!(lab.metrics("a").len(), 4);
+}
+
+#[test]
+fn a_run_whose_checkpoints_are_damaged_is_left_alone() {
+    let lab = Lab::new();
+    lab.run("--config run.yaml --out a --quiet").fine();
+    let (metrics, saved) = (lab.metrics("a"), lab.checkpoints("a"));
+    for step in &saved {
+        lab.write(&format!("a/checkpoints/{step}/state.json"), "{");
+    }
+    let ended = lab.run("--resume a");
+    let (error, hint) = ended.refused(1);
+    assert_eq!(error, "a has 2 checkpoints and none of them can be read");
+    assert!(hint.starts_with("nothing was changed"), "{hint}");
+    assert_eq!((lab.metrics("a"), lab.checkpoints("a")), (metrics, saved));
+}

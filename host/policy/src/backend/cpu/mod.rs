@@ -115,6 +115,20 @@ impl CpuBackend {
         self.params.iter().map(|p| p.value.data().len()).sum()
     }
 
+    /// Refuses a KV pool for `tokens` tokens that memory does not hold. Linux would hand it out and end some
+    /// process later.
+    ///
+    /// # Errors
+    /// [`PolicyError::Memory`].
+    pub fn check_kv(&self, tokens: usize) -> Result<(), PolicyError> {
+        let needed = tokens.saturating_mul(self.kv_bytes_per_token()) as u64;
+        let what = "the KV pool";
+        match free_memory().filter(|free| *free < needed) {
+            Some(free) => Err(PolicyError::Memory { what, needed, free }),
+            None => Ok(()),
+        }
+    }
+
     /// The base weights, as they are now; adapters are not merged in.
     pub fn export_weights(&self) -> Result<BTreeMap<String, Tensor>, PolicyError> {
         self.params.export(|p| !is_adapter(&p.name))
@@ -246,13 +260,7 @@ impl Backend for CpuBackend {
 
     fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError> {
         let layers = self.spec.num_hidden_layers;
-        let tokens = blocks.saturating_mul(block_size);
-        let needed = tokens.saturating_mul(self.kv_bytes_per_token()) as u64;
-        // Linux hands out what it does not have and kills somebody later.
-        if let Some(free) = free_memory().filter(|free| *free < needed) {
-            let what = "the KV pool";
-            return Err(PolicyError::Memory { what, needed, free });
-        }
+        self.check_kv(blocks.saturating_mul(block_size))?;
         self.kv = Some(KvPool::new(self.decoder.heads, layers, blocks, block_size));
         Ok(())
     }
