@@ -1,4 +1,5 @@
-//! From the config's draft to one the engine can ask: loads it and checks that it fits the policy.
+//! From the config's draft to one the engine can ask: loads it, checks that it fits the policy, and keeps
+//! it near the policy while that learns.
 
 use anyhow::Context;
 use grpo_policy::{
@@ -8,6 +9,7 @@ use grpo_policy::{
     },
     engine::draft::{Draft, Length, Model, Source, Suffix},
     tokenizer::Tokenizer,
+    types::{PackedBatch, TopTokens},
     weights::LoadedModel,
 };
 
@@ -16,7 +18,12 @@ use crate::{
     config::{DraftKind, DraftTokens, RunConfig},
     policy::Policy,
     setup::{self, OnDownload},
+    update::{Sequence, split},
 };
+
+/// Likely tokens of a position that a draft is distilled from. They hold nearly all of the mass of a
+/// trained model; more would cost memory for each token of a step.
+const TOP: usize = 16;
 
 /// A draft that cannot serve this policy.
 #[derive(Debug, thiserror::Error)]
@@ -61,9 +68,11 @@ impl DraftError {
 pub fn attach(
     policy: &mut Policy,
     config: &RunConfig,
+    learns: bool,
     environment: &Environment,
     on_download: OnDownload<'_>,
 ) -> anyhow::Result<Option<String>> {
+    let learns = learns && config.generation.draft_learning_rate > 0.0;
     let mut odd = None;
     let source = match &config.generation.draft {
         DraftKind::None => return Ok(None),
@@ -80,7 +89,14 @@ pub fn attach(
             let model = setup::named_model(name, "main", environment, on_download)
                 .with_context(|| format!("draft `{name}`"))?;
             check_tokenizer(name, &model, &policy.tokenizer)?;
-            let draft = CpuBackend::new(model.spec, &model.tensors, &Trainable::Nothing, false)?;
+            let trainable = match learns {
+                true => Trainable::Full {
+                    keep_reference: false,
+                },
+                false => Trainable::Nothing,
+            };
+            let checkpointing = config.training.gradient_checkpointing;
+            let draft = CpuBackend::new(model.spec, &model.tensors, &trainable, checkpointing)?;
             let (draft_size, size) = (draft.parameters(), policy.backend.parameters());
             odd = (draft_size >= size).then(|| {
                 format!("draft `{name}` has {draft_size} parameters and the policy {size}: it will not pay")
@@ -92,8 +108,56 @@ pub fn attach(
         DraftTokens::Auto => Length::Adaptive(DraftTokens::MOST),
         DraftTokens::Fixed(tokens) => Length::Fixed(tokens),
     };
-    policy.set_draft(Draft::new(source, length)?);
+    let mut draft = Draft::new(source, length)?;
+    if learns && draft.model_ref().is_some() {
+        draft.learn_from(TOP);
+    }
+    policy.set_draft(draft);
     Ok(odd)
+}
+
+/// What a draft learnt from a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Lesson {
+    /// Cross-entropy from the policy's likely tokens to the draft, nats a token, before the update.
+    pub loss: f64,
+    /// Gradient norm before clipping.
+    pub grad_norm: f64,
+}
+
+/// Distils the draft on completions of the policy as it was when it drew them: one optimizer step towards
+/// the distributions that verification has computed anyway. `None` for a draft that does not learn.
+///
+/// # Errors
+/// A gradient that is not finite; the draft is then as before.
+pub fn distil(
+    policy: &mut Policy,
+    sequences: &[Sequence<'_>],
+    config: &RunConfig,
+) -> anyhow::Result<Option<Lesson>> {
+    let taught: Vec<Sequence<'_>> = sequences
+        .iter()
+        .filter(|s| !s.completion.top.is_empty())
+        .copied()
+        .collect();
+    let Some(model) = policy.learning_draft().filter(|_| !taught.is_empty()) else {
+        return Ok(None);
+    };
+    let tokens: usize = taught.iter().map(|s| s.completion.tokens.len()).sum();
+    let mut loss = 0.0;
+    for part in split(&taught, config.training.micro_batch_tokens as usize) {
+        let mut batch = PackedBatch::default();
+        for s in part {
+            let ids = [s.prompt_ids, &s.completion.tokens].concat();
+            batch.push(&ids, s.prompt_ids.len());
+        }
+        let targets: Vec<TopTokens> = part.iter().flat_map(|s| s.completion.top.clone()).collect();
+        let temperature = config.generation.temperature as f32;
+        loss += model.distill(&batch, &targets, temperature, 1.0 / tokens as f64)?;
+    }
+    let step = config.optimizer.step(config.generation.draft_learning_rate);
+    let grad_norm = model.optimizer_step(&step)?;
+    Ok(Some(Lesson { loss, grad_norm }))
 }
 
 /// Equal sizes are not enough: a draft that means other words is wrong with full confidence.

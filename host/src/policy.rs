@@ -29,6 +29,9 @@ const KV_BYTES: usize = 2 << 30;
 
 /// What the draft has learnt, in a checkpoint.
 const DRAFT_FILE: &str = "draft.u32";
+/// Weights and optimizer of a draft model that learns, in a checkpoint.
+const DRAFT_WEIGHTS: &str = "draft.safetensors";
+const DRAFT_OPTIMIZER: &str = "draft_optimizer.safetensors";
 
 /// Prompt tokens run beside the decoding rows of one step.
 const PREFILL_TOKENS: usize = 512;
@@ -171,6 +174,12 @@ impl Policy {
         self.draft = Some(draft);
     }
 
+    /// The draft model, if it learns.
+    pub fn learning_draft(&mut self) -> Option<&mut CpuBackend> {
+        let draft = self.draft.as_mut().filter(|draft| draft.top() > 0);
+        draft.and_then(Draft::model)
+    }
+
     /// Time the draft has taken so far.
     pub fn drafting_seconds(&self) -> f64 {
         self.draft.as_ref().map_or(0.0, |d| d.spent().as_secs_f64())
@@ -220,6 +229,14 @@ impl Policy {
         if !learnt.is_empty() {
             write_numbers(&folder.join(DRAFT_FILE), &learnt)?;
         }
+        let draft = self.draft.as_ref().filter(|draft| draft.top() > 0);
+        if let Some(model) = draft.and_then(Draft::model_ref) {
+            let write = |name: &str, tensors: &_| {
+                weights::write_safetensors(&folder.join(name), tensors, SaveType::F32)
+            };
+            write(DRAFT_WEIGHTS, &model.export_trainable()?)?;
+            write(DRAFT_OPTIMIZER, &model.export_optimizer()?)?;
+        }
         Ok(())
     }
 
@@ -235,6 +252,10 @@ impl Policy {
         let learnt = folder.join(DRAFT_FILE);
         if let Some(draft) = self.draft.as_mut().filter(|_| learnt.exists()) {
             draft.import(&read_numbers(&learnt)?)?;
+        }
+        if let Some(model) = self.learning_draft() {
+            model.import(&weights::read_safetensors(&folder.join(DRAFT_WEIGHTS))?)?;
+            model.import_optimizer(&weights::read_safetensors(&folder.join(DRAFT_OPTIMIZER))?)?;
         }
         self.forget_kv();
         Ok(())

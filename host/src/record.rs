@@ -77,6 +77,10 @@ pub fn metrics(report: &StepReport, total_tokens: u64) -> Metrics {
     }
     add_telemetry(&mut out, &report.groups);
     add_speculation(&mut out, &report.groups);
+    if let Some(lesson) = &report.draft {
+        out.put("draft/loss", lesson.loss);
+        out.put("draft/grad_norm", lesson.grad_norm);
+    }
     add_times(&mut out, report);
     out
 }

@@ -10,6 +10,7 @@ use grpo_policy::engine::Progress;
 
 use crate::{
     config::{self, RunConfig},
+    draft,
     evaluate::{EvalReport, EvalSettings, Judges, evaluate},
     grpo::{
         advantage::{Advantages, advantages},
@@ -57,6 +58,7 @@ impl Trainer<'_> {
             self.config.optimizer.step(learning_rate),
         );
         let update = update(&mut self.policy.backend, &sequences, &settings, &optimizer)?;
+        let draft = draft::distil(&mut self.policy, &sequences, self.config)?;
         self.policy.forget_kv();
         collected.seconds.update = update_started.elapsed().as_secs_f64();
         collected.seconds.total = started.elapsed().as_secs_f64();
@@ -73,6 +75,7 @@ impl Trainer<'_> {
                 .collect(),
             advantages,
             update,
+            draft,
             learning_rate,
             plan: collected.plan,
             skipped: collected.skipped,

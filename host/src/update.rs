@@ -122,7 +122,7 @@ fn truncated(sequences: &[Sequence<'_>]) -> Vec<bool> {
 }
 
 /// Consecutive sequences of at most `limit` tokens together.
-fn split<'a, 's>(
+pub(crate) fn split<'a, 's>(
     sequences: &'a [Sequence<'s>],
     limit: usize,
 ) -> impl Iterator<Item = &'a [Sequence<'s>]> {

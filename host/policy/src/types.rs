@@ -90,6 +90,14 @@ pub struct Telemetry {
     pub kv_bytes: u64,
 }
 
+/// The most likely tokens of one position under the policy at the sampling temperature, most likely first.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TopTokens {
+    pub ids: Vec<u32>,
+    /// Of the whole softmax, so they add up to less than 1.
+    pub probabilities: Vec<f32>,
+}
+
 /// One finished continuation.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Completion {
@@ -114,6 +122,9 @@ pub struct Completion {
     pub drafts: u32,
     /// Of those, how many had their first, second, … token accepted; as long as the longest proposal.
     pub accepted_per_pos: Vec<u32>,
+    /// Per token, what else the policy might have said: what a draft is distilled from. Empty unless a
+    /// draft learns.
+    pub top: Vec<TopTokens>,
 }
 
 /// Sequences laid end to end without padding, for a training or scoring pass.

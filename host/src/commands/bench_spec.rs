@@ -110,7 +110,7 @@ impl<'a> Bench<'a> {
         };
         let name = setup::model_name(config);
         let mut policy = Policy::new(model, name, Mode::Inference, false, capacity)?;
-        super::attach_draft(&mut policy, config, environment, quiet)?;
+        super::attach_draft(&mut policy, config, false, environment, quiet)?;
         Ok(Self {
             args,
             config,
@@ -223,6 +223,7 @@ mod tests {
             },
             drafts: 20,
             accepted_per_pos: Vec::new(),
+            top: Vec::new(),
         };
         let best = Best {
             seconds: 8.0,

@@ -24,7 +24,7 @@ pub(super) fn run(args: &EvalArgs, environment: &Environment) -> anyhow::Result<
     let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
     let name = setup::model_name(&config);
     let mut policy = Policy::new(model, name, Mode::Inference, false, capacity)?;
-    super::attach_draft(&mut policy, &config, environment, args.output.quiet)?;
+    super::attach_draft(&mut policy, &config, false, environment, args.output.quiet)?;
     let judges = Judges {
         formatter: &plugins.formatter,
         rewards: &plugins.rewards,

@@ -92,10 +92,12 @@ fn require_cpu(device: Device) -> Result<(), NoSuchDevice> {
 fn attach_draft(
     policy: &mut Policy,
     config: &RunConfig,
+    learns: bool,
     environment: &Environment,
     quiet: bool,
 ) -> anyhow::Result<()> {
-    let odd = draft::attach(policy, config, environment, &mut progress::downloads(quiet))?;
+    let mut on_download = progress::downloads(quiet);
+    let odd = draft::attach(policy, config, learns, environment, &mut on_download)?;
     if let Some(odd) = odd {
         eprintln!("warning: {odd}");
     }

@@ -20,7 +20,7 @@ pub(super) fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Resu
     let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
     let name = setup::model_name(&config);
     let mut policy = Policy::new(model, name, Mode::Inference, false, capacity)?;
-    super::attach_draft(&mut policy, &config, environment, args.output.quiet)?;
+    super::attach_draft(&mut policy, &config, false, environment, args.output.quiet)?;
     let (role, content) = ("user".to_owned(), args.prompt.clone());
     let body = match args.raw {
         true => PromptBody::Text(content),

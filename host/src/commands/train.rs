@@ -187,7 +187,7 @@ impl<'a> Run<'a> {
             checkpointing,
             capacity,
         )?;
-        super::attach_draft(&mut policy, config, environment, quiet)?;
+        super::attach_draft(&mut policy, config, true, environment, quiet)?;
         let mut state = TrainState {
             seed: config.training.seed,
             ..TrainState::default()

@@ -119,6 +119,8 @@ pub struct GenerationConfig {
     pub draft: DraftKind,
     /// Tokens drafted at a time.
     pub draft_tokens: DraftTokens,
+    /// Learning rate at which a draft model is distilled on the run's own rollouts, ≥ 0. `0`: it stays.
+    pub draft_learning_rate: f64,
 }
 
 impl Default for GenerationConfig {
@@ -138,6 +140,7 @@ impl Default for GenerationConfig {
             max_batch_size: 128,
             draft: DraftKind::None,
             draft_tokens: DraftTokens::Auto,
+            draft_learning_rate: 1e-4,
         }
     }
 }

@@ -252,7 +252,8 @@ fn generation(ranges: &Ranges<'_>, config: &GenerationConfig) -> Result<(), Conf
     if let Some(tokens) = config.kv_cache_tokens {
         ranges.check("kv_cache_tokens", tokens, "1 or more", tokens >= 1)?;
     }
-    ranges.at_least_one("max_batch_size", config.max_batch_size)
+    ranges.at_least_one("max_batch_size", config.max_batch_size)?;
+    ranges.not_negative("draft_learning_rate", config.draft_learning_rate)
 }
 
 fn loss(ranges: &Ranges<'_>, config: &LossConfig) -> Result<(), ConfigError> {

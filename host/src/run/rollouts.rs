@@ -239,6 +239,8 @@ fn rollout(record: &Record<'_>, path: &Path) -> Result<Rollout, RunError> {
             telemetry: telemetry(record)?,
             drafts: record.int("drafts")?,
             accepted_per_pos: record.ids("accepted_per_pos")?,
+            // Not logged: it would be many times the size of everything else.
+            top: Vec::new(),
         },
         parsed: Parsed {
             reasoning: record.optional_text("reasoning")?,

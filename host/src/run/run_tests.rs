@@ -78,6 +78,7 @@ fn rollout(step: u64, index: u32) -> Rollout {
             },
             drafts: 3,
             accepted_per_pos: vec![2, 1],
+            top: Vec::new(),
         },
         parsed: Parsed {
             reasoning: None,

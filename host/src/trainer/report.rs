@@ -1,6 +1,7 @@
 //! What a step tells the record, and why one may have to stop. Plain data.
 
 use crate::{
+    draft::Lesson,
     grpo::advantage::Advantages,
     rollout::Rollouts,
     types::{Plan, Score},
@@ -52,6 +53,8 @@ pub struct StepReport {
     pub groups: Vec<Group>,
     pub advantages: Advantages,
     pub update: UpdateReport,
+    /// What the draft learnt, if it does.
+    pub draft: Option<Lesson>,
     pub learning_rate: f64,
     /// The curriculum's epoch and named numbers.
     pub plan: Plan,

@@ -83,6 +83,35 @@ fn training_logs_acceptance_and_resumes_exactly() {
 }
 
 #[test]
+fn a_draft_model_learns_along_and_resumes_exactly() {
+    let lab = Lab::new();
+    let model = lab.model();
+    let flags = format!(
+        "--draft model:{} --draft-tokens 2 --set save_steps=1 --set draft_learning_rate=3e-3",
+        model.display()
+    );
+    let start = format!("train --config run.yaml --quiet --steps 8 {flags}");
+    lab.run(&format!("{start} --out a")).fine();
+    let lines = lab.metrics("a");
+    let loss = |i: usize| lines[i]["draft/loss"].as_f64().unwrap();
+    assert!(loss(8) < loss(1), "{} to {}", loss(1), loss(8));
+    assert!(lines[1]["draft/grad_norm"].as_f64().unwrap() > 0.0);
+
+    let mut child = lab.run_until(3, "b", &format!("{start} --out b"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    lab.run("train --quiet --resume b").fine();
+    assert_eq!(lab.metrics("b"), lines);
+    assert_eq!(lab.completions("b"), lab.completions("a"));
+
+    // Left alone it says nothing of itself.
+    lab.run(&format!("{start} --out c --set draft_learning_rate=0"))
+        .fine();
+    let untaught = lab.metrics("c");
+    assert!(!untaught[8].contains_key("draft/loss"));
+}
+
+#[test]
 fn impossible_drafts_are_refused() {
     let lab = Lab::new();
     let refused = |draft: &str, code| {

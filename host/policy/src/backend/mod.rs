@@ -9,7 +9,7 @@ use crate::{
     engine::sampler::Proposal,
     error::PolicyError,
     spec::ModelSpec,
-    types::{PackedBatch, SamplingParams, TokenScores},
+    types::{PackedBatch, SamplingParams, TokenScores, TopTokens},
 };
 
 /// Index of one block of the KV pool.
@@ -39,14 +39,18 @@ pub struct SampleArgs<'a> {
     pub history: &'a [u32],
     /// Drafted tokens to verify. They are the last ones of the row's `tokens`.
     pub proposal: Option<&'a Proposal>,
+    /// How many of the most likely tokens to report with each one drawn.
+    pub top: usize,
 }
 
 /// A drawn token with its log-probs (see [`crate::types::Completion`]).
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Sampled {
     pub token: u32,
     pub logprob: f32,
     pub policy_logprob: f32,
+    /// As many as [`SampleArgs::top`] asks for.
+    pub top: TopTokens,
 }
 
 /// Which weights a scoring pass uses and whether it can be followed by [`Backend::backward`].
@@ -112,6 +116,17 @@ pub trait Backend {
     /// Accumulates gradients of `Σ dlogp[i] · logp[i]` over the scored tokens of the last
     /// [`Pass::Train`] batch. A trainable weight left without a gradient is an error.
     fn backward(&mut self, dlogp: &[f32]) -> Result<(), PolicyError>;
+
+    /// Accumulates gradients of `weight · Σ CE` over the scored tokens of the batch, where CE is the
+    /// cross-entropy from the targets, renormalised, to this model's distribution at `temperature`
+    /// (distillation, Hinton et al. 2015). Returns the value.
+    fn distill(
+        &mut self,
+        batch: &PackedBatch,
+        targets: &[TopTokens],
+        temperature: f32,
+        weight: f64,
+    ) -> Result<f64, PolicyError>;
 
     /// Clips, applies AdamW, clears gradients; returns the gradient norm before clipping.
     fn optimizer_step(&mut self, step: &OptimStep) -> Result<f64, PolicyError>;

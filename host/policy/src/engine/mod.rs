@@ -260,7 +260,8 @@ impl Engine {
             None => vec![None; plan.rows.len()],
         };
         let started = Instant::now();
-        let sampled = self.run(backend, &plan, &proposals)?;
+        let top = draft.as_ref().map_or(0, |draft| draft.top());
+        let sampled = self.run(backend, &plan, &proposals, top)?;
         if let Some(draft) = &mut draft {
             draft.verified(&cost(&plan, &proposals, &sampled, started));
         }
@@ -326,6 +327,7 @@ impl Engine {
         backend: &mut impl Backend,
         plan: &Plan,
         proposals: &[Option<Proposal>],
+        top: usize,
     ) -> Result<Vec<Vec<Sampled>>, PolicyError> {
         let tokens = |(planned, proposal): (&scheduler::Planned, &Option<Proposal>)| {
             let sequence = &self.scheduler.sequences[&planned.id];
@@ -344,7 +346,7 @@ impl Engine {
                 tokens,
                 position: sequence.cached,
                 blocks: &sequence.blocks,
-                sample: samples.then(|| sequence.sample_args(request, proposal.as_ref())),
+                sample: samples.then(|| sequence.sample_args(request, proposal.as_ref(), top)),
             });
         }
         let sampled = backend.step(&rows)?;
@@ -383,7 +385,7 @@ impl Engine {
             let mut pushed = 0;
             for token in sampled {
                 sequence.clock.sampled(now);
-                finish = sequence.push(*token, request, &self.config, tokenizer)?;
+                finish = sequence.push(token.clone(), request, &self.config, tokenizer)?;
                 pushed += 1;
                 if finish.is_some() {
                     break;

@@ -52,7 +52,8 @@ pub fn sample(
     scratch: &mut Scratch,
 ) -> Result<Sampled, PolicyError> {
     let target = Target::of(logits, args.params, args.history, scratch)?;
-    Ok(target.sampled(target.draw(uniform(args.stream, args.position))))
+    let token = target.draw(uniform(args.stream, args.position));
+    Ok(target.sampled(token, args.top))
 }
 
 /// The probabilities [`sample`] draws from, `[V]`; one-hot when greedy. Speculative decoding compares these

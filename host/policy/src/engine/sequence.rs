@@ -13,7 +13,7 @@ use crate::{
     engine::sampler::Proposal,
     error::PolicyError,
     tokenizer::Tokenizer,
-    types::{Completion, Finish, Request, Telemetry},
+    types::{Completion, Finish, Request, Telemetry, TopTokens},
 };
 use std::{sync::Arc, time::Instant};
 
@@ -104,6 +104,7 @@ pub(super) struct Sequence {
     pub(super) drafting: Drafting,
     logprobs: Vec<f32>,
     policy_logprobs: Vec<f32>,
+    top: Vec<TopTokens>,
     stop: Option<StopWatch>,
 }
 
@@ -125,6 +126,7 @@ impl Sequence {
             drafting: Drafting::default(),
             logprobs: Vec::new(),
             policy_logprobs: Vec::new(),
+            top: Vec::new(),
             stop: StopWatch::new(&request.sampling.stop),
         }
     }
@@ -138,8 +140,10 @@ impl Sequence {
         &'a self,
         request: &'a Request,
         proposal: Option<&'a Proposal>,
+        top: usize,
     ) -> SampleArgs<'a> {
         SampleArgs {
+            top,
             proposal,
             params: &request.sampling,
             stream: self.stream,
@@ -159,6 +163,9 @@ impl Sequence {
         self.tokens.push(sampled.token);
         self.logprobs.push(sampled.logprob);
         self.policy_logprobs.push(sampled.policy_logprob);
+        if !sampled.top.ids.is_empty() {
+            self.top.push(sampled.top);
+        }
         let params = &request.sampling;
         let eos = !params.ignore_eos && tokenizer.eos_ids().contains(&sampled.token);
         // Not `eos ||`: the watch must see every token that leaves text behind, and no other.
@@ -220,6 +227,7 @@ impl Sequence {
             telemetry,
             drafts: self.drafting.drafts,
             accepted_per_pos: self.drafting.accepted_per_pos,
+            top: self.top,
         })
     }
 }

@@ -13,7 +13,7 @@ use super::{
     params::{Grads, ParamId, Params},
     simd::{axpy_inline, dispatch, exp_inline, log_sum_exp},
 };
-use crate::types::TokenScores;
+use crate::types::{TokenScores, TopTokens};
 
 /// Most logits alive at a time: 16 Mi numbers are 64 MiB.
 const CHUNK_LOGITS: usize = 16 << 20;
@@ -105,19 +105,20 @@ impl Head {
         scores
     }
 
-    /// Gradient of the hidden states for `Σ dlogp·logp`, `[S, hidden]`; weight gradients go to `grads`.
-    ///
-    /// `d logp(target)/d logit_j = (1[j = target] − p_j) / temperature`.
+    /// Gradient of the hidden states, `[S, hidden]`, and the value of what is differentiated; weight
+    /// gradients go to `grads`. `gradient(i, target, row)` replaces the logits over the temperature of
+    /// scored token `i` by the gradient of its logits and returns its term of the value.
     pub(crate) fn backward(
         &self,
         params: &Params,
         scored: &mut Scored,
-        dlogp: &[f32],
         grads: &mut Grads,
-    ) -> Mat {
+        gradient: &(dyn Fn(usize, u32, &mut [f32]) -> f64 + Sync),
+    ) -> (Mat, f64) {
         let normed = ops::rms_norm(&scored.hidden, params.data(self.norm), self.eps);
         let weight = View::whole(params.mat(self.weight));
         let mut dnormed = Mat::unspecified(normed.rows, normed.cols);
+        let mut value = 0.0;
         let starts = (0..normed.rows).step_by(self.chunk_rows);
         // From the back, because the last chunk's logits are there.
         for from in starts.rev() {
@@ -126,12 +127,11 @@ impl Head {
             let mut logits = kept
                 .unwrap_or_else(|| self.chunk(params, &normed, rows.clone(), scored.temperature));
             let vocab = logits.cols;
-            let targets = scored.targets[rows.clone()].par_iter();
-            let jobs = logits.data_mut().par_chunks_mut(vocab).zip(targets);
-            jobs.zip(&dlogp[rows.clone()])
-                .for_each(|((row, target), d)| {
-                    logit_gradient(row, *target, d / scored.temperature);
-                });
+            let jobs = logits.data_mut().par_chunks_mut(vocab).zip(rows.clone());
+            let terms: Vec<f64> = jobs
+                .map(|(row, i)| gradient(i, scored.targets[i], row))
+                .collect();
+            value += terms.iter().sum::<f64>();
             View::whole(&logits).write(weight, &mut dnormed, from);
             if params.trainable(self.weight) {
                 let hidden = View::window(&normed, from, rows.len(), 0, normed.cols);
@@ -142,7 +142,8 @@ impl Head {
         let dnorm = params
             .trainable(self.norm)
             .then(|| grads.slot(self.norm, params).data_mut());
-        ops::rms_norm_backward(hidden, norm, self.eps, &dnormed, dnorm)
+        let dhidden = ops::rms_norm_backward(hidden, norm, self.eps, &dnormed, dnorm);
+        (dhidden, value)
     }
 }
 
@@ -166,10 +167,37 @@ fn score_row(row: &[f32], target: u32) -> (f32, f32) {
     (row[target as usize] - lse, (lse - mean).max(0.0))
 }
 
-/// Replaces a row of logits by `d·(1[j = target] − p_j)`.
-fn logit_gradient(row: &mut [f32], target: u32, d: f32) {
+/// Replaces a row of logits by `d·(1[j = target] − p_j)`, the gradient of `d·logp(target)`.
+pub(crate) fn logit_gradient(row: &mut [f32], target: u32, d: f32) {
+    softmax_times(row, -d);
+    row[target as usize] += d;
+}
+
+/// Replaces a row of logits by `d·(p_j − t_j)`, the gradient of `d` times the cross-entropy from the
+/// renormalised targets `t`, and returns that cross-entropy.
+pub(crate) fn distillation_gradient(row: &mut [f32], targets: &TopTokens, d: f32) -> f64 {
+    let lse = f64::from(log_sum_exp(row));
+    let total: f64 = targets.probabilities.iter().map(|p| f64::from(*p)).sum();
+    let share = |p: &f32| f64::from(*p) / total;
+    let pairs = || {
+        targets
+            .ids
+            .iter()
+            .zip(targets.probabilities.iter().map(share))
+    };
+    let entropy = pairs()
+        .map(|(id, t)| t * (lse - f64::from(row[*id as usize])))
+        .sum();
+    softmax_times(row, d);
+    for (id, t) in pairs() {
+        row[*id as usize] -= d * t as f32;
+    }
+    entropy
+}
+
+/// Replaces a row of logits by its softmax times `factor`.
+fn softmax_times(row: &mut [f32], factor: f32) {
     let lse = log_sum_exp(row);
-    let factor = -d;
     dispatch(
         #[inline(always)]
         || {
@@ -178,7 +206,6 @@ fn logit_gradient(row: &mut [f32], target: u32, d: f32) {
             }
         },
     );
-    row[target as usize] -= factor;
 }
 
 /// Adds row `i` of `from` to row `rows[i]` of `to`.

@@ -35,7 +35,7 @@ use crate::{
     engine::sampler,
     error::PolicyError,
     spec::ModelSpec,
-    types::{PackedBatch, TokenScores},
+    types::{PackedBatch, TokenScores, TopTokens},
     weights::LoraConfig,
 };
 
@@ -317,6 +317,16 @@ impl Backend for CpuBackend {
 
     fn backward(&mut self, dlogp: &[f32]) -> Result<(), PolicyError> {
         self.backward_packed(dlogp)
+    }
+
+    fn distill(
+        &mut self,
+        batch: &PackedBatch,
+        targets: &[TopTokens],
+        temperature: f32,
+        weight: f64,
+    ) -> Result<f64, PolicyError> {
+        self.distill_packed(batch, targets, temperature, weight)
     }
 
     fn optimizer_step(&mut self, step: &OptimStep) -> Result<f64, PolicyError> {

@@ -5,7 +5,7 @@ use super::*;
 use crate::{
     backend::SampleArgs,
     spec::{Family, RopeScaling},
-    types::SamplingParams,
+    types::{SamplingParams, TopTokens},
 };
 use candle_core::Device;
 
@@ -182,6 +182,102 @@ fn gradients_of_lora() {
     check_gradients(Family::Qwen2, &Trainable::Lora { config, seed: 1 }, false);
 }
 
+/// Likely tokens of each scored token, of different numbers.
+fn soft_targets(batch: &PackedBatch) -> Vec<TopTokens> {
+    let target = |i: usize| TopTokens {
+        ids: (0..=i as u32 % 3)
+            .map(|j| (i as u32 * 5 + j * 7) % 23)
+            .collect(),
+        probabilities: (0..=i % 3).map(|j| 0.5 / (1.0 + j as f32)).collect(),
+    };
+    (0..batch.n_scored()).map(target).collect()
+}
+
+#[test]
+fn gradients_of_distillation() {
+    let spec = tiny_spec(Family::Llama);
+    let trainable = Trainable::Full {
+        keep_reference: false,
+    };
+    let mut backend =
+        CpuBackend::new(spec.clone(), &random_weights(&spec), &trainable, true).unwrap();
+    backend.decoder.head.chunk_rows = 3;
+    let (batch, weight) = (batch(), 0.3);
+    let targets = soft_targets(&batch);
+    let value = |backend: &mut CpuBackend| {
+        backend.grads.clear();
+        backend
+            .distill(&batch, &targets, TEMPERATURE, weight)
+            .unwrap()
+    };
+    value(&mut backend);
+    let found: Vec<Vec<f32>> = (0..backend.params.len())
+        .map(|id| backend.grads.get(id).unwrap().data().to_vec())
+        .collect();
+    let h = 4e-3f32;
+    for (id, found) in found.iter().enumerate() {
+        for i in [0, found.len() / 3, found.len() - 1] {
+            let mut at = |by: f32| {
+                backend
+                    .params
+                    .nudge(id, |_, j| if i == j { by } else { 0.0 });
+                let value = value(&mut backend);
+                backend
+                    .params
+                    .nudge(id, |_, j| if i == j { -by } else { 0.0 });
+                value
+            };
+            let numeric = (at(h) - at(-h)) / (2.0 * f64::from(h));
+            let off = (f64::from(found[i]) - numeric).abs();
+            assert!(
+                off < 1e-2 * (0.1 + numeric.abs()),
+                "weight {id}[{i}]: {} is not {numeric}",
+                found[i]
+            );
+        }
+    }
+}
+
+#[test]
+fn distillation_brings_a_draft_to_its_target() {
+    let spec = tiny_spec(Family::Qwen2);
+    let trainable = Trainable::Full {
+        keep_reference: false,
+    };
+    let mut backend =
+        CpuBackend::new(spec.clone(), &random_weights(&spec), &trainable, false).unwrap();
+    let batch = batch();
+    let targets = soft_targets(&batch);
+    // The least a cross-entropy can be is the entropy of its target.
+    let entropy = |t: &TopTokens| {
+        let total: f32 = t.probabilities.iter().sum();
+        let h = |p: &f32| f64::from(-p / total) * f64::from(p / total).ln();
+        t.probabilities.iter().map(h).sum::<f64>()
+    };
+    let least = targets.iter().map(entropy).sum::<f64>() / targets.len() as f64;
+    let weight = 1.0 / targets.len() as f64;
+    let step = OptimStep {
+        learning_rate: 0.02,
+        beta1: 0.9,
+        beta2: 0.99,
+        eps: 1e-8,
+        weight_decay: 0.0,
+        max_grad_norm: 1.0,
+    };
+    let mut losses = Vec::new();
+    for _ in 0..120 {
+        losses.push(backend.distill(&batch, &targets, 1.0, weight).unwrap());
+        backend.optimizer_step(&step).unwrap();
+    }
+    let (first, last) = (losses[0], losses[119]);
+    assert!(
+        first > least + 1.0 && last < least + 0.1 && last > least,
+        "{first} to {last}, at least {least}"
+    );
+    let wrong = backend.distill(&batch, &targets[1..], 1.0, weight);
+    assert!(matches!(wrong, Err(PolicyError::Misuse(_))));
+}
+
 #[test]
 fn reference_stays_while_the_policy_moves() {
     let config = LoraConfig {
@@ -249,6 +345,7 @@ fn rollout_logprobs_equal_scoring_logprobs() {
                 position,
                 history: &history,
                 proposal: None,
+                top: 0,
             };
             let row = StepRow {
                 tokens: &history[cached..],
@@ -256,7 +353,7 @@ fn rollout_logprobs_equal_scoring_logprobs() {
                 blocks: &blocks,
                 sample: Some(args),
             };
-            let sampled = backend.step(&[row]).unwrap()[0][0];
+            let sampled = backend.step(&[row]).unwrap()[0][0].clone();
             cached = ids.len();
             ids.push(sampled.token);
             drawn.push(sampled.policy_logprob);

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     backend::Pass,
     error::PolicyError,
-    types::{PackedBatch, TokenScores},
+    types::{PackedBatch, TokenScores, TopTokens},
 };
 
 /// What a [`Pass::Train`] leaves for `backward`.
@@ -107,13 +107,52 @@ impl CpuBackend {
     }
 
     pub(super) fn backward_packed(&mut self, dlogp: &[f32]) -> Result<(), PolicyError> {
-        let saved = self.saved.take();
-        let mut saved = saved.ok_or(PolicyError::Misuse("backward without a training pass"))?;
+        let saved = self.saved.as_ref();
+        let saved = saved.ok_or(PolicyError::Misuse("backward without a training pass"))?;
         if dlogp.len() != saved.predictors.len() {
             return Err(PolicyError::Misuse(
                 "backward needs one coefficient per scored token",
             ));
         }
+        let temperature = saved.scored.temperature;
+        self.backward_with(&|i, target, row| {
+            head::logit_gradient(row, target, dlogp[i] / temperature);
+            0.0
+        })?;
+        Ok(())
+    }
+
+    pub(super) fn distill_packed(
+        &mut self,
+        batch: &PackedBatch,
+        targets: &[TopTokens],
+        temperature: f32,
+        weight: f64,
+    ) -> Result<f64, PolicyError> {
+        let vocab = self.spec.vocab_size;
+        let fits = |t: &TopTokens| {
+            let known = t.ids.iter().all(|id| (*id as usize) < vocab);
+            known
+                && t.ids.len() == t.probabilities.len()
+                && t.probabilities.iter().any(|p| *p > 0.0)
+        };
+        if targets.len() != batch.n_scored() || !targets.iter().all(fits) {
+            return Err(PolicyError::Misuse(
+                "distillation needs the likely tokens of every scored token",
+            ));
+        }
+        self.score_packed(batch, temperature, Pass::Train)?;
+        let d = weight as f32 / temperature;
+        self.backward_with(&|i, _, row| weight * head::distillation_gradient(row, &targets[i], d))
+    }
+
+    /// From gradients of logits (see [`head::Head::backward`]) through all layers; returns the value.
+    fn backward_with(
+        &mut self,
+        gradient: &(dyn Fn(usize, u32, &mut [f32]) -> f64 + Sync),
+    ) -> Result<f64, PolicyError> {
+        let saved = self.saved.take();
+        let mut saved = saved.ok_or(PolicyError::Misuse("backward without a training pass"))?;
         let Self {
             decoder,
             params,
@@ -126,9 +165,8 @@ impl CpuBackend {
             positions: &saved.positions,
             adapters: true,
         };
-        let dhidden = decoder
-            .head
-            .backward(params, &mut saved.scored, dlogp, grads);
+        let head = &decoder.head;
+        let (dhidden, value) = head.backward(params, &mut saved.scored, grads, gradient);
         let mut dx = Mat::zeros(saved.ids.len(), dhidden.cols);
         head::scatter_add(&mut dx, saved.predictors.iter().copied(), &dhidden);
         // By value and from the back, so that each trace is freed as soon as it has been used.
@@ -144,7 +182,8 @@ impl CpuBackend {
             let slot = grads.slot(decoder.embed_tokens, params);
             head::scatter_add(slot, saved.ids.iter().map(|id| *id as usize), &dx);
         }
-        grads.check_complete(params)
+        grads.check_complete(params)?;
+        Ok(value)
     }
 }
 

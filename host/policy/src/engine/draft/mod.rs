@@ -42,6 +42,7 @@ pub struct Draft<B> {
     source: Source<B>,
     pace: Pace,
     spent: Duration,
+    top: usize,
 }
 
 /// One running sequence that could use a guess.
@@ -71,7 +72,27 @@ impl<B: Backend> Draft<B> {
             source,
             pace,
             spent: Duration::ZERO,
+            top: 0,
         })
+    }
+
+    /// Has every completion come with the policy's `top` most likely tokens of each position, for
+    /// distilling the draft.
+    pub fn learn_from(&mut self, top: usize) {
+        self.top = top;
+    }
+
+    /// How many; 0 for a draft that does not learn.
+    pub fn top(&self) -> usize {
+        self.top
+    }
+
+    /// The model that drafts.
+    pub fn model_ref(&self) -> Option<&B> {
+        match &self.source {
+            Source::Model(model) => Some(model.backend_ref()),
+            Source::Ngram | Source::Suffix(_) | Source::Layers(_) => None,
+        }
     }
 
     /// The model that drafts, for training it.

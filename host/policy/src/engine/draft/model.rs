@@ -34,6 +34,10 @@ impl<B: Backend> Model<B> {
         Ok(Self { backend, cached })
     }
 
+    pub(super) fn backend_ref(&self) -> &B {
+        &self.backend
+    }
+
     pub(super) fn backend(&mut self) -> &mut B {
         &mut self.backend
     }
@@ -112,6 +116,7 @@ pub(super) fn autoregress(
                 position: texts[i].len() as u64,
                 history: &texts[i],
                 proposal: None,
+                top: 0,
             }),
         };
         let rows: Vec<StepRow<'_>> = live.iter().map(row).collect();

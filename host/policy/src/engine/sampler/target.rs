@@ -6,7 +6,11 @@ use super::{
     softmax::Softmax,
     truncate::{self, Candidate},
 };
-use crate::{backend::Sampled, error::PolicyError, types::SamplingParams};
+use crate::{
+    backend::Sampled,
+    error::PolicyError,
+    types::{SamplingParams, TopTokens},
+};
 
 /// Which tokens can be drawn.
 enum Support<'a> {
@@ -138,8 +142,26 @@ impl<'a> Target<'a> {
         }
     }
 
+    /// The policy's `top` most likely tokens.
+    fn top(&self, top: usize) -> TopTokens {
+        if top == 0 {
+            return TopTokens::default();
+        }
+        let params = SamplingParams {
+            top_k: top as u32,
+            ..SamplingParams::default()
+        };
+        let mut candidates = Vec::new();
+        truncate::survivors(self.logits, &self.policy, &params, &mut candidates);
+        let p = |c: &Candidate| (c.scaled.exp() / self.policy.total) as f32;
+        TopTokens {
+            ids: candidates.iter().map(|c| c.token).collect(),
+            probabilities: candidates.iter().map(p).collect(),
+        }
+    }
+
     /// The token with its two log-probs. Greedy draws have the log-prob of the whole softmax.
-    pub(super) fn sampled(&self, token: usize) -> Sampled {
+    pub(super) fn sampled(&self, token: usize, top: usize) -> Sampled {
         let logprob = match &self.support {
             Support::Truncated(candidates, total) => candidates
                 .iter()
@@ -151,6 +173,7 @@ impl<'a> Target<'a> {
             token: token as u32,
             logprob: logprob as f32,
             policy_logprob: self.policy.logprob(self.logits[token]) as f32,
+            top: self.top(top),
         }
     }
 }

@@ -212,6 +212,7 @@ fn draws_follow_the_definition_and_a_broken_sampler_does_not() {
                 position: i,
                 history: &history,
                 proposal: None,
+                top: 0,
             };
             sample(&logits, &args, &mut scratch).unwrap()
         };
@@ -253,6 +254,7 @@ fn greedy_takes_the_lowest_of_the_best_with_logprob_at_temperature_one() {
         position: 2,
         history: &[],
         proposal: None,
+        top: 0,
     };
     let sampled = sample(&logits, &args, &mut Scratch::default()).unwrap();
     let exact = reference(&logits, &SamplingParams::default(), &[])[77].ln();
@@ -272,6 +274,7 @@ fn greedy_takes_the_lowest_of_the_best_with_logprob_at_temperature_one() {
         position: 2,
         history: &[77],
         proposal: None,
+        top: 0,
     };
     let sampled = sample(&logits, &args, &mut Scratch::default()).unwrap();
     assert_eq!(sampled.token, 500);
@@ -289,6 +292,7 @@ fn non_finite_logits_are_an_error_that_names_the_position() {
             position: 4,
             history: &[0; 4],
             proposal: None,
+            top: 0,
         };
         let error = sample(&logits, &args, &mut Scratch::default()).unwrap_err();
         assert!(

@@ -71,13 +71,13 @@ pub fn verify<'l>(
         let p = target.probability(token as usize);
         let q = proposal.probability(i, token as usize);
         if uniform(mix(args.stream ^ ACCEPT_STREAM), position) * q < p {
-            out.push(target.sampled(token as usize));
+            out.push(target.sampled(token as usize, args.top));
             history.push(token);
             continue;
         }
         let q = |token| proposal.probability(i, token);
         let replacement = target.draw_residual(q, uniform(args.stream, position));
-        out.push(target.sampled(replacement));
+        out.push(target.sampled(replacement, args.top));
         return Ok(out);
     }
     let bonus = SampleArgs {

@@ -16,7 +16,7 @@ use crate::{
     error::PolicyError,
     spec::{Family, ModelSpec},
     tokenizer::Tokenizer,
-    types::{Finish, PackedBatch, Request, TokenScores},
+    types::{Finish, PackedBatch, Request, TokenScores, TopTokens},
 };
 
 /// Bytes of each token; the last one is end-of-text. Multi-byte characters come in pieces, and stop strings
@@ -278,6 +278,16 @@ impl Backend for ScriptedBackend {
         Err(PolicyError::Misuse("the scripted model does not train"))
     }
 
+    fn distill(
+        &mut self,
+        _: &PackedBatch,
+        _: &[TopTokens],
+        _: f32,
+        _: f64,
+    ) -> Result<f64, PolicyError> {
+        Err(PolicyError::Misuse("the scripted model does not train"))
+    }
+
     fn optimizer_step(&mut self, _: &OptimStep) -> Result<f64, PolicyError> {
         Err(PolicyError::Misuse("the scripted model does not train"))
     }
@@ -289,6 +299,7 @@ fn trusting(logits: &[Vec<f32>], args: &SampleArgs<'_>, proposed: &[u32]) -> Vec
         token: *token,
         logprob: 0.0,
         policy_logprob: 0.0,
+        top: TopTokens::default(),
     };
     let mut out: Vec<Sampled> = proposed.iter().map(accepted).collect();
     let last = &logits[proposed.len()];
@@ -325,6 +336,7 @@ pub(super) fn naive(
             position: tokens.len() as u64,
             history: &tokens,
             proposal: None,
+            top: 0,
         };
         let logits = logits_after(salt, &tokens);
         let sampled = sample(&logits, &args, &mut Scratch::default()).unwrap();
