@@ -1,5 +1,7 @@
 //! Accuracy and reward on held-out rows: greedy, or several samples a row for pass@k.
 
+use std::collections::HashSet;
+
 use grpo_policy::engine::Progress;
 
 use crate::{
@@ -63,6 +65,8 @@ pub struct EvalReport {
     pub mean_length: f64,
     /// Rows whose prompt did not fit.
     pub too_long: usize,
+    /// Rows that accuracy is over: those with an answer.
+    pub answered: usize,
 }
 
 impl EvalReport {
@@ -108,8 +112,15 @@ pub fn evaluate(
         Score::Value(scored) => Some(scored.total),
         Score::Skip(_) => None,
     }));
-    if !rows.is_empty() && rows.iter().all(|row| row.json.contains_key(ANSWER)) {
-        judge_answers(judges.math, &samples, settings.samples, &mut report)?;
+    // Accuracy is that of the rows that say what is right; `null` says nothing.
+    let says = |row: &&Row| row.json.get(ANSWER).is_some_and(|answer| !answer.is_null());
+    let answered: HashSet<u64> = rows.iter().filter(says).map(|row| row.id).collect();
+    let judged: Vec<Sample<'_>> = samples
+        .into_iter()
+        .filter(|sample| answered.contains(&sample.row_id))
+        .collect();
+    if !judged.is_empty() {
+        judge_answers(judges.math, &judged, settings.samples, &mut report)?;
     }
     Ok(report)
 }
@@ -120,6 +131,7 @@ fn judge_answers(
     per_row: u32,
     report: &mut EvalReport,
 ) -> anyhow::Result<()> {
+    report.answered = samples.len() / per_row as usize;
     let scores = math.score(samples)?.scores;
     let part = |score: &Score, name: &str| match score {
         Score::Value(scored) => {

@@ -49,6 +49,7 @@ fn json_of(report: &EvalReport, samples: u32) -> serde_json::Value {
         "accuracy_strict": report.accuracy_strict,
         "accuracy_flexible": report.accuracy_flexible,
         "n": report.n,
+        "answered": report.answered,
         "samples": samples,
         "pass_at_k": report.pass_at_k,
         "reward": report.reward,

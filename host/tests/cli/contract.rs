@@ -122,6 +122,29 @@ fn eval_prints_its_object() {
 }
 
 #[test]
+fn accuracy_is_that_of_the_rows_with_an_answer() {
+    let lab = Lab::new();
+    let row = |i: usize| match i {
+        0..4 => format!("{{\"question\": \"{i}\", \"answer\": \"1\"}}\n"),
+        4..6 => format!("{{\"question\": \"{i}\", \"answer\": null}}\n"),
+        _ => format!("{{\"question\": \"{i}\"}}\n"),
+    };
+    lab.write("mixed.jsonl", (0..9).map(row).collect::<String>());
+    let json = lab
+        .run("eval --config run.yaml --data mixed.jsonl --json")
+        .fine()
+        .json();
+    assert_keys(&json, &[("accuracy_strict", "fraction")]);
+    let limited = json["answered"].as_u64().unwrap();
+    // `eval_rows` of the config is 4.
+    assert_eq!((&json["n"], limited), (&4.into(), 4));
+    let all = "eval --config run.yaml --data mixed.jsonl --json --limit 9";
+    let json = lab.run(all).fine().json();
+    assert_keys(&json, &[("accuracy_strict", "fraction")]);
+    assert_eq!((&json["n"], &json["answered"]), (&9.into(), &4.into()));
+}
+
+#[test]
 fn the_embedded_default_needs_no_file() {
     let lab = Lab::new();
     let small = "--steps 2 --set prompts_per_step=4 --set num_generations=4 --set eval_rows=32";
