@@ -143,6 +143,8 @@ fn refuse_changes(before: &RunConfig, now: &RunConfig) -> anyhow::Result<()> {
     let mut may = before.clone();
     may.training.max_steps = now.training.max_steps;
     may.eval = now.eval.clone();
+    // Held-out rows may come off the training rows.
+    may.eval.eval_rows = before.eval.eval_rows;
     may.output = now.output.clone();
     may.hardware = now.hardware.clone();
     if may == *now {

@@ -120,6 +120,9 @@ fn settings_that_make_history_cannot_change_and_others_are_taken_in() {
     let ended = lab.run("--resume a --steps 4 --plugin reward-math");
     let (error, _) = ended.refused(2);
     assert_eq!(error, "a resumed run cannot change `plugins`");
+    let ended = lab.run("--resume a --steps 4 --set eval_rows=5");
+    let (error, _) = ended.refused(2);
+    assert_eq!(error, "a resumed run cannot change `eval_rows`");
     assert_eq!(lab.metrics("a"), before);
     lab.run("--resume a --steps 3 --quiet").fine();
     let config = std::fs::read_to_string(lab.path("a/config.yaml")).unwrap();
