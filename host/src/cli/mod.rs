@@ -120,12 +120,6 @@ pub struct ModelArgs {
     /// Source of every random choice
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
-    /// Speculative decoding: who guesses [default: none]
-    #[arg(long, value_name = "none|ngram|suffix|model:PATH|layers:K")]
-    pub draft: Option<DraftKind>,
-    /// Tokens guessed at a time [default: auto]
-    #[arg(long, value_name = "auto|N")]
-    pub draft_tokens: Option<DraftTokens>,
 }
 
 impl ModelArgs {
@@ -142,6 +136,25 @@ impl ModelArgs {
         set(&mut base, "device", "--device", self.device)?;
         set(&mut base, "threads", "--threads", self.threads)?;
         set(&mut base, "seed", "--seed", self.seed)?;
+        Ok(base)
+    }
+}
+
+/// Speculative decoding, for the commands that generate. The others must not take the flags and ignore
+/// them.
+#[derive(Args, Debug, Default)]
+pub struct DraftArgs {
+    /// Speculative decoding: who guesses [default: none]
+    #[arg(long, value_name = "none|ngram|suffix|model:PATH|layers:K")]
+    pub draft: Option<DraftKind>,
+    /// Tokens guessed at a time [default: auto]
+    #[arg(long, value_name = "auto|N")]
+    pub draft_tokens: Option<DraftTokens>,
+}
+
+impl DraftArgs {
+    /// These flags over `base`.
+    pub fn over(&self, mut base: RawConfig) -> Result<RawConfig, ConfigError> {
         set(&mut base, "draft", "--draft", self.draft.as_ref())?;
         set(
             &mut base,

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Map, Value};
 
 use super::{ModelArgs, OutputArgs, PluginArg, set};
-use crate::config::{ConfigError, DraftKind, RawConfig};
+use crate::config::{ConfigError, DraftKind, DraftTokens, RawConfig};
 
 #[derive(Args, Debug)]
 pub struct ResultsArgs {
@@ -69,6 +69,9 @@ pub struct BenchSpecArgs {
     /// Rows whose prompts are continued [default: the built-in rows]
     #[arg(long, value_name = "PATH|HUB-ID")]
     pub data: Option<String>,
+    /// Tokens guessed at a time [default: auto]
+    #[arg(long, value_name = "auto|N")]
+    pub draft_tokens: Option<DraftTokens>,
     /// Drafts to compare with plain decoding
     #[arg(
         long,
@@ -95,6 +98,8 @@ impl BenchSpecArgs {
     pub fn over(&self, base: RawConfig) -> Result<RawConfig, ConfigError> {
         let mut raw = self.model.over(base)?;
         set(&mut raw, "data", "--data", self.data.as_ref())?;
+        let at_a_time = self.draft_tokens;
+        set(&mut raw, "draft_tokens", "--draft-tokens", at_a_time)?;
         let tokens = Some(self.new_tokens);
         set(&mut raw, "max_completion_length", "--new-tokens", tokens)?;
         Ok(raw)

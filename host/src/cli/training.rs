@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{ModelArgs, OutputArgs, PluginArg, set, set_plugins};
+use super::{DraftArgs, ModelArgs, OutputArgs, PluginArg, set, set_plugins};
 use crate::config::{ConfigError, RawConfig};
 
 #[derive(Args, Debug, Default)]
@@ -14,6 +14,8 @@ pub struct TrainArgs {
     pub plugins: Vec<PluginArg>,
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub draft: DraftArgs,
     /// Training rows: JSONL, Parquet or a hub id [default: the built-in rows]
     #[arg(long, value_name = "PATH|HUB-ID")]
     pub data: Option<String>,
@@ -33,7 +35,7 @@ pub struct TrainArgs {
 impl TrainArgs {
     /// `base` (the embedded run, or the `config.yaml` of a resumed one), then the file, then the flags.
     pub fn over(&self, base: RawConfig) -> Result<RawConfig, ConfigError> {
-        let mut raw = self.model.over(base)?;
+        let mut raw = self.draft.over(self.model.over(base)?)?;
         set_plugins(&mut raw, &self.plugins)?;
         set(&mut raw, "data", "--data", self.data.as_ref())?;
         set(&mut raw, "max_steps", "--steps", self.steps)?;
@@ -46,6 +48,8 @@ impl TrainArgs {
 pub struct EvalArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub draft: DraftArgs,
     /// Rows to evaluate on [default: held-out built-in rows]
     #[arg(long, value_name = "PATH|HUB-ID")]
     pub data: Option<String>,
@@ -70,7 +74,8 @@ pub struct EvalArgs {
 impl EvalArgs {
     /// `base`, then the file, then the flags.
     pub fn over(&self, base: RawConfig) -> Result<RawConfig, ConfigError> {
-        let mut raw = self.sampling.over(self.model.over(base)?)?;
+        let base = self.draft.over(self.model.over(base)?)?;
+        let mut raw = self.sampling.over(base)?;
         set_plugins(&mut raw, &self.plugins)?;
         set(&mut raw, "eval_data", "--data", self.data.as_ref())?;
         set(&mut raw, "eval_data_split", "--split", self.split.as_ref())?;
@@ -155,6 +160,8 @@ impl SftArgs {
 pub struct RolloutArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub draft: DraftArgs,
     /// Text to continue; goes through the model's chat template if it has one
     #[arg(long, value_name = "TEXT")]
     pub prompt: String,
@@ -179,7 +186,7 @@ impl RolloutArgs {
             temperature,
             ..self.sampling.clone()
         };
-        sampling.over(self.model.over(base)?)
+        sampling.over(self.draft.over(self.model.over(base)?)?)
     }
 
     /// Always take the most likely token.

@@ -125,6 +125,10 @@ fn impossible_drafts_are_refused() {
         "{error}"
     );
     assert_eq!(hint, "`--help` lists commands and flags");
+    // Commands that guess nothing do not take the flag and ignore it.
+    let ended = lab.run("bench train --draft ngram");
+    let (error, _) = ended.refused(2);
+    assert_eq!(error, "unexpected argument '--draft' found");
     let (error, hint) = refused("layers:2", 1);
     assert_eq!(error, "draft layers:2 of a policy with 2 layers");
     assert_eq!(hint, "use layers:1 to layers:1");
