@@ -70,6 +70,9 @@ def main():
     rng, seen = random.Random(20260101), set()
     heldout = [{"question": q, "answer": a} for q, _, a in rows(rng, 400, seen)]
     train = [{"question": q, "answer": a} for q, _, a in rows(rng, 3000, seen)]
+    # A third of them: 100 steps pass over these four times, so that the curriculum has epochs to compare. The
+    # others are drawn all the same, because the model was made with the sft rows that come after them.
+    del train[1000:]
     sft = [{"question": q, "completion": f"<think>{s}</think>#### {a}"} for q, s, a in rows(rng, 3000, seen)]
     write("heldout.jsonl", heldout)
     write("train.jsonl", train)

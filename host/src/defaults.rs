@@ -61,6 +61,16 @@ pub fn model() -> Result<LoadedModel, PolicyError> {
     )
 }
 
+/// Its draft: 66 thousand parameters, the same tokenizer, made the same way.
+pub fn draft() -> Result<LoadedModel, PolicyError> {
+    weights::from_bytes(
+        include_bytes!("../../examples/arith/draft/config.json"),
+        include_bytes!("../../examples/arith/draft/model.safetensors"),
+        include_bytes!("../../examples/arith/model/tokenizer.json"),
+        include_bytes!("../../examples/arith/model/tokenizer_config.json"),
+    )
+}
+
 /// The arithmetic problems to train on.
 pub fn train_rows() -> Result<Dataset, DataError> {
     let text = include_str!("../../examples/arith/train.jsonl");

@@ -16,6 +16,7 @@ use grpo_policy::{
 use crate::{
     cli::Environment,
     config::{DraftKind, DraftTokens, RunConfig},
+    defaults,
     policy::Policy,
     setup::{self, OnDownload},
     update::{Sequence, split},
@@ -86,8 +87,11 @@ pub fn attach(
             Source::Layers(wanted)
         }
         DraftKind::Model(name) => {
-            let model = setup::named_model(name, "main", environment, on_download)
-                .with_context(|| format!("draft `{name}`"))?;
+            let model = match name.as_str() {
+                setup::EMBEDDED => defaults::draft()?,
+                name => setup::named_model(name, "main", environment, on_download)
+                    .with_context(|| format!("draft `{name}`"))?,
+            };
             check_tokenizer(name, &model, &policy.tokenizer)?;
             let trainable = match learns {
                 true => Trainable::Full {

@@ -1,9 +1,10 @@
 //! `grpo-host train`: opens or resumes the run directory, drives the trainer, keeps the record.
 
+mod summary;
+
 use std::{io::ErrorKind, path::PathBuf, time::Instant};
 
 use anyhow::Context;
-use serde_json::json;
 
 use super::progress::{Bar, downloads, guest_log};
 use crate::{
@@ -18,11 +19,8 @@ use crate::{
     },
     setup,
     trainer::{StepReport, Trainer, loss_config},
-    types::PluginId,
 };
-
-/// Share of the steps whose mean reward is called the first and the last.
-const ENDS: u64 = 10;
+use summary::Summary;
 
 /// Trains, and prints a short table or one JSON object.
 pub(super) fn run(args: &TrainArgs, environment: &Environment) -> anyhow::Result<()> {
@@ -314,42 +312,7 @@ impl<'a> Run<'a> {
         if !outcome.interrupted {
             self.trainer.policy.export(self.dir.root())?;
         }
-        self.summary(outcome)
-    }
-
-    fn summary(&self, outcome: &Outcome) -> anyhow::Result<Summary> {
-        let lines = read_metrics(self.dir.root())?;
-        let rewards: Vec<f64> = lines
-            .iter()
-            .filter_map(|l| l.get("reward")?.as_f64())
-            .collect();
-        let edge = rewards.len().div_ceil(ENDS as usize).max(1);
-        let mean = |part: &[f64]| crate::evaluate::mean(part.iter().copied());
-        let state = &self.trainer.state;
-        let wall_s = self.wall_before + self.started.elapsed().as_secs_f64();
-        // From the file, because the last evaluation may have been that of an earlier session.
-        let trained = lines.iter().rev().filter(|line| line["step"] != 0);
-        let eval_after = trained.filter_map(record::headline).next();
-        Ok(Summary {
-            steps: state.step,
-            reward_first: mean(&rewards[..edge.min(rewards.len())]),
-            reward_last: mean(&rewards[rewards.len().saturating_sub(edge)..]),
-            eval_before: state.eval_before,
-            eval_after,
-            eval_rows: self.trainer.rows.eval.len(),
-            best: state.best.map(|best| (best.step, best.accuracy)),
-            tokens_per_second: state.tokens as f64 / wall_s.max(1e-9),
-            wall_s,
-            run_dir: self.dir.root().to_owned(),
-            plugins: self
-                .trainer
-                .plugins
-                .locked
-                .iter()
-                .map(|l| l.id.clone())
-                .collect(),
-            stopped_early: outcome.stopped_early,
-        })
+        Summary::of(self, outcome)
     }
 }
 
@@ -385,99 +348,4 @@ fn check_lock(dir: &RunDir, loaded: &[LockedPlugin]) -> anyhow::Result<()> {
         }
     }
     Ok(())
-}
-
-/// What a run comes to.
-struct Summary {
-    steps: u64,
-    /// Mean reward of the first and of the last tenth of the steps.
-    reward_first: Option<f64>,
-    reward_last: Option<f64>,
-    eval_before: Option<f64>,
-    eval_after: Option<f64>,
-    eval_rows: usize,
-    best: Option<(u64, f64)>,
-    tokens_per_second: f64,
-    wall_s: f64,
-    run_dir: PathBuf,
-    plugins: Vec<PluginId>,
-    stopped_early: bool,
-}
-
-impl Summary {
-    fn json(&self) -> serde_json::Value {
-        json!({
-            "steps": self.steps,
-            "reward_first": self.reward_first,
-            "reward_last": self.reward_last,
-            "eval_before": self.eval_before,
-            "eval_after": self.eval_after,
-            "tokens_per_second": self.tokens_per_second,
-            "wall_s": self.wall_s,
-            "run_dir": self.run_dir,
-            "plugins": self.plugins,
-            "stopped_early": self.stopped_early,
-        })
-    }
-
-    fn table(&self) -> String {
-        let number = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.3}"));
-        let percent =
-            |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{:.1} %", 100.0 * x));
-        let mut rows = vec![
-            (
-                "reward",
-                format!(
-                    "{} → {}",
-                    number(self.reward_first),
-                    number(self.reward_last)
-                ),
-            ),
-            (
-                "held-out",
-                format!(
-                    "{} → {}   ({} rows, greedy)",
-                    percent(self.eval_before),
-                    percent(self.eval_after),
-                    self.eval_rows
-                ),
-            ),
-            (
-                "steps",
-                self.steps.to_string()
-                    + if self.stopped_early {
-                        " (no further gain)"
-                    } else {
-                        ""
-                    },
-            ),
-            (
-                "speed",
-                format!(
-                    "{:.0} tokens/s, {:.1} s",
-                    self.tokens_per_second, self.wall_s
-                ),
-            ),
-        ];
-        if let Some((step, accuracy)) = self.best {
-            rows.push((
-                "best",
-                format!("{} at step {step}", percent(Some(accuracy))),
-            ));
-        }
-        for plugin in &self.plugins {
-            let role = format!("{:?}", plugin.role).to_lowercase();
-            rows.push((
-                "plugin",
-                format!("{role} {} {}", plugin.name, &plugin.digest[..19]),
-            ));
-        }
-        rows.push((
-            "run",
-            format!("{} (report.html, model/)", self.run_dir.display()),
-        ));
-        rows.iter()
-            .map(|(name, value)| format!("{name:>9}  {value}\n"))
-            .collect()
-    }
 }

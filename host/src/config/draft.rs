@@ -15,7 +15,8 @@ pub enum DraftKind {
     Ngram,
     /// What followed them in earlier completions of the same prompt.
     Suffix,
-    /// A smaller model with the same tokenizer: folder, GGUF file or hub id.
+    /// A smaller model with the same tokenizer: folder, GGUF file, hub id, or `embedded` for the draft of
+    /// the arithmetic model.
     Model(String),
     /// The first layers of the policy.
     Layers(usize),

@@ -1,0 +1,217 @@
+//! What a run comes to: the table at its end, and the JSON object for scripts.
+
+use std::path::PathBuf;
+
+use serde_json::{Map, Value, json};
+
+use super::{Outcome, Run};
+use crate::{
+    config::{DraftKind, DraftTokens},
+    record,
+    run::read_metrics,
+    types::PluginId,
+};
+
+/// Share of the steps whose mean is called the first and the last.
+const ENDS: usize = 10;
+
+/// See the file header.
+pub(super) struct Summary {
+    steps: u64,
+    reward: Ends,
+    /// Share of drafted tokens that were accepted.
+    acceptance: Ends,
+    draft: (DraftKind, DraftTokens),
+    /// Rows and completions of each, per bucket of the last step's curriculum, hardest first.
+    buckets: Vec<(f64, f64)>,
+    eval_before: Option<f64>,
+    eval_after: Option<f64>,
+    eval_rows: usize,
+    best: Option<(u64, f64)>,
+    tokens_per_second: f64,
+    wall_s: f64,
+    run_dir: PathBuf,
+    plugins: Vec<PluginId>,
+    stopped_early: bool,
+}
+
+/// Mean of a metric over the first and over the last tenth of the steps that have it.
+#[derive(Clone, Copy, Default)]
+struct Ends {
+    first: Option<f64>,
+    last: Option<f64>,
+}
+
+impl Ends {
+    fn of(lines: &[Map<String, Value>], metric: &str) -> Self {
+        let value = |line: &Map<String, Value>| line.get(metric)?.as_f64();
+        let values: Vec<f64> = lines.iter().filter_map(value).collect();
+        let edge = values.len().div_ceil(ENDS);
+        let mean = |part: &[f64]| crate::evaluate::mean(part.iter().copied());
+        Self {
+            first: mean(&values[..edge]),
+            last: mean(&values[values.len() - edge..]),
+        }
+    }
+
+    fn show(self, number: impl Fn(Option<f64>) -> String) -> String {
+        format!("{} → {}", number(self.first), number(self.last))
+    }
+}
+
+impl Summary {
+    pub(super) fn of(run: &Run<'_>, outcome: &Outcome) -> anyhow::Result<Self> {
+        let lines = read_metrics(run.dir.root())?;
+        let (trainer, state) = (&run.trainer, &run.trainer.state);
+        let wall_s = run.wall_before + run.started.elapsed().as_secs_f64();
+        // From the file, because the last evaluation may have been that of an earlier session.
+        let trained = lines.iter().rev().filter(|line| line["step"] != 0);
+        let eval_after = trained.filter_map(record::headline).next();
+        let generation = &trainer.config.generation;
+        Ok(Self {
+            steps: state.step,
+            reward: Ends::of(&lines, "reward"),
+            acceptance: Ends::of(&lines, "spec_decode/acceptance_rate"),
+            draft: (generation.draft.clone(), generation.draft_tokens),
+            buckets: lines.last().map(buckets).unwrap_or_default(),
+            eval_before: state.eval_before,
+            eval_after,
+            eval_rows: trainer.rows.eval.len(),
+            best: state.best.map(|best| (best.step, best.accuracy)),
+            tokens_per_second: state.tokens as f64 / wall_s.max(1e-9),
+            wall_s,
+            run_dir: run.dir.root().to_owned(),
+            plugins: trainer
+                .plugins
+                .locked
+                .iter()
+                .map(|l| l.id.clone())
+                .collect(),
+            stopped_early: outcome.stopped_early,
+        })
+    }
+
+    pub(super) fn json(&self) -> Value {
+        let bucket = |(rows, rollouts): &(f64, f64)| json!({"rows": rows, "rollouts": rollouts});
+        json!({
+            "steps": self.steps,
+            "reward_first": self.reward.first,
+            "reward_last": self.reward.last,
+            "eval_before": self.eval_before,
+            "eval_after": self.eval_after,
+            "acceptance_first": self.acceptance.first,
+            "acceptance_last": self.acceptance.last,
+            "buckets": self.buckets.iter().map(bucket).collect::<Vec<_>>(),
+            "tokens_per_second": self.tokens_per_second,
+            "wall_s": self.wall_s,
+            "run_dir": self.run_dir,
+            "plugins": self.plugins,
+            "stopped_early": self.stopped_early,
+        })
+    }
+
+    pub(super) fn table(&self) -> String {
+        let number = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.3}"));
+        let (before, after) = (percent(self.eval_before), percent(self.eval_after));
+        let held_out = format!("{before} → {after}   ({} rows, greedy)", self.eval_rows);
+        let early = if self.stopped_early {
+            " (no further gain)"
+        } else {
+            ""
+        };
+        let speed = format!(
+            "{:.0} tokens/s, {:.1} s",
+            self.tokens_per_second, self.wall_s
+        );
+        let mut rows = vec![("reward", self.reward.show(number)), ("held-out", held_out)];
+        if let Some((step, accuracy)) = self.best {
+            let best = format!("{} at step {step}", percent(Some(accuracy)));
+            rows.push(("best", best));
+        }
+        rows.extend(self.drafted().map(|text| ("draft", text)));
+        rows.extend(self.rollouts().map(|text| ("rollouts", text)));
+        rows.push(("steps", format!("{}{early}", self.steps)));
+        rows.push(("speed", speed));
+        for plugin in &self.plugins {
+            let role = format!("{:?}", plugin.role).to_lowercase();
+            let text = format!("{role} {} {}", plugin.name, &plugin.digest[..19]);
+            rows.push(("plugin", text));
+        }
+        let run = format!("{} (report.html, model/)", self.run_dir.display());
+        rows.push(("run", run));
+        let line = |(name, value): &(&str, String)| format!("{name:>9}  {value}\n");
+        rows.iter().map(line).collect()
+    }
+
+    /// What became of drafted tokens; `None` where none were.
+    fn drafted(&self) -> Option<String> {
+        self.acceptance.first?;
+        let (kind, tokens) = &self.draft;
+        let tokens = match tokens {
+            DraftTokens::Auto => "as many tokens as pay".to_owned(),
+            DraftTokens::Fixed(tokens) => format!("{tokens} tokens"),
+        };
+        let accepted = self.acceptance.show(percent);
+        Some(format!(
+            "{accepted} accepted   ({kind}, {tokens} at a time)"
+        ))
+    }
+
+    /// Completions per row of each bucket; `None` for a curriculum that has no buckets.
+    fn rollouts(&self) -> Option<String> {
+        let last = self.buckets.len().checked_sub(1)?;
+        let show = |(i, (rows, rollouts)): (usize, &(f64, f64))| {
+            let name = match i {
+                _ if last == 0 => "all",
+                0 => "hard",
+                i if i == last => "easy",
+                _ => "medium",
+            };
+            format!("{name} {rollouts} each ({rows} rows)")
+        };
+        let buckets: Vec<String> = self.buckets.iter().enumerate().map(show).collect();
+        Some(buckets.join(", "))
+    }
+}
+
+fn percent(share: Option<f64>) -> String {
+    share.map_or("–".to_owned(), |share| format!("{:.1} %", 100.0 * share))
+}
+
+/// Rows and completions per row of the buckets that a curriculum reports as `bucket_I/n` and
+/// `bucket_I/rollouts` (docs/plugins.md).
+fn buckets(line: &Map<String, Value>) -> Vec<(f64, f64)> {
+    let of = |i: usize, name: &str| line.get(&format!("curriculum/bucket_{i}/{name}"))?.as_f64();
+    let bucket = |i| of(i, "n").zip(of(i, "rollouts"));
+    (0..).map_while(bucket).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(json: Value) -> Map<String, Value> {
+        serde_json::from_value(json).unwrap()
+    }
+
+    #[test]
+    fn ends_are_means_of_a_tenth() {
+        let lines: Vec<_> = (0..20)
+            .map(|i| line(json!({"reward": i, "step": i})))
+            .collect();
+        let ends = Ends::of(&lines, "reward");
+        assert_eq!((ends.first, ends.last), (Some(0.5), Some(18.5)));
+        let none = Ends::of(&lines, "spec_decode/acceptance_rate");
+        assert_eq!((none.first, none.last), (None, None));
+    }
+
+    #[test]
+    fn buckets_end_at_the_first_that_is_missing() {
+        let line = line(json!({
+            "curriculum/bucket_0/n": 4, "curriculum/bucket_0/rollouts": 10,
+            "curriculum/bucket_1/n": 96, "curriculum/bucket_1/rollouts": 5,
+            "curriculum/bucket_3/n": 1, "curriculum/bucket_3/rollouts": 1,
+        }));
+        assert_eq!(buckets(&line), [(4.0, 10.0), (96.0, 5.0)]);
+    }
+}
