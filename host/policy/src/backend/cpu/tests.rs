@@ -1,6 +1,8 @@
 //! The whole network against finite differences, on tiny random models of every family, and the rollout
 //! path against the scoring path.
 
+mod early_exit;
+
 use super::*;
 use crate::{
     backend::SampleArgs,
@@ -193,6 +195,16 @@ fn soft_targets(batch: &PackedBatch) -> Vec<TopTokens> {
     (0..batch.n_scored()).map(target).collect()
 }
 
+/// Mean entropy of targets: the least that a cross-entropy from them can be.
+fn entropy(targets: &[TopTokens]) -> f64 {
+    let entropy = |t: &TopTokens| {
+        let total: f32 = t.probabilities.iter().sum();
+        let h = |p: &f32| f64::from(-p / total) * f64::from(p / total).ln();
+        t.probabilities.iter().map(h).sum::<f64>()
+    };
+    targets.iter().map(entropy).sum::<f64>() / targets.len() as f64
+}
+
 #[test]
 fn gradients_of_distillation() {
     let spec = tiny_spec(Family::Llama);
@@ -207,7 +219,7 @@ fn gradients_of_distillation() {
     let value = |backend: &mut CpuBackend| {
         backend.grads.clear();
         backend
-            .distill(&batch, &targets, TEMPERATURE, weight)
+            .distill(&batch, &targets, TEMPERATURE, weight, Exit::Final)
             .unwrap()
     };
     value(&mut backend);
@@ -248,13 +260,7 @@ fn distillation_brings_a_draft_to_its_target() {
         CpuBackend::new(spec.clone(), &random_weights(&spec), &trainable, false).unwrap();
     let batch = batch();
     let targets = soft_targets(&batch);
-    // The least a cross-entropy can be is the entropy of its target.
-    let entropy = |t: &TopTokens| {
-        let total: f32 = t.probabilities.iter().sum();
-        let h = |p: &f32| f64::from(-p / total) * f64::from(p / total).ln();
-        t.probabilities.iter().map(h).sum::<f64>()
-    };
-    let least = targets.iter().map(entropy).sum::<f64>() / targets.len() as f64;
+    let least = entropy(&targets);
     let weight = 1.0 / targets.len() as f64;
     let step = OptimStep {
         learning_rate: 0.02,
@@ -266,15 +272,19 @@ fn distillation_brings_a_draft_to_its_target() {
     };
     let mut losses = Vec::new();
     for _ in 0..120 {
-        losses.push(backend.distill(&batch, &targets, 1.0, weight).unwrap());
-        backend.optimizer_step(&step).unwrap();
+        losses.push(
+            backend
+                .distill(&batch, &targets, 1.0, weight, Exit::Final)
+                .unwrap(),
+        );
+        backend.optimizer_step(&step, Exit::Final).unwrap();
     }
     let (first, last) = (losses[0], losses[119]);
     assert!(
         first > least + 1.0 && last < least + 0.1 && last > least,
         "{first} to {last}, at least {least}"
     );
-    let wrong = backend.distill(&batch, &targets[1..], 1.0, weight);
+    let wrong = backend.distill(&batch, &targets[1..], 1.0, weight, Exit::Final);
     assert!(matches!(wrong, Err(PolicyError::Misuse(_))));
 }
 
@@ -310,7 +320,7 @@ fn reference_stays_while_the_policy_moves() {
             weight_decay: 0.0,
             max_grad_norm: 1.0,
         };
-        backend.optimizer_step(&step).unwrap();
+        backend.optimizer_step(&step, Exit::Final).unwrap();
         assert_eq!(before, objective(&mut backend, Pass::Reference));
         // A step along −gradient of Σ c·logp lowers it.
         assert!(objective(&mut backend, Pass::Score) < before);
