@@ -221,9 +221,15 @@ pub(super) struct PromptPart<'a> {
 
 /// What a step of the policy cost and brought.
 pub(super) struct StepCost {
+    /// Sequences in it.
+    pub(super) rows: usize,
     /// Tokens the policy ran, prompts and proposals included.
     pub(super) tokens: usize,
+    /// Sequences with a proposal, and its tokens.
+    pub(super) proposals: usize,
     pub(super) proposed: usize,
+    /// Proposed tokens accepted, and proposals that were not accepted to their end.
     pub(super) accepted: usize,
+    pub(super) rejected: usize,
     pub(super) seconds: f64,
 }
