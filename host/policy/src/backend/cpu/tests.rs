@@ -184,6 +184,16 @@ fn gradients_of_lora() {
     check_gradients(Family::Qwen2, &Trainable::Lora { config, seed: 1 }, false);
 }
 
+/// Takes a tiny model to a target in a hundred steps or so.
+pub(crate) const STEP: OptimStep = OptimStep {
+    learning_rate: 0.02,
+    beta1: 0.9,
+    beta2: 0.99,
+    eps: 1e-8,
+    weight_decay: 0.0,
+    max_grad_norm: 1.0,
+};
+
 /// Likely tokens of each scored token, of different numbers.
 fn soft_targets(batch: &PackedBatch) -> Vec<TopTokens> {
     let target = |i: usize| TopTokens {
@@ -262,14 +272,6 @@ fn distillation_brings_a_draft_to_its_target() {
     let targets = soft_targets(&batch);
     let least = entropy(&targets);
     let weight = 1.0 / targets.len() as f64;
-    let step = OptimStep {
-        learning_rate: 0.02,
-        beta1: 0.9,
-        beta2: 0.99,
-        eps: 1e-8,
-        weight_decay: 0.0,
-        max_grad_norm: 1.0,
-    };
     let mut losses = Vec::new();
     for _ in 0..120 {
         losses.push(
@@ -277,7 +279,7 @@ fn distillation_brings_a_draft_to_its_target() {
                 .distill(&batch, &targets, 1.0, weight, Exit::Final)
                 .unwrap(),
         );
-        backend.optimizer_step(&step, Exit::Final).unwrap();
+        backend.optimizer_step(&STEP, Exit::Final).unwrap();
     }
     let (first, last) = (losses[0], losses[119]);
     assert!(

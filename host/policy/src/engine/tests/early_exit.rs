@@ -4,10 +4,10 @@
 use super::scripted::{TOKENS, tokenizer};
 use crate::{
     backend::{
-        Backend, Exit, OptimStep,
+        Backend, Exit,
         cpu::{
             CpuBackend, Trainable,
-            tests::{random_weights, tiny_spec},
+            tests::{STEP, random_weights, tiny_spec},
         },
     },
     engine::{
@@ -77,14 +77,6 @@ fn acceptance(completions: &[Completion]) -> f64 {
 /// Distils the exit on completions at temperature 1; their acceptance before and after.
 fn train(engine: &mut Engine, policy: &mut CpuBackend) -> (f64, f64) {
     let mut rates = Vec::new();
-    let step = OptimStep {
-        learning_rate: 0.02,
-        beta1: 0.9,
-        beta2: 0.99,
-        eps: 1e-8,
-        weight_decay: 0.0,
-        max_grad_norm: 1.0,
-    };
     for lesson in 0..LESSONS as u64 {
         let mut draft = draft(2);
         let request = request(lesson, 32, 1.0, 16);
@@ -104,7 +96,7 @@ fn train(engine: &mut Engine, policy: &mut CpuBackend) -> (f64, f64) {
         learner
             .distill(&batch, &targets, 1.0, weight, exit)
             .unwrap();
-        learner.optimizer_step(&step, exit).unwrap();
+        learner.optimizer_step(&STEP, exit).unwrap();
     }
     (rates[0], rates[LESSONS - 1])
 }

@@ -2,15 +2,6 @@
 
 use super::*;
 
-const STEP: OptimStep = OptimStep {
-    learning_rate: 0.02,
-    beta1: 0.9,
-    beta2: 0.99,
-    eps: 1e-8,
-    weight_decay: 0.0,
-    max_grad_norm: 1.0,
-};
-
 fn with_exit(family: Family, trainable: &Trainable) -> CpuBackend {
     let spec = tiny_spec(family);
     let weights = random_weights(&spec);
