@@ -8,7 +8,7 @@ use crate::{
     evaluate::{EvalReport, mean},
     run::{LockedPlugin, Rollout},
     trainer::{Group, StepReport},
-    types::{Completion, Finish, PluginId, Score, Telemetry},
+    types::{Completion, Finish, Plan, PluginId, Score, Telemetry},
 };
 
 /// Metric values in the order they are written.
@@ -38,6 +38,17 @@ impl Metrics {
             }
         }
     }
+}
+
+/// The line of `curriculum.jsonl` of a plan that reports something.
+pub fn curriculum(plan: &Plan) -> serde_json::Result<Option<Map<String, Value>>> {
+    if plan.report.is_empty() {
+        return Ok(None);
+    }
+    let tables = serde_json::to_value(&plan.report)?;
+    let line = [("epoch", plan.epoch.into()), ("tables", tables)];
+    let line = line.map(|(key, value)| (key.to_owned(), value));
+    Ok(Some(line.into_iter().collect()))
 }
 
 /// What [`EvalReport::headline`] was, of a line that has an evaluation.

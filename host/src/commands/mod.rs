@@ -23,6 +23,7 @@ mod progress;
 mod results;
 mod rollout;
 mod sft;
+mod table;
 mod train;
 
 use crate::{

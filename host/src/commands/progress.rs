@@ -8,6 +8,7 @@ use std::{
 use grpo_policy::engine::Progress;
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use super::table;
 use crate::{
     evaluate::EvalReport,
     hub,
@@ -25,6 +26,8 @@ pub(super) struct Bar {
     bar: ProgressBar,
     total: u64,
     quiet: bool,
+    /// Whether to print what the curriculum reports.
+    tables: bool,
     /// No terminal: print lines instead.
     lines: bool,
     last_line: Instant,
@@ -50,10 +53,17 @@ impl Bar {
             bar,
             total,
             quiet,
+            tables: true,
             lines,
             last_line,
             message: String::new(),
         }
+    }
+
+    /// Leaves out what the curriculum reports.
+    pub(super) fn without_tables(mut self) -> Self {
+        self.tables = false;
+        self
     }
 
     /// A step of the engine.
@@ -69,6 +79,11 @@ impl Bar {
         self.message = format!("reward {reward:.3} · {speed:.0} tok/s");
         self.bar.set_message(self.message.clone());
         self.bar.set_position(report.step);
+        if self.tables {
+            for line in report.plan.report.iter().flat_map(table::lines) {
+                self.print(&line);
+            }
+        }
         if self.lines && (self.last_line.elapsed() >= LINE_EVERY || report.step == self.total) {
             eprintln!("step {}/{} · {}", report.step, self.total, self.message);
             self.last_line = Instant::now();

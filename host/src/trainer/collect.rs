@@ -69,12 +69,15 @@ impl Trainer<'_> {
             seed: self.config.training.seed,
         };
         let outcomes = std::mem::take(&mut self.state.outcomes);
-        let plan = self
+        let mut plan = self
             .plugins
             .curriculum
             .plan(&self.state.curriculum, &outcomes, &budget)?;
         self.state.curriculum.clone_from(&plan.state);
         let picks = plan.picks.clone();
+        // An epoch may begin in any of a step's plans.
+        let earlier = std::mem::take(&mut collected.plan.report);
+        plan.report.splice(0..0, earlier);
         collected.plan = plan;
         collected.seconds.plan += started.elapsed().as_secs_f64();
         Ok(picks)
