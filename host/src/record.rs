@@ -82,6 +82,7 @@ pub fn metrics(report: &StepReport, total_tokens: u64) -> Metrics {
         report.sampling.dropped_groups as f64,
     );
     out.put("sampling/refills", f64::from(report.sampling.refills));
+    add_budget(&mut out, report);
     out.put("prompts/too_long", report.sampling.too_long as f64);
     for (name, value) in &report.plan.metrics {
         out.put(&format!("curriculum/{name}"), *value);
@@ -94,6 +95,21 @@ pub fn metrics(report: &StepReport, total_tokens: u64) -> Metrics {
     }
     add_times(&mut out, report);
     out
+}
+
+/// What the step's completions were spent on. A group teaches if not all of its advantages are 0.
+fn add_budget(out: &mut Metrics, report: &StepReport) {
+    let teaches = |g: &&Group| g.advantages.iter().any(|a| *a != 0.0);
+    let teaching = || report.groups.iter().filter(teaches);
+    let taught: usize = teaching().map(|g| g.advantages.len()).sum();
+    let drawn = report.sampling.completions as f64;
+    out.put("sampling/completions", drawn);
+    out.put(
+        "sampling/respent_completions",
+        report.sampling.respent as f64,
+    );
+    out.put("sampling/teaching_groups", teaching().count() as f64);
+    out.put("sampling/teaching_fraction", taught as f64 / drawn);
 }
 
 /// `rewards/NAME/mean` and `/std` of each reward and each of its parts, over scored samples.

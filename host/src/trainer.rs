@@ -3,6 +3,7 @@
 
 mod collect;
 mod report;
+mod respend;
 
 use std::time::Instant;
 

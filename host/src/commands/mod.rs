@@ -17,6 +17,7 @@ mod bench_spec;
 mod bench_train;
 mod doctor;
 mod eval;
+mod guest_log;
 mod output;
 mod plugin;
 mod progress;

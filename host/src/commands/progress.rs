@@ -1,20 +1,12 @@
 //! Progress on stderr: a bar on a terminal, a line now and then elsewhere, nothing when quiet.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use grpo_policy::engine::Progress;
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::table;
-use crate::{
-    evaluate::EvalReport,
-    hub,
-    plugin::{LogLevel, LogSink},
-    trainer::StepReport,
-};
+use crate::{evaluate::EvalReport, hub, trainer::StepReport};
 
 /// How often a line is printed where there is no terminal to draw on.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -127,17 +119,6 @@ impl Bar {
     pub(super) fn finish(&self) {
         self.bar.finish_and_clear();
     }
-}
-
-/// Lines of guests, from level info on.
-pub(super) fn guest_log() -> LogSink {
-    // Guests may log at any moment, also while a bar is drawn; plain lines on stderr are what every
-    // terminal copes with.
-    Arc::new(|line| {
-        if line.level >= LogLevel::Info {
-            eprintln!("[{}] {:?}: {}", line.plugin, line.level, line.text);
-        }
-    })
 }
 
 /// Reports downloads, one line when a file begins and one every ten seconds.

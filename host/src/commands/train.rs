@@ -5,7 +5,8 @@ use std::{io::ErrorKind, path::PathBuf, time::Instant};
 use anyhow::Context;
 use serde_json::json;
 
-use super::progress::{Bar, downloads, guest_log};
+use super::guest_log::guest_log;
+use super::progress::{Bar, downloads};
 use crate::{
     cli::{Environment, OutputArgs, TrainArgs},
     config::{RawConfig, RunConfig},
