@@ -82,6 +82,10 @@ fn open(args: &TrainArgs) -> anyhow::Result<(RunConfig, Place)> {
         let config = args.over(saved)?.validate()?;
         loss_config(&config.loss).validate()?;
         refuse_changes(&before, &config)?;
+        let step = resumed.checkpoint.as_ref().map_or(0, |c| c.state.step);
+        for damage in &resumed.damages {
+            eprintln!("warning: {damage}: going back to the checkpoint of step {step}");
+        }
         return Ok((config, Place::Resumed(Box::new(resumed))));
     }
     let config = super::config_over_defaults(|base| args.over(base))?;
