@@ -353,3 +353,17 @@ fn dynamic_sampling_is_a_flag_or_a_word() {
         assert!(hint.is_some());
     }
 }
+
+#[test]
+fn values_of_another_type_are_refused_with_what_is_allowed() {
+    for yaml in ["true", "-1", "2.5", "[3]"] {
+        let (error, _) = refusal(&format!("draft_tokens: {yaml}"));
+        let text = "`draft_tokens`: a draft length is auto or 1 to 16";
+        assert!(error.ends_with(text), "{yaml}: {error}");
+    }
+    for yaml in ["1", "[]", "{a: 1}"] {
+        let (error, _) = refusal(&format!("dynamic_sampling: {yaml}"));
+        let text = "`dynamic_sampling`: dynamic sampling is false, refill (or true) or respend";
+        assert!(error.ends_with(text), "{yaml}: {error}");
+    }
+}
