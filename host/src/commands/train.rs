@@ -32,6 +32,9 @@ pub(super) fn run(args: &TrainArgs, environment: &Environment) -> anyhow::Result
     super::set_threads(config.hardware.threads)?;
     super::require_cpu(config.hardware.device)?;
     let mut run = Run::prepare(&config, place, environment, quiet)?;
+    if let Some(odd) = config.idle_patience() {
+        eprintln!("warning: {odd}");
+    }
     let outcome = run.train(&interrupt, &args.output)?;
     let summary = run.finish(&outcome)?;
     if args.output.json {

@@ -180,3 +180,13 @@ fn a_warning_is_said_once_a_run() {
     let lines: Vec<&str> = stderr.lines().collect();
     assert_eq!(lines, [warning, &format!("{warning} (said 9 times)")]);
 }
+
+#[test]
+fn a_patience_that_cannot_run_out_is_warned_of() {
+    let lab = Lab::new();
+    let args = "--config run.yaml --quiet --out a --set eval_steps=0";
+    let ended = lab.run(&format!("{args} --set early_stopping_patience=1"));
+    let warning = "warning: early_stopping_patience 1 cannot end this run: with eval_steps 0 it has 0 \
+                   evaluations before its last step\n";
+    assert_eq!(ended.fine().stderr, warning);
+}
