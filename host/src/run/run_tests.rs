@@ -461,6 +461,7 @@ fn results_and_report() {
     }
     let extra = [
         ("eval_accuracy_strict".to_owned(), json!(0.5)),
+        ("spec_decode/acceptance_rate".to_owned(), json!(0.75)),
         ("nan".to_owned(), json!(null)),
     ];
     metrics.append(4, &extra.into_iter().collect()).unwrap();
@@ -478,7 +479,12 @@ fn results_and_report() {
     write_report(root).unwrap();
     let html = fs::read_to_string(root.join("report.html")).unwrap();
     assert!(!html.contains("<script") && html.contains("&lt;script&gt;alert(1)&lt;/script&gt;"));
-    assert_eq!(html.matches("<svg").count(), 2, "reward and evaluation");
+    assert_eq!(
+        html.matches("<svg").count(),
+        3,
+        "reward, evaluation, acceptance"
+    );
+    assert!(html.contains("<figcaption>Draft tokens accepted (share)"));
     assert!(html.contains("skipped: deadline"));
     assert!(html.contains("<pre>seed: 7\n</pre>"));
     // Self-contained: nothing is fetched from anywhere.
