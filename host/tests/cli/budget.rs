@@ -128,6 +128,39 @@ fn refilling_costs_more_and_nothing_costs_what_it_says() {
     );
 }
 
+/// What a step draws in vain is counted where the metric says all that is drawn, and nowhere else.
+#[test]
+fn drafts_and_plans_are_those_of_every_draw_of_a_step() {
+    let lab = Lab::new();
+    let draft = format!("--draft model:{} --draft-tokens 2", lab.model().display());
+    let args = RESPEND.replace("respend", "refill");
+    lab.run(&format!("{args} {draft}")).fine();
+    let mut dropped = 0.0;
+    for line in &lab.metrics("a")[1..] {
+        let drawn = number(line, "sampling/completions");
+        assert_eq!(number(line, "curriculum/completions"), drawn);
+        let kept = groups(&lab, line["step"].as_u64().unwrap());
+        let kept = || kept.iter().flatten().map(|r| &r.completion);
+        let logged: u32 = kept().map(|c| c.telemetry.draft_tokens).sum();
+        let counted = number(line, "spec_decode/num_draft_tokens");
+        let all_are_kept = drawn == kept().count() as f64;
+        assert_eq!(counted == f64::from(logged), all_are_kept, "{line:?}");
+        assert!(counted >= f64::from(logged), "{line:?}");
+        let at = |i: u32| {
+            number(
+                line,
+                &format!("spec_decode/num_accepted_tokens_per_pos/{i}"),
+            )
+        };
+        assert_eq!(
+            at(0) + at(1),
+            number(line, "spec_decode/num_accepted_tokens")
+        );
+        dropped += number(line, "sampling/dropped_groups");
+    }
+    assert!(dropped > 0.0);
+}
+
 #[test]
 fn an_epoch_is_shown_kept_and_quiet_in_json() {
     let lab = Lab::new();
