@@ -161,6 +161,65 @@ fn drafts_and_plans_are_those_of_every_draw_of_a_step() {
     assert!(dropped > 0.0);
 }
 
+/// A reward that asks for nothing gives every completion the same.
+#[test]
+fn a_step_without_a_group_has_no_reward_and_says_so() {
+    let plugins = r#"[{"source":"reward-format","config":{"tags":[],"answer":false}}]"#;
+    for (mode, drawn) in [("respend", 7), ("refill", 16), ("false", 4)] {
+        let lab = Lab::new();
+        let mode_flag = format!("--set dynamic_sampling={mode}");
+        let args =
+            format!("--config run.yaml --out a --steps 2 --set plugins={plugins} {mode_flag}");
+        let ended = lab.run(&args).fine();
+        let text = std::fs::read_to_string(lab.path("a/metrics.jsonl")).unwrap();
+        assert!(!text.contains("-0.0,") && !text.contains("-0,"), "{text}");
+        let undefined = [
+            "reward",
+            "reward_std",
+            "frac_reward_zero_std",
+            "completions/clipped_ratio",
+            "loss",
+            "grad_norm",
+        ];
+        for line in &lab.metrics("a")[1..] {
+            for key in undefined {
+                assert_eq!(line.contains_key(key), mode == "false", "{mode} {key}");
+            }
+            assert_eq!(number(line, "sampling/teaching_fraction"), 0.0);
+            let groups = number(line, "sampling/dropped_groups");
+            assert_eq!(groups == 0.0, mode == "false");
+        }
+        for step in [1, 2] {
+            let line =
+                format!("step {step}: no group teaches: all {drawn} drawn have equal rewards\n");
+            assert!(ended.stderr.contains(&line), "{line}: {ended:?}");
+        }
+        let steps = "    steps  2, 2 of them with nothing to learn from\n";
+        assert!(ended.stdout.contains(steps), "{ended:?}");
+        let best = "     best  0.0 % at step 0: the model it started from\n";
+        assert!(ended.stdout.contains(best), "{ended:?}");
+        let results = lab.run("results a --json").fine().json();
+        let metrics = results["metrics"].as_array().unwrap();
+        let has = metrics.iter().any(|m| m["name"] == "reward");
+        assert_eq!(has, mode == "false");
+    }
+}
+
+#[test]
+fn a_bucket_without_rows_does_not_count_them() {
+    let lab = Lab::new();
+    lab.with_kde();
+    let run = |flags: &str| {
+        lab.run(&format!("--config run.yaml --quiet --steps 1 {flags}"))
+            .fine()
+    };
+    let table = run("--out a").stdout;
+    assert!(table.contains("\n rollouts  all 4 each\n"), "{table}");
+    let json = run("--out b --json").json();
+    let expected = serde_json::json!([{"rows": null, "rollouts": 4.0}]);
+    assert_eq!(json["buckets"], expected);
+}
+
 #[test]
 fn an_epoch_is_shown_kept_and_quiet_in_json() {
     let lab = Lab::new();

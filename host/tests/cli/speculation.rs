@@ -91,6 +91,18 @@ fn training_logs_acceptance_and_resumes_exactly() {
     let whole = format!("train --config run.yaml --data few.jsonl --quiet {flags}");
     let table = lab.run(&format!("{whole} --out a")).fine().stdout;
     let lines = lab.metrics("a");
+    let total = |key: &str| -> f64 {
+        lines
+            .iter()
+            .filter_map(|line| line.get(key)?.as_f64())
+            .sum()
+    };
+    let (accepted, drafted) = (
+        total("spec_decode/num_accepted_tokens"),
+        total("spec_decode/num_draft_tokens"),
+    );
+    let counts = format!("({accepted} of {drafted} tokens; suffix, 2 tokens at a time)\n");
+    assert!(table.contains(&counts), "{table}");
     let last = lines.last().unwrap();
     let number = |key: &str| last[key].as_f64().unwrap();
     let rate = number("spec_decode/num_accepted_tokens") / number("spec_decode/num_draft_tokens");
