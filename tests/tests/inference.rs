@@ -143,23 +143,26 @@ fn an_undefined_acceptance_counts_as_its_groups_mean_with_one_warning() {
     assert_eq!(*lines.lock().unwrap(), [(LogLevel::Warn, text.to_owned())]);
 }
 
-/// Without a task reward inside, a group of which nothing is defined has no reward at all.
+/// A group of which nothing is defined is all alike and reports no rate.
 #[test]
-fn a_group_without_any_term_is_skipped_and_never_0() {
+fn a_group_without_any_term_is_neutral() {
     let (host, _) = host();
     let only = json!({"latency_weight": 0, "token_weight": 0, "kv_weight": 0, "reuse_weight": 0});
     let plugin = shipped(&host, "reward-inference", only.clone());
     let mut samples = [UNDRAFTED, UNDRAFTED, USAGE].map(|t| sample(RIGHT, t));
     samples[2].prompt = "q";
     let scoring = plugin.score(&samples).unwrap();
-    let [Score::Skip(why), Score::Skip(_), Score::Value(value)] = scoring.scores.as_slice() else {
+    let [
+        Score::Value(first),
+        Score::Value(second),
+        Score::Value(other),
+    ] = scoring.scores.as_slice()
+    else {
         panic!("{scoring:?}")
     };
-    assert!(
-        why.starts_with("no term is defined: no token was drafted"),
-        "{why}"
-    );
-    close(value.total, 0.5);
+    assert_eq!((first.total, second.total), (0.0, 0.0));
+    assert!(first.parts.is_empty() && second.parts.is_empty());
+    close(other.total, 0.5);
     // Around a task reward the task is what remains.
     let around = json!({"inference": only});
     let bytes = defaults::component("reward-math-inference").unwrap();

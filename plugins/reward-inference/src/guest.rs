@@ -40,13 +40,11 @@ impl Guest for RewardInference {
     }
 }
 
-/// A total of no terms would be a 0 that nobody measured.
+/// Where nothing is defined for a whole question all its samples get 0, which no advantage feels. To skip them was
+/// rejected: it would take the group out of training beside a task reward too, for the sake of a term that has nothing
+/// to say about it.
 fn verdict(terms: Option<Terms>) -> Verdict {
-    let Some(terms) = terms else {
-        let reason = "no term is defined: no token was drafted for any completion of the question, or \
-                      its prompt has no tokens";
-        return Verdict::Skip(reason.to_owned());
-    };
+    let terms = terms.unwrap_or_default();
     let part = |(name, value): (&str, f64)| Part {
         name: name.to_owned(),
         value,
