@@ -1,5 +1,7 @@
-//! From the config's draft to one the engine can ask: loads it, checks that it fits the policy, and keeps
-//! it near the policy while that learns.
+//! From the config's draft to one the engine can ask: loads it, checks that it fits the policy, says what is
+//! odd about it. How it learns is in `distil`.
+
+mod distil;
 
 use std::path::PathBuf;
 
@@ -9,10 +11,9 @@ use grpo_policy::{
         Backend,
         cpu::{CpuBackend, Trainable},
     },
-    engine::draft::{Draft, Length, Model, Source, Suffix},
+    engine::draft::{Draft, DraftFault, Length, Model, Source, Suffix},
     error::PolicyError,
     tokenizer::Tokenizer,
-    types::{PackedBatch, TopTokens},
     weights::{self, LoadedModel},
 };
 
@@ -22,8 +23,9 @@ use crate::{
     defaults,
     policy::Policy,
     setup::{self, OnDownload},
-    update::{Sequence, split},
 };
+
+pub use distil::{Lesson, distil};
 
 /// Likely tokens of a position that a draft is distilled from. They hold nearly all of the mass of a
 /// trained model; more would cost memory for each token of a step.
@@ -73,22 +75,29 @@ impl DraftError {
     }
 }
 
+/// What [`attach`] found out about a draft.
+#[derive(Debug, Default)]
+pub struct Attached {
+    /// What is odd about it, for the user to read.
+    pub odd: Vec<String>,
+}
+
 /// Gives the policy the draft of the config, if it has one. To be called before anything is generated.
-/// Returns what is odd about it, for the user to read.
+/// `trains`: for a run, in which the draft may learn.
 ///
 /// # Errors
 /// [`DraftError`], and those of loading a model.
 pub fn attach(
     policy: &mut Policy,
     config: &RunConfig,
-    learns: bool,
+    trains: bool,
     environment: &Environment,
     on_download: OnDownload<'_>,
-) -> anyhow::Result<Option<String>> {
-    let learns = learns && config.generation.draft_learning_rate > 0.0;
-    let mut odd = None;
+) -> anyhow::Result<Attached> {
+    let learns = trains && config.generation.draft_learning_rate > 0.0;
+    let mut attached = Attached::default();
     let source = match &config.generation.draft {
-        DraftKind::None => return Ok(None),
+        DraftKind::None => return Ok(attached),
         DraftKind::Ngram => Source::Ngram,
         DraftKind::Suffix => Source::Suffix(Suffix::default()),
         DraftKind::Layers(wanted) => {
@@ -100,11 +109,7 @@ pub fn attach(
             Source::EarlyExit
         }
         DraftKind::Model(name) => {
-            let model = match name.as_str() {
-                setup::EMBEDDED => defaults::draft()?,
-                name => setup::named_model(name, "main", environment, on_download)
-                    .with_context(|| format!("draft `{name}`"))?,
-            };
+            let model = load(name, environment, on_download)?;
             check_tokenizer(name, &model, &policy.tokenizer)?;
             let trainable = match learns {
                 true => Trainable::Full {
@@ -114,10 +119,7 @@ pub fn attach(
             };
             let checkpointing = config.training.gradient_checkpointing;
             let draft = CpuBackend::new(model.spec, &model.tensors, &trainable, checkpointing)?;
-            let (draft_size, size) = (draft.parameters(), policy.backend.parameters());
-            odd = (draft_size >= size).then(|| {
-                format!("draft `{name}` has {draft_size} parameters and the policy {size}: it will not pay")
-            });
+            attached.odd = oddities(name, &draft, policy);
             Source::Model(Box::new(Model::new(draft, policy.backend.spec())?))
         }
     };
@@ -130,7 +132,48 @@ pub fn attach(
         draft.learn_from(TOP);
     }
     policy.set_draft(draft);
-    Ok(odd)
+    Ok(attached)
+}
+
+fn load(
+    name: &str,
+    environment: &Environment,
+    on_download: OnDownload<'_>,
+) -> anyhow::Result<LoadedModel> {
+    if name == setup::EMBEDDED {
+        return Ok(defaults::draft()?);
+    }
+    setup::named_model(name, "main", environment, on_download)
+        .with_context(|| format!("draft `{name}`"))
+}
+
+fn oddities(name: &str, draft: &CpuBackend, policy: &Policy) -> Vec<String> {
+    let mut odd = Vec::new();
+    let (size, policy_size) = (draft.parameters(), policy.backend.parameters());
+    if size >= policy_size {
+        odd.push(format!(
+            "draft `{name}` has {size} parameters and the policy {policy_size}: it will not pay"
+        ));
+    }
+    let (context, longest) = (draft.spec().max_position_embeddings, policy.max_model_len());
+    if context < longest {
+        odd.push(format!(
+            "draft `{name}` has a context of {context} tokens and sequences may have {longest}: drafting ends at {context} tokens"
+        ));
+    }
+    odd
+}
+
+/// Says, once, that the draft was given up and why; a line `hint:` follows.
+pub fn take_fault(policy: &mut Policy, config: &RunConfig) -> Option<String> {
+    let what = match policy.take_draft_fault()? {
+        DraftFault::Logits => "the draft's logits are not finite",
+        DraftFault::Gradient => "the draft's gradient is not finite",
+    };
+    let draft = &config.generation.draft;
+    Some(format!(
+        "draft `{draft}`: {what}; going on without it\nhint: lower draft_learning_rate, or check the draft's file"
+    ))
 }
 
 /// The policy's early exit with the head in `file`, else an untrained one.
@@ -141,50 +184,6 @@ fn add_early_exit(policy: &mut Policy, layers: usize, file: Option<PathBuf>) -> 
     let trained = weights::read_safetensors(&file);
     let added = trained.and_then(|head| policy.backend.add_early_exit(layers, Some(&head)));
     Ok(added.map_err(|reason| DraftError::Head { file, reason })?)
-}
-
-/// What a draft learnt from a step.
-#[derive(Clone, Copy, Debug)]
-pub struct Lesson {
-    /// Cross-entropy from the policy's likely tokens to the draft, nats a token, before the update.
-    pub loss: f64,
-    /// Gradient norm before clipping.
-    pub grad_norm: f64,
-}
-
-/// Distils the draft on completions of the policy as it was when it drew them: one optimizer step towards
-/// the distributions that verification has computed anyway. `None` for a draft that does not learn.
-///
-/// # Errors
-/// A gradient that is not finite; the draft is then as before.
-pub fn distil(
-    policy: &mut Policy,
-    sequences: &[Sequence<'_>],
-    config: &RunConfig,
-) -> anyhow::Result<Option<Lesson>> {
-    let taught: Vec<Sequence<'_>> = sequences
-        .iter()
-        .filter(|s| !s.completion.top.is_empty())
-        .copied()
-        .collect();
-    let Some((model, exit)) = policy.learning_draft().filter(|_| !taught.is_empty()) else {
-        return Ok(None);
-    };
-    let tokens: usize = taught.iter().map(|s| s.completion.tokens.len()).sum();
-    let mut loss = 0.0;
-    for part in split(&taught, config.training.micro_batch_tokens as usize) {
-        let mut batch = PackedBatch::default();
-        for s in part {
-            let ids = [s.prompt_ids, &s.completion.tokens].concat();
-            batch.push(&ids, s.prompt_ids.len());
-        }
-        let targets: Vec<TopTokens> = part.iter().flat_map(|s| s.completion.top.clone()).collect();
-        let temperature = config.generation.temperature as f32;
-        loss += model.distill(&batch, &targets, temperature, 1.0 / tokens as f64, exit)?;
-    }
-    let step = config.optimizer.step(config.generation.draft_learning_rate);
-    let grad_norm = model.optimizer_step(&step, exit)?;
-    Ok(Some(Lesson { loss, grad_norm }))
 }
 
 /// Equal sizes are not enough: a draft that means other words is wrong with full confidence.

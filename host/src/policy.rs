@@ -10,7 +10,10 @@ use grpo_policy::{
         cpu::{CpuBackend, Trainable},
     },
     chat::{ChatOptions, ChatTemplate},
-    engine::{Engine, EngineConfig, Progress, draft::Draft},
+    engine::{
+        Engine, EngineConfig, Progress,
+        draft::{Draft, DraftFault},
+    },
     tokenizer::Tokenizer,
     types::{Completion, Request},
     weights::{self, LoadedModel, LoraConfig, SaveType},
@@ -32,6 +35,8 @@ const DRAFT_FILE: &str = "draft.u32";
 /// Weights and optimizer of a draft that is distilled, in a checkpoint.
 const DRAFT_WEIGHTS: &str = "draft.safetensors";
 const DRAFT_OPTIMIZER: &str = "draft_optimizer.safetensors";
+/// Why the draft was given up, in a checkpoint made after that.
+const DRAFT_FAULT: &str = "draft_fault.json";
 
 /// Where an exported model keeps the head of its early exit. Not beside the weights: vLLM loads every
 /// safetensors file that it finds there.
@@ -99,6 +104,7 @@ pub struct Policy {
     pub tokenizer: Tokenizer,
     engine: Engine,
     draft: Option<Draft<CpuBackend>>,
+    fault_told: bool,
     chat: Option<ChatTemplate>,
     mode: Mode,
     /// Model path or hub id, for `adapter_config.json`.
@@ -142,6 +148,7 @@ impl Policy {
             tokenizer,
             engine,
             draft: None,
+            fault_told: false,
             chat,
             mode,
             source: source.to_owned(),
@@ -183,6 +190,20 @@ impl Policy {
     /// What is distilled: a draft model, or an early exit of this one.
     pub fn learning_draft(&mut self) -> Option<(&mut CpuBackend, Exit)> {
         self.draft.as_mut()?.learner_mut(&mut self.backend)
+    }
+
+    /// Goes on without the draft.
+    pub fn give_up_draft(&mut self, fault: DraftFault) {
+        if let Some(draft) = &mut self.draft {
+            draft.give_up(fault);
+        }
+    }
+
+    /// Why the draft was given up, for the user to read: once.
+    pub fn take_draft_fault(&mut self) -> Option<DraftFault> {
+        let fault = self.draft.as_ref()?.fault();
+        let told = std::mem::replace(&mut self.fault_told, fault.is_some());
+        fault.filter(|_| !told)
     }
 
     /// Time the draft has taken so far.
@@ -235,6 +256,11 @@ impl Policy {
             write_numbers(&folder.join(DRAFT_FILE), &learnt)?;
         }
         let draft = self.draft.as_ref();
+        if let Some(fault) = draft.and_then(Draft::fault) {
+            let path = folder.join(DRAFT_FAULT);
+            std::fs::write(&path, serde_json::to_vec(&fault)?)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
         if let Some((model, exit)) = draft.and_then(|draft| draft.learner(&self.backend)) {
             let write = |name: &str, tensors: &_| {
                 weights::write_safetensors(&folder.join(name), tensors, SaveType::F32)
@@ -257,6 +283,14 @@ impl Policy {
         let learnt = folder.join(DRAFT_FILE);
         if let Some(draft) = self.draft.as_mut().filter(|_| learnt.exists()) {
             draft.import(&read_numbers(&learnt)?)?;
+        }
+        let fault = folder.join(DRAFT_FAULT);
+        if fault.exists() {
+            let text = std::fs::read(&fault)
+                .with_context(|| format!("cannot read {}", fault.display()))?;
+            let fault = serde_json::from_slice(&text)
+                .with_context(|| format!("{} is damaged", fault.display()))?;
+            self.give_up_draft(fault);
         }
         if let Some((model, exit)) = self.learning_draft() {
             let read = |name: &str| weights::read_safetensors(&folder.join(name));

@@ -111,7 +111,7 @@ impl<'a> Bench<'a> {
         };
         let name = setup::model_name(config);
         let mut policy = Policy::new(model, name, Mode::Inference, false, capacity)?;
-        super::attach_draft(&mut policy, config, false, environment, quiet)?;
+        super::attach_draft(&mut policy, config, environment, quiet)?;
         Ok(Self {
             args,
             config,
@@ -139,6 +139,7 @@ impl<'a> Bench<'a> {
             };
             let rolled = roll(&mut self.policy, &self.plugins.formatter, &job, &mut |_| {})?;
             let seconds = started.elapsed().as_secs_f64();
+            super::tell_of_fault(&mut self.policy, self.config);
             if repeat > 0 && best.as_ref().is_none_or(|b| seconds < b.seconds) {
                 best = Some(Best {
                     seconds,

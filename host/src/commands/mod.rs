@@ -90,20 +90,28 @@ fn require_cpu(device: Device) -> Result<(), NoSuchDevice> {
     }
 }
 
-/// Gives the policy the config's draft and tells the user what is odd about it.
+/// Gives the policy the config's draft, for a command that only generates with it.
 fn attach_draft(
     policy: &mut Policy,
     config: &RunConfig,
-    learns: bool,
     environment: &Environment,
     quiet: bool,
 ) -> anyhow::Result<()> {
     let mut on_download = progress::downloads(quiet);
-    let odd = draft::attach(policy, config, learns, environment, &mut on_download)?;
-    if let Some(odd) = odd {
-        eprintln!("warning: {odd}");
-    }
+    let attached = draft::attach(policy, config, false, environment, &mut on_download)?;
+    attached.odd.iter().for_each(|odd| warn(odd));
     Ok(())
+}
+
+fn warn(text: &str) {
+    eprintln!("warning: {text}");
+}
+
+/// Tells the user, once, that the draft was given up.
+fn tell_of_fault(policy: &mut Policy, config: &RunConfig) {
+    if let Some(fault) = draft::take_fault(policy, config) {
+        warn(&fault);
+    }
 }
 
 /// A device that this build cannot use.

@@ -11,6 +11,7 @@ use super::progress::{Bar, downloads};
 use crate::{
     cli::{Environment, OutputArgs, TrainArgs},
     config::{RawConfig, RunConfig},
+    draft,
     evaluate::EvalReport,
     interrupt::Interrupt,
     policy::{Mode, Policy},
@@ -187,7 +188,7 @@ impl<'a> Run<'a> {
             checkpointing,
             capacity,
         )?;
-        super::attach_draft(&mut policy, config, true, environment, quiet)?;
+        let attached = draft::attach(&mut policy, config, true, environment, &mut on_download)?;
         let mut state = TrainState {
             seed: config.training.seed,
             ..TrainState::default()
@@ -209,6 +210,7 @@ impl<'a> Run<'a> {
             }
         };
         dir.write_plugins_lock(&plugins.locked)?;
+        attached.odd.iter().for_each(|odd| super::warn(odd));
         Ok(Self {
             metrics: dir.metrics()?,
             curriculum: dir.curriculum()?,
@@ -265,7 +267,14 @@ impl<'a> Run<'a> {
         bar.say(&format!("evaluating {} rows", self.trainer.rows.eval.len()));
         let eval = self.trainer.evaluate(&mut |p| bar.rollout(p))?;
         bar.eval(&eval);
+        self.tell_of_fault(bar);
         Ok(eval)
+    }
+
+    fn tell_of_fault(&mut self, bar: &mut Bar) {
+        if let Some(fault) = draft::take_fault(&mut self.trainer.policy, self.trainer.config) {
+            bar.warn(&fault);
+        }
     }
 
     /// Metrics, rollouts and whatever is due after this step. The metrics line comes after the
@@ -278,6 +287,7 @@ impl<'a> Run<'a> {
         for fault in &report.faults {
             bar.warn(fault);
         }
+        self.tell_of_fault(bar);
         if let Some(tables) = record::curriculum(&report.plan)? {
             self.curriculum.append(step, &tables)?;
         }

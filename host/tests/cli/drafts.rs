@@ -1,0 +1,136 @@
+//! Drafts that are damaged, replaced, too short, lost or not used: what a run says, and that it goes on.
+
+use std::path::Path;
+
+use super::lab::{Ended, Lab};
+
+const ROLLOUT: &str =
+    "rollout --config run.yaml --raw --prompt abcabcab -n 3 --max-tokens 30 --json";
+const TRAIN: &str = "train --config run.yaml --set save_steps=1 --draft-tokens 2";
+
+/// A copy of a model of the fixtures or examples, in the lab.
+fn copy(lab: &Lab, from: &Path, to: &str) {
+    std::fs::create_dir(lab.path(to)).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() {
+            std::fs::copy(&path, lab.path(to).join(path.file_name().unwrap())).unwrap();
+        }
+    }
+}
+
+/// Makes every number of an f32 safetensors file this one.
+fn fill(lab: &Lab, name: &str, number: f32) {
+    let mut bytes = std::fs::read(lab.path(name)).unwrap();
+    let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    for word in bytes[8 + header..].chunks_exact_mut(4) {
+        word.copy_from_slice(&number.to_le_bytes());
+    }
+    std::fs::write(lab.path(name), bytes).unwrap();
+}
+
+fn example(name: &str) -> String {
+    let examples = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/arith");
+    examples.join(name).display().to_string()
+}
+
+fn times(ended: &Ended, text: &str) -> usize {
+    ended.stderr.matches(text).count()
+}
+
+fn tokens(ended: &Ended) -> Vec<serde_json::Value> {
+    let completions = &ended.json()["completions"];
+    (0..3).map(|i| completions[i]["tokens"].clone()).collect()
+}
+
+#[test]
+fn drafting_ends_with_the_drafts_context() {
+    let lab = Lab::new();
+    copy(&lab, &lab.model(), "short");
+    let config = std::fs::read_to_string(lab.path("short/config.json")).unwrap();
+    let shorter = config.replace(
+        "\"max_position_embeddings\": 256",
+        "\"max_position_embeddings\": 32",
+    );
+    assert_ne!(shorter, config);
+    lab.write("short/config.json", shorter);
+    for prompt in ["abcabcab", "abcabcababcabcababcabcababcabcababcabcab"] {
+        let args = ROLLOUT.replace("abcabcab", prompt) + " --temperature 0 --draft-tokens 3";
+        let plain = lab.run(&format!("{args} --draft none")).fine();
+        let drafted = lab.run(&format!("{args} --draft model:./short")).fine();
+        assert_eq!(tokens(&drafted), tokens(&plain));
+        assert_eq!(times(&drafted, "drafting ends at 32 tokens"), 1);
+        let guessed = drafted.json()["completions"][0]["telemetry"]["draft_tokens"].clone();
+        let reached = prompt.len() < 32;
+        assert_eq!(guessed.as_u64().unwrap() > 0, reached, "{guessed}");
+    }
+    // Distilled on as much of a completion as it can see.
+    let ended = lab
+        .run(&format!("{TRAIN} --draft model:./short --out a"))
+        .fine();
+    assert_eq!(times(&ended, "drafting ends at 32 tokens"), 1);
+    assert!(lab.metrics("a")[6].contains_key("draft/loss"));
+}
+
+#[test]
+fn a_damaged_draft_is_left_and_nothing_else_changes() {
+    let lab = Lab::new();
+    copy(&lab, &lab.model(), "nan");
+    fill(&lab, "nan/model.safetensors", f32::NAN);
+    copy(&lab, &lab.model(), "headed");
+    std::fs::create_dir(lab.path("headed/draft_head")).unwrap();
+    let train = format!("{TRAIN} --model ./headed --draft layers:1");
+    lab.run(&format!("{train} --steps 1 --out h --quiet"))
+        .fine();
+    let head = "draft_head/layers-1.safetensors";
+    std::fs::copy(
+        lab.path(&format!("h/model/{head}")),
+        lab.path(&format!("headed/{head}")),
+    )
+    .unwrap();
+    fill(&lab, &format!("headed/{head}"), f32::NAN);
+    let warning = |draft: &str| {
+        format!(
+            "warning: draft `{draft}`: the draft's logits are not finite; going on without it\n\
+             hint: lower draft_learning_rate, or check the draft's file\n"
+        )
+    };
+    let plain = lab.run(&format!("{ROLLOUT} --draft none")).fine();
+    for draft in ["model:./nan", "layers:1"] {
+        let args = format!("{ROLLOUT} --model ./headed --draft {draft} --draft-tokens 2");
+        let ended = lab.run(&args).fine();
+        assert_eq!(tokens(&ended), tokens(&plain), "{draft}");
+        assert_eq!(times(&ended, &warning(draft)), 1, "{ended:?}");
+    }
+    lab.run(&format!("{TRAIN} --out plain --quiet")).fine();
+    let start = |out: &str| format!("{TRAIN} --draft model:./nan --out {out}");
+    let ended = lab.run(&start("a")).fine();
+    assert_eq!(times(&ended, &warning("model:./nan")), 1, "{ended:?}");
+    assert_eq!(lab.metrics("a"), lab.metrics("plain"));
+    assert_eq!(lab.completions("a"), lab.completions("plain"));
+    assert!(!lab.path("a/draft").exists(), "it is nothing to go on with");
+    let mut child = lab.run_until(3, "b", &start("b"));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    lab.run("train --resume b").fine();
+    assert_eq!(lab.metrics("b"), lab.metrics("a"));
+    assert_eq!(lab.completions("b"), lab.completions("a"));
+}
+
+#[test]
+fn a_lesson_that_is_not_finite_is_the_drafts_fault() {
+    let lab = Lab::new();
+    copy(&lab, &lab.model(), "nan");
+    fill(&lab, "nan/model.safetensors", f32::NAN);
+    // Of two tokens none is drafted, so the gradient is the first to show it.
+    let short = "--set max_completion_length=2";
+    let train = format!("{TRAIN} {short} --draft model:./nan --out a");
+    let ended = lab.run(&train).fine();
+    let warning = "warning: draft `model:./nan`: the draft's gradient is not finite; going on";
+    assert_eq!(times(&ended, warning), 1, "{ended:?}");
+    assert_eq!(times(&ended, "hint: lower draft_learning_rate"), 1);
+    assert!(!lab.metrics("a")[1].contains_key("draft/loss"));
+    let ended = lab.run(&format!("{TRAIN} --set draft_learning_rate=2 --out b"));
+    let (error, _) = ended.refused(2);
+    assert_eq!(error, "--set: `draft_learning_rate` is 2; allowed: 0 to 1");
+}
