@@ -164,6 +164,44 @@ fn oddities(name: &str, draft: &CpuBackend, policy: &Policy) -> Vec<String> {
     odd
 }
 
+/// What to say of a head of `layers:K` that nothing has trained.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Untrained {
+    /// The usual start of a head that learns.
+    Learns(String),
+    /// It will stay so, or the model has others.
+    Odd(String),
+}
+
+/// Whether the head is untrained, asked once the policy has the weights it starts with.
+pub fn untrained_head(policy: &Policy, config: &RunConfig, trains: bool) -> Option<Untrained> {
+    let DraftKind::Layers(layers) = config.generation.draft else {
+        return None;
+    };
+    if policy.has_trained_head() {
+        return None;
+    }
+    let others: Vec<String> = setup::draft_heads(config, policy.backend.spec().num_hidden_layers)
+        .iter()
+        .map(|layers| DraftKind::Layers(*layers).to_string())
+        .collect();
+    let others = match others.as_slice() {
+        [] => String::new(),
+        heads => format!(" (the model has one for {})", heads.join(", ")),
+    };
+    let rate = config.generation.draft_learning_rate;
+    let learns = trains && rate > 0.0;
+    let what = match learns {
+        true => format!("it learns with draft_learning_rate {rate}"),
+        false => "a run with a draft_learning_rate above 0 trains it".to_owned(),
+    };
+    let text = format!("the head of layers:{layers} is untrained{others}; {what}");
+    Some(match learns && others.is_empty() {
+        true => Untrained::Learns(text),
+        false => Untrained::Odd(text),
+    })
+}
+
 /// Says, once, that the draft was given up and why; a line `hint:` follows.
 pub fn take_fault(policy: &mut Policy, config: &RunConfig) -> Option<String> {
     let what = match policy.take_draft_fault()? {

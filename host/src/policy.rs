@@ -242,7 +242,9 @@ impl Policy {
                 weights::save_adapter(&adapter, config, &self.source, &tensors)?;
             }
             Mode::Full { .. } | Mode::Inference => {
-                self.save_model(&make_folder(folder, "model")?)?;
+                let model = make_folder(folder, "model")?;
+                self.save_model(&model)?;
+                self.save_draft_head(&model)?;
             }
         }
         let optimizer = self.backend.export_optimizer(Exit::Final)?;
@@ -302,8 +304,8 @@ impl Policy {
     }
 
     /// The deliverable of a run: `model/`, a folder transformers and vLLM load (adapters merged in),
-    /// and `adapter/` beside it for LoRA. A draft that was distilled comes along: a model of its own as
-    /// `draft/`, an early exit inside `model/`.
+    /// and `adapter/` beside it for LoRA. A draft that was distilled comes along as `draft/`, the trained head
+    /// of an early exit, from this run or an earlier one, inside `model/`.
     pub fn export(&self, folder: &Path) -> anyhow::Result<()> {
         if let Mode::Lora { config, .. } = &self.mode {
             let adapter = make_folder(folder, "adapter")?;
@@ -312,20 +314,31 @@ impl Policy {
         }
         let model = make_folder(folder, "model")?;
         self.save_model(&model)?;
+        self.save_draft_head(&model)?;
         let draft = self.draft.as_ref();
-        match draft.and_then(|draft| draft.learner(&self.backend)) {
-            None => {}
-            Some((draft, Exit::Final)) => {
-                let (to, tensors) = (make_folder(folder, "draft")?, draft.export_weights()?);
-                weights::save_model(&to, draft.spec(), &tensors, &self.tokenizer, SaveType::F32)?;
-            }
-            Some((policy, exit @ Exit::Early)) => {
-                make_folder(&model, "draft_head")?;
-                let to = draft_head_file(&model, policy.early_exit()?.layers());
-                weights::write_safetensors(&to, &policy.export_trainable(exit)?, SaveType::F32)?;
-            }
+        if let Some((draft, Exit::Final)) = draft.and_then(|draft| draft.learner(&self.backend)) {
+            let (to, tensors) = (make_folder(folder, "draft")?, draft.export_weights()?);
+            weights::save_model(&to, draft.spec(), &tensors, &self.tokenizer, SaveType::F32)?;
         }
         Ok(())
+    }
+
+    /// The head of the early exit into a model folder, where [`draft_head_file`] looks for it. One that is
+    /// untrained is nothing to keep, and one that was given up nothing to use.
+    fn save_draft_head(&self, model: &Path) -> anyhow::Result<()> {
+        let given_up = self.draft.as_ref().is_some_and(|d| d.fault().is_some());
+        if given_up || !self.has_trained_head() {
+            return Ok(());
+        }
+        make_folder(model, "draft_head")?;
+        let to = draft_head_file(model, self.backend.early_exit()?.layers());
+        let head = self.backend.export_trainable(Exit::Early)?;
+        Ok(weights::write_safetensors(&to, &head, SaveType::F32)?)
+    }
+
+    /// Whether there is an early exit whose head has learnt something, here or in an earlier run.
+    pub fn has_trained_head(&self) -> bool {
+        self.backend.early_exit().is_ok_and(|e| e.is_trained())
     }
 
     fn save_model(&self, folder: &Path) -> anyhow::Result<()> {

@@ -30,7 +30,8 @@ mod train;
 use crate::{
     cli::{BenchCommand, Command, Environment},
     config::{ConfigError, Device, RawConfig, RunConfig},
-    defaults, draft,
+    defaults,
+    draft::{self, Untrained},
     policy::Policy,
 };
 
@@ -100,11 +101,20 @@ fn attach_draft(
     let mut on_download = progress::downloads(quiet);
     let attached = draft::attach(policy, config, false, environment, &mut on_download)?;
     attached.odd.iter().for_each(|odd| warn(odd));
+    tell_of_head(draft::untrained_head(policy, config, false), quiet);
     Ok(())
 }
 
 fn warn(text: &str) {
     eprintln!("warning: {text}");
+}
+
+fn tell_of_head(untrained: Option<Untrained>, quiet: bool) {
+    match untrained {
+        Some(Untrained::Odd(text)) => warn(&text),
+        Some(Untrained::Learns(text)) if !quiet => eprintln!("{text}"),
+        Some(Untrained::Learns(_)) | None => {}
+    }
 }
 
 /// Tells the user, once, that the draft was given up.

@@ -210,7 +210,9 @@ impl<'a> Run<'a> {
             }
         };
         dir.write_plugins_lock(&plugins.locked)?;
+        // A resumed run has its head from the checkpoint by now.
         attached.odd.iter().for_each(|odd| super::warn(odd));
+        super::tell_of_head(draft::untrained_head(&policy, config, true), quiet);
         Ok(Self {
             metrics: dir.metrics()?,
             curriculum: dir.curriculum()?,

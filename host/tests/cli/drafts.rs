@@ -134,3 +134,55 @@ fn a_lesson_that_is_not_finite_is_the_drafts_fault() {
     let (error, _) = ended.refused(2);
     assert_eq!(error, "--set: `draft_learning_rate` is 2; allowed: 0 to 1");
 }
+
+#[test]
+fn a_trained_head_is_handed_on() {
+    let lab = Lab::new();
+    let train = |model: &str, flags: &str| {
+        let flags = format!("--steps 2 --draft layers:1 {flags}");
+        lab.run(&format!("{TRAIN} --model {model} {flags}")).fine()
+    };
+    let fixture = lab.model().display().to_string();
+    let head =
+        |folder: &str| std::fs::read(lab.path(folder).join("draft_head/layers-1.safetensors"));
+    let ended = train(&fixture, "--set draft_learning_rate=0.003 --out a");
+    let learns = "\nthe head of layers:1 is untrained; it learns with draft_learning_rate 0.003\n";
+    assert_eq!(times(&ended, learns.trim_start()), 1, "{ended:?}");
+    assert_eq!(times(&ended, "warning"), 0, "{ended:?}");
+    let trained = head("a/model").unwrap();
+    assert_eq!(head("a/checkpoints/step-2/model").unwrap(), trained);
+
+    // Left alone it is still there, and nothing is said of it.
+    let ended = train("a/model", "--set draft_learning_rate=0 --out b");
+    assert_eq!(times(&ended, "untrained"), 0, "{ended:?}");
+    assert_eq!(head("b/model").unwrap(), trained);
+    let ended = lab
+        .run(&format!(
+            "{ROLLOUT} --model a/checkpoints/step-2/model --draft layers:1"
+        ))
+        .fine();
+    assert_eq!(times(&ended, "untrained"), 0, "{ended:?}");
+    // As is that of a resumed run.
+    let ended = lab.run("train --resume a --steps 3").fine();
+    assert_eq!(times(&ended, "untrained"), 0, "{ended:?}");
+
+    let ended = lab.run(&format!("{ROLLOUT} --draft layers:1")).fine();
+    let stays = "warning: the head of layers:1 is untrained; a run with a draft_learning_rate above 0 trains it";
+    assert_eq!(times(&ended, stays), 1, "{ended:?}");
+    let ended = train(&fixture, "--set draft_learning_rate=0 --out c");
+    assert_eq!(times(&ended, stays), 1, "{ended:?}");
+    assert!(head("c/model").is_err(), "an untrained head is nothing");
+}
+
+#[test]
+fn heads_for_other_layers_are_named() {
+    let lab = Lab::new();
+    copy(&lab, Path::new(&example("model")), "arith");
+    std::fs::create_dir(lab.path("arith/draft_head")).unwrap();
+    lab.write("arith/draft_head/layers-2.safetensors", "of no matter here");
+    let rollout = "rollout --model ./arith --prompt 37+48 --draft layers:1 --draft-tokens 2";
+    let ended = lab.run(rollout).fine();
+    let warning =
+        "warning: the head of layers:1 is untrained (the model has one for layers:2); a run";
+    assert_eq!(times(&ended, warning), 1, "{ended:?}");
+}
