@@ -8,14 +8,15 @@ use std::path::PathBuf;
 use anyhow::Context;
 use grpo_policy::{
     backend::{
-        Backend,
+        Backend, Exit,
         cpu::{CpuBackend, Trainable},
     },
     engine::draft::{Draft, DraftFault, Length, Model, Source, Suffix},
     error::PolicyError,
     tokenizer::Tokenizer,
-    weights::{self, LoadedModel},
+    weights::{self, LoadedModel, SaveType, Weights},
 };
+use sha2::{Digest, Sha256};
 
 use crate::{
     cli::Environment,
@@ -47,6 +48,12 @@ pub enum DraftError {
     },
     #[error("draft layers:{wanted} of a policy with {layers} layers")]
     Layers { wanted: usize, layers: usize },
+    #[error("draft `{draft}` has changed since the run began: it is {found} and was {expected}")]
+    Changed {
+        draft: String,
+        found: String,
+        expected: String,
+    },
     #[error("the draft's head {} cannot be used", file.display())]
     Head {
         file: PathBuf,
@@ -70,6 +77,9 @@ impl DraftError {
             Self::Head { .. } => {
                 "delete the model's folder draft_head to start with an untrained one".to_owned()
             }
+            Self::Changed { .. } => {
+                "put the draft back that draft.lock names, or start a new run".to_owned()
+            }
             Self::Layers { layers, .. } => format!("use layers:1 to layers:{}", layers - 1),
         })
     }
@@ -80,10 +90,13 @@ impl DraftError {
 pub struct Attached {
     /// What is odd about it, for the user to read.
     pub odd: Vec<String>,
+    /// `sha256:` and the hex digest of the weights it starts with; for a run that trains, of a draft that has
+    /// weights.
+    pub digest: Option<String>,
 }
 
 /// Gives the policy the draft of the config, if it has one. To be called before anything is generated.
-/// `trains`: for a run, in which the draft may learn.
+/// `trains`: for a run, in which the draft may learn and whose resumption needs to know it again.
 ///
 /// # Errors
 /// [`DraftError`], and those of loading a model.
@@ -106,11 +119,18 @@ pub fn attach(
                 return Err(DraftError::Layers { wanted, layers }.into());
             }
             add_early_exit(policy, wanted, setup::draft_head(config, wanted))?;
+            if trains {
+                let head = policy.backend.export_trainable(Exit::Early)?;
+                attached.digest = Some(digest(&head)?);
+            }
             Source::EarlyExit
         }
         DraftKind::Model(name) => {
             let model = load(name, environment, on_download)?;
             check_tokenizer(name, &model, &policy.tokenizer)?;
+            if trains {
+                attached.digest = Some(digest(&model.tensors)?);
+            }
             let trainable = match learns {
                 true => Trainable::Full {
                     keep_reference: false,
@@ -145,6 +165,17 @@ fn load(
     }
     setup::named_model(name, "main", environment, on_download)
         .with_context(|| format!("draft `{name}`"))
+}
+
+/// Of names, shapes and numbers, whatever the format of the file.
+fn digest(weights: &Weights) -> Result<String, PolicyError> {
+    let mut hash = Sha256::new();
+    for (name, tensor) in weights {
+        hash.update(format!("{name} {:?}\n", tensor.dims()));
+        hash.update(weights::little_endian(tensor, SaveType::F32)?);
+    }
+    let hex = hash.finalize();
+    Ok(format!("sha256:{hex:x}"))
 }
 
 fn oddities(name: &str, draft: &CpuBackend, policy: &Policy) -> Vec<String> {

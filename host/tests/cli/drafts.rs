@@ -136,6 +136,33 @@ fn a_lesson_that_is_not_finite_is_the_drafts_fault() {
 }
 
 #[test]
+fn a_resumed_run_wants_the_draft_it_began_with() {
+    let lab = Lab::new();
+    copy(&lab, &lab.model(), "d");
+    for rate in ["0", "1e-3"] {
+        let out = format!("a{rate}");
+        let flags = format!("--steps 2 --set draft_learning_rate={rate} --quiet");
+        lab.run(&format!("{TRAIN} --draft model:./d {flags} --out {out}"))
+            .fine();
+        let before = lab.metrics(&out);
+        let weights = std::fs::read(lab.path("d/model.safetensors")).unwrap();
+        fill(&lab, "d/model.safetensors", 0.5);
+        let resume = format!("train --resume {out} --steps 4 --quiet");
+        let ended = lab.run(&resume);
+        let (error, hint) = ended.refused(1);
+        assert!(
+            error.starts_with("draft `model:./d` has changed since the run began: it is sha256:"),
+            "{error}"
+        );
+        assert!(hint.contains("draft.lock"), "{hint}");
+        assert_eq!(lab.metrics(&out), before);
+        lab.write("d/model.safetensors", weights);
+        lab.run(&resume).fine();
+        assert_eq!(lab.metrics(&out).len(), 5);
+    }
+}
+
+#[test]
 fn a_trained_head_is_handed_on() {
     let lab = Lab::new();
     let train = |model: &str, flags: &str| {
