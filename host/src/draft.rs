@@ -3,7 +3,7 @@
 
 mod distil;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use grpo_policy::{
@@ -48,6 +48,8 @@ pub enum DraftError {
     },
     #[error("draft layers:{wanted} of a policy with {layers} layers")]
     Layers { wanted: usize, layers: usize },
+    #[error("draft `{draft}` is the folder of a run, not a model")]
+    Run { draft: String },
     #[error("draft `{draft}` has changed since the run began: it is {found} and was {expected}")]
     Changed {
         draft: String,
@@ -77,12 +79,18 @@ impl DraftError {
             Self::Head { .. } => {
                 "delete the model's folder draft_head to start with an untrained one".to_owned()
             }
+            Self::Run { draft } => format!("use --draft model:{}", in_run(draft).display()),
             Self::Changed { .. } => {
                 "put the draft back that draft.lock names, or start a new run".to_owned()
             }
             Self::Layers { layers, .. } => format!("use layers:1 to layers:{}", layers - 1),
         })
     }
+}
+
+/// The draft that a run leaves.
+fn in_run(run: &str) -> PathBuf {
+    Path::new(run).join("draft")
 }
 
 /// What [`attach`] found out about a draft.
@@ -162,6 +170,11 @@ fn load(
 ) -> anyhow::Result<LoadedModel> {
     if name == setup::EMBEDDED {
         return Ok(defaults::draft()?);
+    }
+    let is_model = |folder: &Path| folder.join("config.json").exists();
+    if !is_model(Path::new(name)) && is_model(&in_run(name)) {
+        let draft = name.to_owned();
+        return Err(DraftError::Run { draft }.into());
     }
     setup::named_model(name, "main", environment, on_download)
         .with_context(|| format!("draft `{name}`"))

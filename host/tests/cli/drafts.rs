@@ -213,3 +213,27 @@ fn heads_for_other_layers_are_named() {
         "warning: the head of layers:1 is untrained (the model has one for layers:2); a run";
     assert_eq!(times(&ended, warning), 1, "{ended:?}");
 }
+
+#[test]
+fn the_draft_of_a_run_and_of_the_example_are_found() {
+    let lab = Lab::new();
+    let draft = lab.model().display().to_string();
+    lab.run(&format!(
+        "{TRAIN} --steps 1 --draft model:{draft} --out a --quiet"
+    ))
+    .fine();
+    let ended = lab.run(&format!("{ROLLOUT} --draft model:a"));
+    let (error, hint) = ended.refused(1);
+    assert_eq!(error, "draft `a` is the folder of a run, not a model");
+    assert_eq!(hint, "use --draft model:a/draft");
+    let rollout = |draft: &str| {
+        let args = "rollout --prompt 37+48 --temperature 0 --draft-tokens 3 --json -n 3";
+        lab.run(&format!("{args} --draft model:{draft}")).fine()
+    };
+    let embedded = rollout("embedded").json()["completions"][0].clone();
+    let example = rollout(&example("draft")).json()["completions"][0].clone();
+    assert!(embedded["telemetry"]["draft_tokens"].as_u64() > Some(0));
+    for key in ["tokens", "drafts", "accepted_per_pos"] {
+        assert_eq!(example[key], embedded[key], "{key}");
+    }
+}
