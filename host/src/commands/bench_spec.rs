@@ -43,7 +43,8 @@ struct Best {
 
 /// Measures, and prints a table or one JSON object.
 pub(super) fn run(args: &BenchSpecArgs, environment: &Environment) -> anyhow::Result<()> {
-    let mut config = super::config_over_defaults(|base| args.over(base))?;
+    let command = "bench spec, which measures those of --drafts";
+    let mut config = super::config_without_draft(command, |base| args.over(base))?;
     // Nothing is evaluated here, so a small file need not give up its rows.
     config.eval.eval_rows = 1;
     super::set_threads(config.hardware.threads)?;

@@ -29,7 +29,7 @@ mod train;
 
 use crate::{
     cli::{BenchCommand, Command, Environment},
-    config::{ConfigError, Device, RawConfig, RunConfig},
+    config::{ConfigError, Device, DraftKind, RawConfig, RunConfig},
     defaults,
     draft::{self, Untrained},
     policy::Policy,
@@ -65,6 +65,19 @@ fn config_over_defaults(
         Some(_) => plain.validate(),
         None => over(defaults::config()?)?.validate(),
     }
+}
+
+/// The same for a command that asks no draft of the config. One that was asked for by key or file has no effect
+/// and is told of; the one of the arithmetic example nobody asked for.
+fn config_without_draft(
+    command: &str,
+    over: impl Fn(RawConfig) -> Result<RawConfig, ConfigError>,
+) -> Result<RunConfig, ConfigError> {
+    let asked = over(RawConfig::default())?.validate()?.generation.draft;
+    if asked != DraftKind::None {
+        warn(&format!("draft has no effect on {command}"));
+    }
+    config_over_defaults(over)
 }
 
 /// Sizes the thread pool that all tensor work runs on.

@@ -215,6 +215,42 @@ fn heads_for_other_layers_are_named() {
 }
 
 #[test]
+fn commands_without_a_draft_say_so() {
+    let lab = Lab::new();
+    let sft = "sft --config run.yaml --data rows.jsonl --steps 1 --batch 2 --quiet";
+    let bench = "--config run.yaml --batch 1";
+    let spec = "bench spec --config run.yaml --drafts ngram --batches 1 --new-tokens 4 --repeats 1";
+    for (command, name) in [
+        (format!("{sft} --out OUT"), "sft"),
+        (
+            format!("bench train {bench} --tokens 8 --steps 1"),
+            "bench train",
+        ),
+        (
+            format!("bench rollout {bench} --repeats 1"),
+            "bench rollout",
+        ),
+        (
+            spec.to_owned(),
+            "bench spec, which measures those of --drafts",
+        ),
+    ] {
+        let warning = format!("warning: draft has no effect on {name}\n");
+        let run = |out: &str, flags: &str| {
+            lab.run(&format!("{} {flags}", command.replace("OUT", out)))
+                .fine()
+        };
+        let out = |kind: &str| format!("{}-{kind}", name.replace([' ', ','], "-"));
+        assert_eq!(times(&run(&out("a"), "--set draft=suffix"), &warning), 1);
+        assert_eq!(times(&run(&out("b"), ""), "warning"), 0);
+        assert_eq!(times(&run(&out("c"), "--set draft=none"), "warning"), 0);
+    }
+    // The built-in run has a draft that nobody asked for.
+    let ended = lab.run("bench train --batch 1 --tokens 8 --steps 1").fine();
+    assert_eq!(times(&ended, "warning"), 0, "{ended:?}");
+}
+
+#[test]
 fn the_draft_of_a_run_and_of_the_example_are_found() {
     let lab = Lab::new();
     let draft = lab.model().display().to_string();
