@@ -273,3 +273,33 @@ fn the_draft_of_a_run_and_of_the_example_are_found() {
         assert_eq!(example[key], embedded[key], "{key}");
     }
 }
+
+#[test]
+fn bench_spec_checks_all_drafts_first_and_measures_each_thing_once() {
+    let lab = Lab::new();
+    let bench = "bench spec --config run.yaml --repeats 1";
+    let ended = lab.run(&format!("{bench} --drafts ngram,layers:9 --batches 1"));
+    let (error, _) = ended.refused(1);
+    assert_eq!(error, "draft layers:9 of a policy with 2 layers");
+    assert_eq!(ended.stdout, "");
+    let flags = "--drafts ngram,none,ngram --batches 2,1,2 --json";
+    let ended = lab.run(&format!("{bench} {flags} --new-tokens 400")).fine();
+    let metrics = ended.json()["metrics"].clone();
+    let measured = metrics.as_array().unwrap().iter().map(|m| {
+        (
+            m["draft"].as_str().unwrap().to_owned(),
+            m["batch"].as_u64().unwrap(),
+        )
+    });
+    let expected = [("none", 2), ("none", 1), ("ngram", 2), ("ngram", 1)];
+    assert!(
+        measured.eq(expected.map(|(d, b)| (d.to_owned(), b))),
+        "{metrics}"
+    );
+    let cut = "warning: --new-tokens 400 is cut to the context of 256 tokens: completions have as few as ";
+    assert_eq!(times(&ended, cut), 1, "{ended:?}");
+    let ended = lab.run(&format!(
+        "{bench} --drafts ngram --batches 1 --new-tokens 8"
+    ));
+    assert_eq!(times(&ended.fine(), "warning"), 0);
+}
