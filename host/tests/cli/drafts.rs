@@ -272,6 +272,8 @@ fn the_draft_of_a_run_and_of_the_example_are_found() {
     for key in ["tokens", "drafts", "accepted_per_pos"] {
         assert_eq!(example[key], embedded[key], "{key}");
     }
+    let help = lab.run("rollout --help").fine().stdout;
+    assert!(help.contains("model:embedded"), "{help}");
 }
 
 #[test]
