@@ -62,8 +62,9 @@ def tokenizer():
         "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
     )
     config = {"eos_token": "<|end|>", "chat_template": template, "model_max_length": 128}
-    (HERE / "model/tokenizer.json").write_text(json.dumps(full, ensure_ascii=False))
-    (HERE / "model/tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    for folder in ["model", "draft"]:
+        (HERE / folder / "tokenizer.json").write_text(json.dumps(full, ensure_ascii=False))
+        (HERE / folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def main():

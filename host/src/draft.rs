@@ -1,20 +1,22 @@
-//! From the config's draft to one the engine can ask: loads it, checks that it fits the policy, and keeps
-//! it near the policy while that learns.
+//! From the config's draft to one the engine can ask: loads it, checks that it fits the policy, says what is
+//! odd about it. How it learns is in `distil`.
 
-use std::path::PathBuf;
+mod distil;
+
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use grpo_policy::{
     backend::{
-        Backend,
+        Backend, Exit,
         cpu::{CpuBackend, Trainable},
     },
-    engine::draft::{Draft, Length, Model, Source, Suffix},
+    engine::draft::{Draft, DraftFault, Length, Model, Source, Suffix},
     error::PolicyError,
     tokenizer::Tokenizer,
-    types::{PackedBatch, TopTokens},
-    weights::{self, LoadedModel},
+    weights::{self, LoadedModel, SaveType, Weights},
 };
+use sha2::{Digest, Sha256};
 
 use crate::{
     cli::Environment,
@@ -22,8 +24,9 @@ use crate::{
     defaults,
     policy::Policy,
     setup::{self, OnDownload},
-    update::{Sequence, split},
 };
+
+pub use distil::{Lesson, distil};
 
 /// Likely tokens of a position that a draft is distilled from. They hold nearly all of the mass of a
 /// trained model; more would cost memory for each token of a step.
@@ -45,6 +48,14 @@ pub enum DraftError {
     },
     #[error("draft layers:{wanted} of a policy with {layers} layers")]
     Layers { wanted: usize, layers: usize },
+    #[error("draft `{draft}` is the folder of a run, not a model")]
+    Run { draft: String },
+    #[error("draft `{draft}` has changed since the run began: it is {found} and was {expected}")]
+    Changed {
+        draft: String,
+        found: String,
+        expected: String,
+    },
     #[error("the draft's head {} cannot be used", file.display())]
     Head {
         file: PathBuf,
@@ -68,27 +79,46 @@ impl DraftError {
             Self::Head { .. } => {
                 "delete the model's folder draft_head to start with an untrained one".to_owned()
             }
+            Self::Run { draft } => format!("use --draft model:{}", in_run(draft).display()),
+            Self::Changed { .. } => {
+                "put the draft back that draft.lock names, or start a new run".to_owned()
+            }
             Self::Layers { layers, .. } => format!("use layers:1 to layers:{}", layers - 1),
         })
     }
 }
 
+/// The draft that a run leaves.
+fn in_run(run: &str) -> PathBuf {
+    Path::new(run).join("draft")
+}
+
+/// What [`attach`] found out about a draft.
+#[derive(Debug, Default)]
+pub struct Attached {
+    /// What is odd about it, for the user to read.
+    pub odd: Vec<String>,
+    /// `sha256:` and the hex digest of the weights it starts with; for a run that trains, of a draft that has
+    /// weights.
+    pub digest: Option<String>,
+}
+
 /// Gives the policy the draft of the config, if it has one. To be called before anything is generated.
-/// Returns what is odd about it, for the user to read.
+/// `trains`: for a run, in which the draft may learn and whose resumption needs to know it again.
 ///
 /// # Errors
 /// [`DraftError`], and those of loading a model.
 pub fn attach(
     policy: &mut Policy,
     config: &RunConfig,
-    learns: bool,
+    trains: bool,
     environment: &Environment,
     on_download: OnDownload<'_>,
-) -> anyhow::Result<Option<String>> {
-    let learns = learns && config.generation.draft_learning_rate > 0.0;
-    let mut odd = None;
+) -> anyhow::Result<Attached> {
+    let learns = trains && config.generation.draft_learning_rate > 0.0;
+    let mut attached = Attached::default();
     let source = match &config.generation.draft {
-        DraftKind::None => return Ok(None),
+        DraftKind::None => return Ok(attached),
         DraftKind::Ngram => Source::Ngram,
         DraftKind::Suffix => Source::Suffix(Suffix::default()),
         DraftKind::Layers(wanted) => {
@@ -97,15 +127,18 @@ pub fn attach(
                 return Err(DraftError::Layers { wanted, layers }.into());
             }
             add_early_exit(policy, wanted, setup::draft_head(config, wanted))?;
+            if trains {
+                let head = policy.backend.export_trainable(Exit::Early)?;
+                attached.digest = Some(digest(&head)?);
+            }
             Source::EarlyExit
         }
         DraftKind::Model(name) => {
-            let model = match name.as_str() {
-                setup::EMBEDDED => defaults::draft()?,
-                name => setup::named_model(name, "main", environment, on_download)
-                    .with_context(|| format!("draft `{name}`"))?,
-            };
+            let model = load(name, environment, on_download)?;
             check_tokenizer(name, &model, &policy.tokenizer)?;
+            if trains {
+                attached.digest = Some(digest(&model.tensors)?);
+            }
             let trainable = match learns {
                 true => Trainable::Full {
                     keep_reference: false,
@@ -114,10 +147,7 @@ pub fn attach(
             };
             let checkpointing = config.training.gradient_checkpointing;
             let draft = CpuBackend::new(model.spec, &model.tensors, &trainable, checkpointing)?;
-            let (draft_size, size) = (draft.parameters(), policy.backend.parameters());
-            odd = (draft_size >= size).then(|| {
-                format!("draft `{name}` has {draft_size} parameters and the policy {size}: it will not pay")
-            });
+            attached.odd = oddities(name, &draft, policy);
             Source::Model(Box::new(Model::new(draft, policy.backend.spec())?))
         }
     };
@@ -130,7 +160,102 @@ pub fn attach(
         draft.learn_from(TOP);
     }
     policy.set_draft(draft);
-    Ok(odd)
+    Ok(attached)
+}
+
+fn load(
+    name: &str,
+    environment: &Environment,
+    on_download: OnDownload<'_>,
+) -> anyhow::Result<LoadedModel> {
+    if name == setup::EMBEDDED {
+        return Ok(defaults::draft()?);
+    }
+    let is_model = |folder: &Path| folder.join("config.json").exists();
+    if !is_model(Path::new(name)) && is_model(&in_run(name)) {
+        let draft = name.to_owned();
+        return Err(DraftError::Run { draft }.into());
+    }
+    setup::named_model(name, "main", environment, on_download)
+        .with_context(|| format!("draft `{name}`"))
+}
+
+/// Of names, shapes and numbers, whatever the format of the file.
+fn digest(weights: &Weights) -> Result<String, PolicyError> {
+    let mut hash = Sha256::new();
+    for (name, tensor) in weights {
+        hash.update(format!("{name} {:?}\n", tensor.dims()));
+        hash.update(weights::little_endian(tensor, SaveType::F32)?);
+    }
+    let hex = hash.finalize();
+    Ok(format!("sha256:{hex:x}"))
+}
+
+fn oddities(name: &str, draft: &CpuBackend, policy: &Policy) -> Vec<String> {
+    let mut odd = Vec::new();
+    let (size, policy_size) = (draft.parameters(), policy.backend.parameters());
+    if size >= policy_size {
+        odd.push(format!(
+            "draft `{name}` has {size} parameters and the policy {policy_size}: it will not pay"
+        ));
+    }
+    let (context, longest) = (draft.spec().max_position_embeddings, policy.max_model_len());
+    if context < longest {
+        odd.push(format!(
+            "draft `{name}` has a context of {context} tokens and sequences may have {longest}: drafting ends at {context} tokens"
+        ));
+    }
+    odd
+}
+
+/// What to say of a head of `layers:K` that nothing has trained.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Untrained {
+    /// The usual start of a head that learns.
+    Learns(String),
+    /// It will stay so, or the model has others.
+    Odd(String),
+}
+
+/// Whether the head is untrained, asked once the policy has the weights it starts with.
+pub fn untrained_head(policy: &Policy, config: &RunConfig, trains: bool) -> Option<Untrained> {
+    let DraftKind::Layers(layers) = config.generation.draft else {
+        return None;
+    };
+    if policy.has_trained_head() {
+        return None;
+    }
+    let others: Vec<String> = setup::draft_heads(config, policy.backend.spec().num_hidden_layers)
+        .iter()
+        .map(|layers| DraftKind::Layers(*layers).to_string())
+        .collect();
+    let others = match others.as_slice() {
+        [] => String::new(),
+        heads => format!(" (the model has one for {})", heads.join(", ")),
+    };
+    let rate = config.generation.draft_learning_rate;
+    let learns = trains && rate > 0.0;
+    let what = match learns {
+        true => format!("it learns with draft_learning_rate {rate}"),
+        false => "a run with a draft_learning_rate above 0 trains it".to_owned(),
+    };
+    let text = format!("the head of layers:{layers} is untrained{others}; {what}");
+    Some(match learns && others.is_empty() {
+        true => Untrained::Learns(text),
+        false => Untrained::Odd(text),
+    })
+}
+
+/// Says, once, that the draft was given up and why; a line `hint:` follows.
+pub fn take_fault(policy: &mut Policy, config: &RunConfig) -> Option<String> {
+    let what = match policy.take_draft_fault()? {
+        DraftFault::Logits => "the draft's logits are not finite",
+        DraftFault::Gradient => "the draft's gradient is not finite",
+    };
+    let draft = &config.generation.draft;
+    Some(format!(
+        "draft `{draft}`: {what}; going on without it\nhint: lower draft_learning_rate, or check the draft's file"
+    ))
 }
 
 /// The policy's early exit with the head in `file`, else an untrained one.
@@ -141,50 +266,6 @@ fn add_early_exit(policy: &mut Policy, layers: usize, file: Option<PathBuf>) -> 
     let trained = weights::read_safetensors(&file);
     let added = trained.and_then(|head| policy.backend.add_early_exit(layers, Some(&head)));
     Ok(added.map_err(|reason| DraftError::Head { file, reason })?)
-}
-
-/// What a draft learnt from a step.
-#[derive(Clone, Copy, Debug)]
-pub struct Lesson {
-    /// Cross-entropy from the policy's likely tokens to the draft, nats a token, before the update.
-    pub loss: f64,
-    /// Gradient norm before clipping.
-    pub grad_norm: f64,
-}
-
-/// Distils the draft on completions of the policy as it was when it drew them: one optimizer step towards
-/// the distributions that verification has computed anyway. `None` for a draft that does not learn.
-///
-/// # Errors
-/// A gradient that is not finite; the draft is then as before.
-pub fn distil(
-    policy: &mut Policy,
-    sequences: &[Sequence<'_>],
-    config: &RunConfig,
-) -> anyhow::Result<Option<Lesson>> {
-    let taught: Vec<Sequence<'_>> = sequences
-        .iter()
-        .filter(|s| !s.completion.top.is_empty())
-        .copied()
-        .collect();
-    let Some((model, exit)) = policy.learning_draft().filter(|_| !taught.is_empty()) else {
-        return Ok(None);
-    };
-    let tokens: usize = taught.iter().map(|s| s.completion.tokens.len()).sum();
-    let mut loss = 0.0;
-    for part in split(&taught, config.training.micro_batch_tokens as usize) {
-        let mut batch = PackedBatch::default();
-        for s in part {
-            let ids = [s.prompt_ids, &s.completion.tokens].concat();
-            batch.push(&ids, s.prompt_ids.len());
-        }
-        let targets: Vec<TopTokens> = part.iter().flat_map(|s| s.completion.top.clone()).collect();
-        let temperature = config.generation.temperature as f32;
-        loss += model.distill(&batch, &targets, temperature, 1.0 / tokens as f64, exit)?;
-    }
-    let step = config.optimizer.step(config.generation.draft_learning_rate);
-    let grad_norm = model.optimizer_step(&step, exit)?;
-    Ok(Some(Lesson { loss, grad_norm }))
 }
 
 /// Equal sizes are not enough: a draft that means other words is wrong with full confidence.

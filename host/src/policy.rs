@@ -10,7 +10,10 @@ use grpo_policy::{
         cpu::{CpuBackend, Trainable},
     },
     chat::{ChatOptions, ChatTemplate},
-    engine::{Engine, EngineConfig, Progress, draft::Draft},
+    engine::{
+        Engine, EngineConfig, Progress,
+        draft::{Draft, DraftFault},
+    },
     tokenizer::Tokenizer,
     types::{Completion, Request},
     weights::{self, LoadedModel, LoraConfig, SaveType},
@@ -32,6 +35,8 @@ const DRAFT_FILE: &str = "draft.u32";
 /// Weights and optimizer of a draft that is distilled, in a checkpoint.
 const DRAFT_WEIGHTS: &str = "draft.safetensors";
 const DRAFT_OPTIMIZER: &str = "draft_optimizer.safetensors";
+/// Why the draft was given up, in a checkpoint made after that.
+const DRAFT_FAULT: &str = "draft_fault.json";
 
 /// Where an exported model keeps the head of its early exit. Not beside the weights: vLLM loads every
 /// safetensors file that it finds there.
@@ -99,6 +104,7 @@ pub struct Policy {
     pub tokenizer: Tokenizer,
     engine: Engine,
     draft: Option<Draft<CpuBackend>>,
+    fault_told: bool,
     chat: Option<ChatTemplate>,
     mode: Mode,
     /// Model path or hub id, for `adapter_config.json`.
@@ -142,6 +148,7 @@ impl Policy {
             tokenizer,
             engine,
             draft: None,
+            fault_told: false,
             chat,
             mode,
             source: source.to_owned(),
@@ -185,6 +192,20 @@ impl Policy {
         self.draft.as_mut()?.learner_mut(&mut self.backend)
     }
 
+    /// Goes on without the draft.
+    pub fn give_up_draft(&mut self, fault: DraftFault) {
+        if let Some(draft) = &mut self.draft {
+            draft.give_up(fault);
+        }
+    }
+
+    /// Why the draft was given up, for the user to read: once.
+    pub fn take_draft_fault(&mut self) -> Option<DraftFault> {
+        let fault = self.draft.as_ref()?.fault();
+        let told = std::mem::replace(&mut self.fault_told, fault.is_some());
+        fault.filter(|_| !told)
+    }
+
     /// Time the draft has taken so far.
     pub fn drafting_seconds(&self) -> f64 {
         self.draft.as_ref().map_or(0.0, |d| d.spent().as_secs_f64())
@@ -221,7 +242,9 @@ impl Policy {
                 weights::save_adapter(&adapter, config, &self.source, &tensors)?;
             }
             Mode::Full { .. } | Mode::Inference => {
-                self.save_model(&make_folder(folder, "model")?)?;
+                let model = make_folder(folder, "model")?;
+                self.save_model(&model)?;
+                self.save_draft_head(&model)?;
             }
         }
         let optimizer = self.backend.export_optimizer(Exit::Final)?;
@@ -235,6 +258,11 @@ impl Policy {
             write_numbers(&folder.join(DRAFT_FILE), &learnt)?;
         }
         let draft = self.draft.as_ref();
+        if let Some(fault) = draft.and_then(Draft::fault) {
+            let path = folder.join(DRAFT_FAULT);
+            std::fs::write(&path, serde_json::to_vec(&fault)?)
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
         if let Some((model, exit)) = draft.and_then(|draft| draft.learner(&self.backend)) {
             let write = |name: &str, tensors: &_| {
                 weights::write_safetensors(&folder.join(name), tensors, SaveType::F32)
@@ -258,6 +286,14 @@ impl Policy {
         if let Some(draft) = self.draft.as_mut().filter(|_| learnt.exists()) {
             draft.import(&read_numbers(&learnt)?)?;
         }
+        let fault = folder.join(DRAFT_FAULT);
+        if fault.exists() {
+            let text = std::fs::read(&fault)
+                .with_context(|| format!("cannot read {}", fault.display()))?;
+            let fault = serde_json::from_slice(&text)
+                .with_context(|| format!("{} is damaged", fault.display()))?;
+            self.give_up_draft(fault);
+        }
         if let Some((model, exit)) = self.learning_draft() {
             let read = |name: &str| weights::read_safetensors(&folder.join(name));
             model.import(&read(DRAFT_WEIGHTS)?, exit)?;
@@ -268,8 +304,8 @@ impl Policy {
     }
 
     /// The deliverable of a run: `model/`, a folder transformers and vLLM load (adapters merged in),
-    /// and `adapter/` beside it for LoRA. A draft that was distilled comes along: a model of its own as
-    /// `draft/`, an early exit inside `model/`.
+    /// and `adapter/` beside it for LoRA. A draft that was distilled comes along as `draft/`, the trained head
+    /// of an early exit, from this run or an earlier one, inside `model/`.
     pub fn export(&self, folder: &Path) -> anyhow::Result<()> {
         if let Mode::Lora { config, .. } = &self.mode {
             let adapter = make_folder(folder, "adapter")?;
@@ -278,20 +314,31 @@ impl Policy {
         }
         let model = make_folder(folder, "model")?;
         self.save_model(&model)?;
+        self.save_draft_head(&model)?;
         let draft = self.draft.as_ref();
-        match draft.and_then(|draft| draft.learner(&self.backend)) {
-            None => {}
-            Some((draft, Exit::Final)) => {
-                let (to, tensors) = (make_folder(folder, "draft")?, draft.export_weights()?);
-                weights::save_model(&to, draft.spec(), &tensors, &self.tokenizer, SaveType::F32)?;
-            }
-            Some((policy, exit @ Exit::Early)) => {
-                make_folder(&model, "draft_head")?;
-                let to = draft_head_file(&model, policy.early_exit()?.layers());
-                weights::write_safetensors(&to, &policy.export_trainable(exit)?, SaveType::F32)?;
-            }
+        if let Some((draft, Exit::Final)) = draft.and_then(|draft| draft.learner(&self.backend)) {
+            let (to, tensors) = (make_folder(folder, "draft")?, draft.export_weights()?);
+            weights::save_model(&to, draft.spec(), &tensors, &self.tokenizer, SaveType::F32)?;
         }
         Ok(())
+    }
+
+    /// The head of the early exit into a model folder, where [`draft_head_file`] looks for it. One that is
+    /// untrained is nothing to keep, and one that was given up nothing to use.
+    fn save_draft_head(&self, model: &Path) -> anyhow::Result<()> {
+        let given_up = self.draft.as_ref().is_some_and(|d| d.fault().is_some());
+        if given_up || !self.has_trained_head() {
+            return Ok(());
+        }
+        make_folder(model, "draft_head")?;
+        let to = draft_head_file(model, self.backend.early_exit()?.layers());
+        let head = self.backend.export_trainable(Exit::Early)?;
+        Ok(weights::write_safetensors(&to, &head, SaveType::F32)?)
+    }
+
+    /// Whether there is an early exit whose head has learnt something, here or in an earlier run.
+    pub fn has_trained_head(&self) -> bool {
+        self.backend.early_exit().is_ok_and(|e| e.is_trained())
     }
 
     fn save_model(&self, folder: &Path) -> anyhow::Result<()> {

@@ -66,6 +66,13 @@ pub fn draft_head(config: &RunConfig, layers: usize) -> Option<PathBuf> {
     Some(draft_head_file(&model, layers)).filter(|file| file.exists())
 }
 
+/// The layers behind which a model of `layers` layers brings a trained head for drafting, rising.
+pub fn draft_heads(config: &RunConfig, layers: usize) -> Vec<usize> {
+    (1..layers)
+        .filter(|layers| draft_head(config, *layers).is_some())
+        .collect()
+}
+
 /// The model's name for messages and adapters.
 pub fn model_name(config: &RunConfig) -> &str {
     config.input.model.as_deref().unwrap_or(EMBEDDED)

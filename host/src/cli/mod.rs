@@ -144,7 +144,8 @@ impl ModelArgs {
 /// them.
 #[derive(Args, Debug, Default)]
 pub struct DraftArgs {
-    /// Speculative decoding: who guesses [default: none]
+    /// Speculative decoding: who guesses; `model:embedded` is the built-in model's draft [default: none,
+    /// with the built-in model model:embedded]
     #[arg(long, value_name = "none|ngram|suffix|model:PATH|layers:K")]
     pub draft: Option<DraftKind>,
     /// Tokens guessed at a time [default: auto]

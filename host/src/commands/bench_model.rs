@@ -30,14 +30,15 @@ pub(super) struct Measured {
 }
 
 impl Measured {
-    /// The model that the flags name, or random weights in a shape.
+    /// The model that the flags name, or random weights in a shape, for `command`.
     pub(super) fn load(
+        command: &str,
         args: &ModelArgs,
         shape: &ShapeArgs,
         output: OutputArgs,
         environment: &Environment,
     ) -> anyhow::Result<Self> {
-        let config = super::config_over_defaults(|base| args.over(base))?;
+        let config = super::config_without_draft(command, |base| args.over(base))?;
         super::set_threads(config.hardware.threads)?;
         super::require_cpu(config.hardware.device)?;
         let cores = std::thread::available_parallelism()?.get();

@@ -25,7 +25,13 @@ struct Workload {
 
 /// Measures, and prints a table or one JSON object.
 pub(super) fn run(args: &BenchRolloutArgs, environment: &Environment) -> anyhow::Result<()> {
-    let measured = Measured::load(&args.model, &args.shape, args.output, environment)?;
+    let measured = Measured::load(
+        "bench rollout",
+        &args.model,
+        &args.shape,
+        args.output,
+        environment,
+    )?;
     let work = workload(args, &measured)?;
     let total = work.prompt_tokens + work.new_tokens;
     let Measured {

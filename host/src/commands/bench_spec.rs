@@ -13,6 +13,7 @@ use super::progress::downloads;
 use crate::{
     cli::{BenchSpecArgs, Environment},
     config::{DraftKind, RunConfig},
+    draft,
     policy::{Capacity, Mode, Policy},
     rollout::{Job, mix, roll},
     setup,
@@ -43,25 +44,32 @@ struct Best {
 
 /// Measures, and prints a table or one JSON object.
 pub(super) fn run(args: &BenchSpecArgs, environment: &Environment) -> anyhow::Result<()> {
-    let mut config = super::config_over_defaults(|base| args.over(base))?;
+    let command = "bench spec, which measures those of --drafts";
+    let mut config = super::config_without_draft(command, |base| args.over(base))?;
     // Nothing is evaluated here, so a small file need not give up its rows.
     config.eval.eval_rows = 1;
     super::set_threads(config.hardware.threads)?;
     super::require_cpu(config.hardware.device)?;
     let rows = setup::rows(&config, environment, &mut downloads(args.output.quiet))?;
-    let largest = args.batches.iter().copied().max().unwrap_or(1);
+    let largest = largest(args);
     anyhow::ensure!(
         rows.train.rows.len() >= largest as usize,
         "{} rows are not enough for a batch of {largest}",
         rows.train.rows.len()
     );
-    let plain = DraftKind::None;
+    let drafts = distinct(&[&[DraftKind::None], &args.drafts[..]].concat());
+    check(&drafts, args, &mut config, environment)?;
     let mut measures: Vec<Measure> = Vec::new();
-    for draft in [&plain].into_iter().chain(&args.drafts) {
+    let mut cut = None;
+    for draft in &drafts {
         config.generation.draft = draft.clone();
         let mut bench = Bench::load(args, &config, environment)?;
-        for &batch in &args.batches {
+        for batch in distinct(&args.batches) {
             let best = bench.best(&rows.train.rows[..batch as usize])?;
+            if cut.is_none() {
+                cut = bench.cut(&best);
+                cut.iter().for_each(|text| super::warn(text));
+            }
             let base = measures.iter().find(|m| m.batch == batch);
             let base = base.map(|m| m.tokens_per_second);
             measures.push(Measure::of(draft, batch, &best, base));
@@ -88,6 +96,63 @@ pub(super) fn run(args: &BenchSpecArgs, environment: &Environment) -> anyhow::Re
     Ok(())
 }
 
+fn largest(args: &BenchSpecArgs) -> u32 {
+    args.batches.iter().copied().max().unwrap_or(1)
+}
+
+/// Each once, in the order of their first mention.
+fn distinct<T: Clone + PartialEq>(items: &[T]) -> Vec<T> {
+    let mut out: Vec<T> = Vec::new();
+    for item in items {
+        if !out.contains(item) {
+            out.push(item.clone());
+        }
+    }
+    out
+}
+
+/// Loads every draft once, so that one that cannot be is refused before minutes of measuring the others.
+fn check(
+    drafts: &[DraftKind],
+    args: &BenchSpecArgs,
+    config: &mut RunConfig,
+    environment: &Environment,
+) -> anyhow::Result<()> {
+    let quiet = args.output.quiet;
+    let mut policy = policy(args, config, environment)?;
+    for draft in drafts {
+        config.generation.draft = draft.clone();
+        draft::attach(
+            &mut policy,
+            config,
+            false,
+            environment,
+            &mut downloads(quiet),
+        )?;
+    }
+    Ok(())
+}
+
+fn policy(
+    args: &BenchSpecArgs,
+    config: &RunConfig,
+    environment: &Environment,
+) -> anyhow::Result<Policy> {
+    let model = setup::model(config, environment, &mut downloads(args.output.quiet))?;
+    let context = model.spec.max_position_embeddings;
+    let capacity = Capacity {
+        max_batch: largest(args) as usize,
+        ..setup::capacity(&config.generation, context)
+    };
+    Policy::new(
+        model,
+        setup::model_name(config),
+        Mode::Inference,
+        false,
+        capacity,
+    )
+}
+
 /// A policy with its draft, ready to decode.
 struct Bench<'a> {
     args: &'a BenchSpecArgs,
@@ -102,16 +167,8 @@ impl<'a> Bench<'a> {
         config: &'a RunConfig,
         environment: &Environment,
     ) -> anyhow::Result<Self> {
-        let quiet = args.output.quiet;
-        let model = setup::model(config, environment, &mut downloads(quiet))?;
-        let context = model.spec.max_position_embeddings;
-        let capacity = Capacity {
-            max_batch: args.batches.iter().copied().max().unwrap_or(1) as usize,
-            ..setup::capacity(&config.generation, context)
-        };
-        let name = setup::model_name(config);
-        let mut policy = Policy::new(model, name, Mode::Inference, false, capacity)?;
-        super::attach_draft(&mut policy, config, false, environment, quiet)?;
+        let mut policy = policy(args, config, environment)?;
+        super::attach_draft(&mut policy, config, environment, args.output.quiet)?;
         Ok(Self {
             args,
             config,
@@ -139,6 +196,7 @@ impl<'a> Bench<'a> {
             };
             let rolled = roll(&mut self.policy, &self.plugins.formatter, &job, &mut |_| {})?;
             let seconds = started.elapsed().as_secs_f64();
+            super::tell_of_fault(&mut self.policy, self.config);
             if repeat > 0 && best.as_ref().is_none_or(|b| seconds < b.seconds) {
                 best = Some(Best {
                     seconds,
@@ -152,6 +210,21 @@ impl<'a> Bench<'a> {
             }
         }
         best.ok_or_else(|| anyhow::anyhow!("nothing was measured"))
+    }
+
+    /// Why completions are shorter than asked for, where the context is.
+    fn cut(&self, best: &Best) -> Option<String> {
+        let longest = self.policy.max_model_len();
+        let fills = |c: &&Completion| {
+            let t = &c.telemetry;
+            (t.prompt_tokens + t.generated_tokens) as usize == longest
+        };
+        let tokens = |c: &Completion| c.telemetry.generated_tokens;
+        let shortest = best.completions.iter().filter(fills).map(tokens).min()?;
+        let asked = self.args.new_tokens;
+        (shortest < asked).then(|| {
+            format!("--new-tokens {asked} is cut to the context of {longest} tokens: completions have as few as {shortest}")
+        })
     }
 }
 
@@ -205,6 +278,11 @@ fn print_row(measure: Option<&Measure>) {
 mod tests {
     use super::*;
     use grpo_policy::types::{Finish, Telemetry};
+
+    #[test]
+    fn batches_and_drafts_named_twice_count_once() {
+        assert_eq!(distinct(&[4, 1, 4, 1, 16]), [4, 1, 16]);
+    }
 
     #[test]
     fn the_prediction_by_hand() {

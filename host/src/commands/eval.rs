@@ -25,7 +25,7 @@ pub(super) fn run(args: &EvalArgs, environment: &Environment) -> anyhow::Result<
     let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
     let name = setup::model_name(&config);
     let mut policy = Policy::new(model, name, Mode::Inference, false, capacity)?;
-    super::attach_draft(&mut policy, &config, false, environment, args.output.quiet)?;
+    super::attach_draft(&mut policy, &config, environment, args.output.quiet)?;
     let judges = Judges {
         formatter: &plugins.formatter,
         rewards: &plugins.rewards,
@@ -37,6 +37,7 @@ pub(super) fn run(args: &EvalArgs, environment: &Environment) -> anyhow::Result<
         bar.rollout(p)
     })?;
     bar.finish();
+    super::tell_of_fault(&mut policy, &config);
     if args.output.json {
         outln!("{}", json_of(&report, settings.samples));
     } else {

@@ -29,8 +29,9 @@ mod train;
 
 use crate::{
     cli::{BenchCommand, Command, Environment},
-    config::{ConfigError, Device, RawConfig, RunConfig},
-    defaults, draft,
+    config::{ConfigError, Device, DraftKind, RawConfig, RunConfig},
+    defaults,
+    draft::{self, Untrained},
     policy::Policy,
 };
 
@@ -66,6 +67,19 @@ fn config_over_defaults(
     }
 }
 
+/// The same for a command that asks no draft of the config. One that was asked for by key or file has no effect
+/// and is told of; the one of the arithmetic example nobody asked for.
+fn config_without_draft(
+    command: &str,
+    over: impl Fn(RawConfig) -> Result<RawConfig, ConfigError>,
+) -> Result<RunConfig, ConfigError> {
+    let asked = over(RawConfig::default())?.validate()?.generation.draft;
+    if asked != DraftKind::None {
+        warn(&format!("draft has no effect on {command}"));
+    }
+    config_over_defaults(over)
+}
+
 /// Sizes the thread pool that all tensor work runs on.
 fn set_threads(threads: Option<u32>) -> anyhow::Result<()> {
     let Some(threads) = threads else {
@@ -90,20 +104,37 @@ fn require_cpu(device: Device) -> Result<(), NoSuchDevice> {
     }
 }
 
-/// Gives the policy the config's draft and tells the user what is odd about it.
+/// Gives the policy the config's draft, for a command that only generates with it.
 fn attach_draft(
     policy: &mut Policy,
     config: &RunConfig,
-    learns: bool,
     environment: &Environment,
     quiet: bool,
 ) -> anyhow::Result<()> {
     let mut on_download = progress::downloads(quiet);
-    let odd = draft::attach(policy, config, learns, environment, &mut on_download)?;
-    if let Some(odd) = odd {
-        eprintln!("warning: {odd}");
-    }
+    let attached = draft::attach(policy, config, false, environment, &mut on_download)?;
+    attached.odd.iter().for_each(|odd| warn(odd));
+    tell_of_head(draft::untrained_head(policy, config, false), quiet);
     Ok(())
+}
+
+fn warn(text: &str) {
+    eprintln!("warning: {text}");
+}
+
+fn tell_of_head(untrained: Option<Untrained>, quiet: bool) {
+    match untrained {
+        Some(Untrained::Odd(text)) => warn(&text),
+        Some(Untrained::Learns(text)) if !quiet => eprintln!("{text}"),
+        Some(Untrained::Learns(_)) | None => {}
+    }
+}
+
+/// Tells the user, once, that the draft was given up.
+fn tell_of_fault(policy: &mut Policy, config: &RunConfig) {
+    if let Some(fault) = draft::take_fault(policy, config) {
+        warn(&fault);
+    }
 }
 
 /// A device that this build cannot use.

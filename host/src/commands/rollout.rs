@@ -21,7 +21,7 @@ pub(super) fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Resu
     let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
     let name = setup::model_name(&config);
     let mut policy = Policy::new(model, name, Mode::Inference, false, capacity)?;
-    super::attach_draft(&mut policy, &config, false, environment, args.output.quiet)?;
+    super::attach_draft(&mut policy, &config, environment, args.output.quiet)?;
     let (role, content) = ("user".to_owned(), args.prompt.clone());
     let body = match args.raw {
         true => PromptBody::Text(content),
@@ -40,6 +40,7 @@ pub(super) fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Resu
         seed: config.training.seed,
     };
     let completions = policy.generate(vec![request], &mut |_| {})?;
+    super::tell_of_fault(&mut policy, &config);
     if args.output.json {
         let objects: Vec<_> = completions.iter().map(json_of).collect();
         outln!("{}", json!({ "prompt": text, "completions": objects }));

@@ -23,7 +23,7 @@ use crate::{
 
 /// Trains, writes the model, prints a short table or one JSON object.
 pub(super) fn run(args: &SftArgs, environment: &Environment) -> anyhow::Result<()> {
-    let config = super::config_over_defaults(|base| args.over(base))?;
+    let config = super::config_without_draft("sft", |base| args.over(base))?;
     super::set_threads(config.hardware.threads)?;
     super::require_cpu(config.hardware.device)?;
     anyhow::ensure!(!args.out.exists(), "{} exists already", args.out.display());

@@ -11,11 +11,15 @@ use super::progress::{Bar, downloads};
 use crate::{
     cli::{Environment, OutputArgs, TrainArgs},
     config::{RawConfig, RunConfig},
+    draft::{self, DraftError},
     evaluate::EvalReport,
     interrupt::Interrupt,
     policy::{Mode, Policy},
     record,
-    run::{Keep, LockedPlugin, Resumed, RunDir, StepLog, TrainState, read_metrics, write_report},
+    run::{
+        Keep, LockedDraft, LockedPlugin, Resumed, RunDir, StepLog, TrainState, read_draft_lock,
+        read_metrics, write_report,
+    },
     setup,
     trainer::{StepReport, Trainer, loss_config},
 };
@@ -194,7 +198,11 @@ impl<'a> Run<'a> {
             checkpointing,
             capacity,
         )?;
-        super::attach_draft(&mut policy, config, true, environment, quiet)?;
+        let attached = draft::attach(&mut policy, config, true, environment, &mut on_download)?;
+        let locked_draft = attached.digest.map(|digest| LockedDraft {
+            draft: config.generation.draft.to_string(),
+            digest,
+        });
         let mut state = TrainState {
             seed: config.training.seed,
             ..TrainState::default()
@@ -206,6 +214,7 @@ impl<'a> Run<'a> {
             }
             Place::Resumed(resumed) => {
                 check_lock(&resumed.dir, &plugins.locked)?;
+                check_draft_lock(&resumed.dir, locked_draft.as_ref())?;
                 if let Some(checkpoint) = resumed.checkpoint {
                     policy.load_checkpoint(&checkpoint.path)?;
                     state = checkpoint.state;
@@ -216,6 +225,12 @@ impl<'a> Run<'a> {
             }
         };
         dir.write_plugins_lock(&plugins.locked)?;
+        if let Some(locked) = &locked_draft {
+            dir.write_draft_lock(locked)?;
+        }
+        // A resumed run has its head from the checkpoint by now.
+        attached.odd.iter().for_each(|odd| super::warn(odd));
+        super::tell_of_head(draft::untrained_head(&policy, config, true), quiet);
         Ok(Self {
             metrics: dir.metrics()?,
             curriculum: dir.curriculum()?,
@@ -272,7 +287,14 @@ impl<'a> Run<'a> {
         bar.say(&format!("evaluating {} rows", self.trainer.rows.eval.len()));
         let eval = self.trainer.evaluate(&mut |p| bar.rollout(p))?;
         bar.eval(&eval);
+        self.tell_of_fault(bar);
         Ok(eval)
+    }
+
+    fn tell_of_fault(&mut self, bar: &mut Bar) {
+        if let Some(fault) = draft::take_fault(&mut self.trainer.policy, self.trainer.config) {
+            bar.warn(&fault);
+        }
     }
 
     /// Metrics, rollouts and whatever is due after this step. The metrics line comes after the
@@ -285,6 +307,7 @@ impl<'a> Run<'a> {
         for fault in &report.faults {
             bar.warn(fault);
         }
+        self.tell_of_fault(bar);
         if let Some(tables) = record::curriculum(&report.plan)? {
             self.curriculum.append(step, &tables)?;
         }
@@ -362,4 +385,19 @@ fn check_lock(dir: &RunDir, loaded: &[LockedPlugin]) -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The same for its draft. It is asked of a draft that learns too, although a checkpoint has its weights: one
+/// rule, and a digest costs less than the loading that was done already.
+fn check_draft_lock(dir: &RunDir, loaded: Option<&LockedDraft>) -> anyhow::Result<()> {
+    let before = read_draft_lock(dir.root())?;
+    match (before, loaded) {
+        (Some(before), Some(now)) if before.digest != now.digest => Err(DraftError::Changed {
+            draft: now.draft.clone(),
+            found: now.digest.clone(),
+            expected: before.digest,
+        }
+        .into()),
+        _ => Ok(()),
+    }
 }

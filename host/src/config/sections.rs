@@ -121,7 +121,7 @@ pub struct GenerationConfig {
     pub draft: DraftKind,
     /// Tokens drafted at a time.
     pub draft_tokens: DraftTokens,
-    /// Learning rate at which a draft model is distilled on the run's own rollouts, ≥ 0. `0`: it stays.
+    /// Learning rate at which a draft model is distilled on the run's own rollouts, 0 to 1. `0`: it stays.
     pub draft_learning_rate: f64,
 }
 

@@ -261,7 +261,12 @@ fn generation(ranges: &Ranges<'_>, config: &GenerationConfig) -> Result<(), Conf
         ranges.check("kv_cache_tokens", tokens, "1 or more", tokens >= 1)?;
     }
     ranges.at_least_one("max_batch_size", config.max_batch_size)?;
-    ranges.not_negative("draft_learning_rate", config.draft_learning_rate)
+    ranges.check(
+        "draft_learning_rate",
+        config.draft_learning_rate,
+        "0 to 1",
+        (0.0..=1.0).contains(&config.draft_learning_rate),
+    )
 }
 
 fn loss(ranges: &Ranges<'_>, config: &LossConfig) -> Result<(), ConfigError> {

@@ -1,13 +1,15 @@
-//! `plugins.lock`: which component, by digest, played which part from which step on.
+//! `plugins.lock`: which component, by digest, played which part from which step on. `draft.lock`: with which
+//! weights the draft began.
 
 use std::{fs, io, path::Path};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{RunError, atomic};
 use crate::types::PluginId;
 
 const NAME: &str = "plugins.lock";
+const DRAFT_NAME: &str = "draft.lock";
 
 /// One component of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -22,27 +24,53 @@ pub struct LockedPlugin {
     pub since_step: u64,
 }
 
-pub(super) fn write(root: &Path, plugins: &[LockedPlugin]) -> Result<(), RunError> {
-    let path = root.join(NAME);
-    let text = serde_norway::to_string(plugins).map_err(|e| RunError::Malformed {
-        path: path.clone(),
+/// The draft of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LockedDraft {
+    /// As the config names it.
+    pub draft: String,
+    /// `sha256:` and 64 hex digits of the weights it began with, whether it learns or not.
+    pub digest: String,
+}
+
+pub(super) fn write_draft(root: &Path, draft: &LockedDraft) -> Result<(), RunError> {
+    save(&root.join(DRAFT_NAME), draft)
+}
+
+/// The draft of a run; `None` for one without weights.
+pub fn read_draft_lock(root: &Path) -> Result<Option<LockedDraft>, RunError> {
+    load(&root.join(DRAFT_NAME))
+}
+
+fn save<T: Serialize + ?Sized>(path: &Path, locked: &T) -> Result<(), RunError> {
+    let text = serde_norway::to_string(locked).map_err(|e| RunError::Malformed {
+        path: path.to_owned(),
         reason: e.to_string(),
     })?;
-    atomic::write(&path, text.as_bytes())
+    atomic::write(path, text.as_bytes())
+}
+
+/// `None` where there is no such file.
+fn load<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, RunError> {
+    let path = path.to_owned();
+    let text = match fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(RunError::Read { path, source }),
+    };
+    serde_norway::from_str(&text).map_err(|e| RunError::Malformed {
+        path,
+        reason: e.to_string(),
+    })
+}
+
+pub(super) fn write(root: &Path, plugins: &[LockedPlugin]) -> Result<(), RunError> {
+    save(&root.join(NAME), plugins)
 }
 
 /// The components of a run; none when it has not got to writing them.
 pub fn read_plugins_lock(root: &Path) -> Result<Vec<LockedPlugin>, RunError> {
-    let path = root.join(NAME);
-    let text = match fs::read_to_string(&path) {
-        Ok(text) => text,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(source) => return Err(RunError::Read { path, source }),
-    };
-    serde_norway::from_str(&text).map_err(|e| RunError::Malformed {
-        path: path.clone(),
-        reason: e.to_string(),
-    })
+    Ok(load(&root.join(NAME))?.unwrap_or_default())
 }
 
 /// Forgets swaps that a resumed run has yet to make.

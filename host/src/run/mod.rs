@@ -1,5 +1,5 @@
 //! The run directory: `config.yaml metrics.jsonl curriculum.jsonl rollouts/*.parquet checkpoints/step-N/
-//! plugins.lock report.html`.
+//! plugins.lock draft.lock report.html`.
 //!
 //! Owns where things lie, that they are written whole or not at all, and what a resumed run throws away.
 //! Steps count from 1; `step-N` is the state after N steps. Weights are written by `grpo-policy` into
@@ -24,7 +24,7 @@ use std::{
 
 pub use checkpoint::{Best, Checkpoint, CheckpointWriter, Keep, TrainState, checkpoints, latest};
 pub use error::RunError;
-pub use lock::{LockedPlugin, read_plugins_lock};
+pub use lock::{LockedDraft, LockedPlugin, read_draft_lock, read_plugins_lock};
 pub use manifest::Damage;
 pub use report::write_report;
 pub use results::{MetricRow, Summary, summarise};
@@ -159,6 +159,11 @@ impl RunDir {
     /// Writes `plugins.lock`: all components used so far, those swapped in later included.
     pub fn write_plugins_lock(&self, plugins: &[LockedPlugin]) -> Result<(), RunError> {
         lock::write(&self.root, plugins)
+    }
+
+    /// Writes `draft.lock`.
+    pub fn write_draft_lock(&self, draft: &LockedDraft) -> Result<(), RunError> {
+        lock::write_draft(&self.root, draft)
     }
 
     /// Starts a checkpoint of the state after `step` steps.

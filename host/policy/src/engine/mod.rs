@@ -245,7 +245,9 @@ impl Engine {
             let tokens = request.sampling.max_tokens as usize - sequence.generated();
             let room = tokens.min(context - sequence.tokens.len());
             let wanted = draft.length(sequence.drafting.acceptance(), rows);
-            wanted.min(room.saturating_sub(1))
+            wanted
+                .min(room.saturating_sub(1))
+                .min(draft.room(sequence.tokens.len()))
         };
         let plan = self.scheduler.plan(Instant::now(), &mut drafts)?;
         if plan.rows.is_empty() {

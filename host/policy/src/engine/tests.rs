@@ -2,6 +2,7 @@
 
 mod cases;
 mod early_exit;
+mod failing_drafts;
 mod scripted;
 mod speculation;
 mod workload;

@@ -14,7 +14,7 @@ use candle_core::Tensor;
 
 pub use lora::{ALL_LINEAR, Adapter, LoraConfig, load_adapter, merge, save_adapter};
 pub use random::random_weights;
-pub use save::{SaveType, save_model, write_safetensors};
+pub use save::{SaveType, little_endian, save_model, write_safetensors};
 
 use crate::{
     error::PolicyError,

@@ -144,7 +144,11 @@ pub fn write_safetensors(
     file.sync_all().map_err(|source| write_error(path, source))
 }
 
-fn little_endian(tensor: &Tensor, save_type: SaveType) -> Result<Vec<u8>, PolicyError> {
+/// The numbers of a tensor as they lie in a safetensors file.
+///
+/// # Errors
+/// [`PolicyError::Tensor`] for a number format that does not convert.
+pub fn little_endian(tensor: &Tensor, save_type: SaveType) -> Result<Vec<u8>, PolicyError> {
     let flat = tensor.flatten_all()?;
     Ok(match save_type {
         SaveType::F32 => flat

@@ -28,6 +28,7 @@ pub struct EarlyExit {
     optimizer: AdamW,
     norm: ParamId,
     adapter: ParamId,
+    trained: bool,
     /// The weight of a norm that has none.
     ones: Vec<f32>,
 }
@@ -49,6 +50,7 @@ impl EarlyExit {
             params,
             norm,
             adapter,
+            trained: false,
             ones: vec![1.0; hidden],
         }
     }
@@ -56,6 +58,11 @@ impl EarlyExit {
     /// Layers of the policy below it, at least 1.
     pub fn layers(&self) -> usize {
         self.layers
+    }
+
+    /// Whether its head is more than the policy's own: read from a file, or stepped.
+    pub fn is_trained(&self) -> bool {
+        self.trained
     }
 
     /// Its weights by name.
@@ -72,7 +79,9 @@ impl EarlyExit {
         match missing.map(|p| p.name.clone()) {
             Some(name) => Err(PolicyError::MissingWeight { name }),
             None => self.params.import(tensors),
-        }
+        }?;
+        self.trained = true;
+        Ok(())
     }
 
     pub(super) fn export_optimizer(&self) -> Result<BTreeMap<String, Tensor>, PolicyError> {
@@ -87,7 +96,11 @@ impl EarlyExit {
     }
 
     pub(super) fn optimizer_step(&mut self, step: &OptimStep) -> Result<f64, PolicyError> {
-        self.optimizer.step(&mut self.params, &mut self.grads, step)
+        let norm = self
+            .optimizer
+            .step(&mut self.params, &mut self.grads, step)?;
+        self.trained = true;
+        Ok(norm)
     }
 
     /// What the unembedding reads, `[T, hidden]`, of the residual stream `hidden`.

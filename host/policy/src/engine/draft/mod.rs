@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 pub use model::Model;
 pub use pace::Length;
+use serde::{Deserialize, Serialize};
 pub use suffix::Suffix;
 
 use super::{sampler::Proposal, sequence::SequenceId};
@@ -38,12 +39,23 @@ pub enum Source<B> {
     EarlyExit,
 }
 
+/// Why a draft was given up. Its weights are its own, so the policy and its completions are not touched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DraftFault {
+    /// Its logits are not finite: the weights are damaged or have diverged.
+    Logits,
+    /// What it is distilled with is not finite.
+    Gradient,
+}
+
 /// A source, and how many tokens it is asked for.
 pub struct Draft<B> {
     source: Source<B>,
     pace: Pace,
     spent: Duration,
     top: usize,
+    fault: Option<DraftFault>,
 }
 
 /// One running sequence that could use a guess.
@@ -74,6 +86,7 @@ impl<B: Backend> Draft<B> {
             pace,
             spent: Duration::ZERO,
             top: 0,
+            fault: None,
         })
     }
 
@@ -89,6 +102,17 @@ impl<B: Backend> Draft<B> {
     /// How many; 0 for a draft that is not distilled.
     pub(super) fn top(&self) -> usize {
         self.top
+    }
+
+    /// Neither drafts nor learns from now on.
+    pub fn give_up(&mut self, fault: DraftFault) {
+        self.fault = Some(fault);
+        self.top = 0;
+    }
+
+    /// Why it was given up, if it was.
+    pub fn fault(&self) -> Option<DraftFault> {
+        self.fault
     }
 
     /// What is distilled: the model that drafts, or the early exit of `policy`. `None` for a draft that is not.
@@ -141,21 +165,39 @@ impl<B: Backend> Draft<B> {
     /// Tokens to draft for a sequence that accepted `acceptance` of its drafted tokens so far, with `rows`
     /// sequences in the step. 0: drafting does not pay.
     pub(super) fn length(&mut self, acceptance: Option<f64>, rows: usize) -> usize {
-        self.pace.length(acceptance, rows)
+        match self.fault {
+            Some(_) => 0,
+            None => self.pace.length(acceptance, rows),
+        }
     }
 
-    /// One proposal per ask, perhaps shorter than asked or empty.
+    /// One proposal per ask, perhaps shorter than asked or empty. A draft whose logits are not finite is given
+    /// up instead of ending the rollout: completions do not need it.
     pub(super) fn propose(
         &mut self,
         policy: &mut B,
         asks: &[Ask<'_>],
     ) -> Result<Vec<Proposal>, PolicyError> {
         let started = Instant::now();
+        let proposals = match self.guess(policy, asks) {
+            Err(PolicyError::NonFiniteLogits { .. }) => {
+                self.give_up(DraftFault::Logits);
+                vec![Proposal::default(); asks.len()]
+            }
+            guessed => guessed?,
+        };
+        let rounds = proposals.iter().map(|p| p.tokens.len()).max().unwrap_or(0);
+        self.spent += started.elapsed();
+        self.pace.drafted(rounds, asks.len(), started.elapsed());
+        Ok(proposals)
+    }
+
+    fn guess(&mut self, policy: &mut B, asks: &[Ask<'_>]) -> Result<Vec<Proposal>, PolicyError> {
         let certain = |tokens| Proposal {
             tokens,
             probabilities: Vec::new(),
         };
-        let proposals: Vec<Proposal> = match &mut self.source {
+        Ok(match &mut self.source {
             Source::Ngram => asks
                 .iter()
                 .map(|ask| certain(ngram::lookup(ask.tokens, ask.most)))
@@ -169,11 +211,7 @@ impl<B: Backend> Draft<B> {
                 let from: Vec<usize> = asks.iter().map(|ask| ask.cached).collect();
                 model::autoregress(policy, Exit::Early, asks, from)?
             }
-        };
-        let rounds = proposals.iter().map(|p| p.tokens.len()).max().unwrap_or(0);
-        self.spent += started.elapsed();
-        self.pace.drafted(rounds, asks.len(), started.elapsed());
-        Ok(proposals)
+        })
     }
 
     /// Told of every step the policy is about to make: `copies` of blocks, and the rows without a guess.
@@ -183,8 +221,18 @@ impl<B: Backend> Draft<B> {
         prompts: &[PromptPart<'_>],
     ) -> Result<(), PolicyError> {
         match &mut self.source {
-            Source::Model(model) => model.follow(copies, prompts),
+            Source::Model(model) if self.fault.is_none() => model.follow(copies, prompts),
+            Source::Model(_) => Ok(()),
             Source::Ngram | Source::Suffix(_) | Source::EarlyExit => Ok(()),
+        }
+    }
+
+    /// Tokens it can draft behind `tokens` tokens before its own context ends; the policy's may be longer.
+    pub(super) fn room(&self, tokens: usize) -> usize {
+        match &self.source {
+            // The last drafted token is not run.
+            Source::Model(model) => (model.context() + 1).saturating_sub(tokens),
+            Source::Ngram | Source::Suffix(_) | Source::EarlyExit => usize::MAX,
         }
     }
 

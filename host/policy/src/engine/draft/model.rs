@@ -42,6 +42,11 @@ impl<B: Backend> Model<B> {
         &mut self.backend
     }
 
+    /// Longest sequence it can run.
+    pub(super) fn context(&self) -> usize {
+        self.backend.spec().max_position_embeddings
+    }
+
     pub(super) fn forget(&mut self, id: SequenceId) {
         self.cached.remove(&id);
     }
@@ -54,17 +59,21 @@ impl<B: Backend> Model<B> {
         if !copies.is_empty() {
             self.backend.copy_kv(copies)?;
         }
-        let mut rows = Vec::new();
+        let (mut rows, context) = (Vec::new(), self.context());
         for part in parts {
             // A single token is decoding without a guess; the next guess catches up with it.
             if part.tokens.len() == 1 {
                 self.cached.entry(part.id).or_insert(part.position);
                 continue;
             }
-            self.cached
-                .insert(part.id, part.position + part.tokens.len());
+            // Nothing is drafted behind the draft's context, so what lies there is never missed.
+            let fit = part.tokens.len().min(context.saturating_sub(part.position));
+            self.cached.insert(part.id, part.position + fit);
+            if fit == 0 {
+                continue;
+            }
             rows.push(StepRow {
-                tokens: part.tokens,
+                tokens: &part.tokens[..fit],
                 position: part.position,
                 blocks: part.blocks,
                 sample: None,

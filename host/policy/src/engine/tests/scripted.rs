@@ -111,6 +111,9 @@ pub(super) struct ScriptedBackend {
     pub(super) skip_copies: bool,
     /// Another fault: every proposed token is accepted.
     pub(super) trusts_drafts: bool,
+    /// A third: what it proposes in this call and later comes of logits that are not finite.
+    pub(super) diverges_at: Option<usize>,
+    pub(super) proposals: usize,
     /// Fails the step with this number.
     pub(super) fail_at: Option<usize>,
     pub(super) steps: usize,
@@ -120,7 +123,7 @@ pub(super) struct ScriptedBackend {
     pub(super) computed: usize,
     /// Rows that started behind position 0 and had more than one token: chunked or cached prefill.
     pub(super) late_chunks: usize,
-    /// Two writes to one slot in one step, or a row without enough blocks.
+    /// Two writes to one slot in one step, a row without enough blocks, or one beyond the context.
     pub(super) violations: usize,
     keys: Vec<u64>,
     block_size: usize,
@@ -133,6 +136,8 @@ impl ScriptedBackend {
             salt,
             skip_copies: false,
             trusts_drafts: false,
+            diverges_at: None,
+            proposals: 0,
             fail_at: None,
             steps: 0,
             copies: 0,
@@ -164,6 +169,13 @@ impl ScriptedBackend {
         }
     }
 
+    /// The same model with a shorter context.
+    pub(super) fn with_context(salt: u64, tokens: usize) -> Self {
+        let mut backend = Self::new(salt);
+        backend.spec.max_position_embeddings = tokens;
+        backend
+    }
+
     fn slot(&self, row: &StepRow<'_>, position: usize) -> usize {
         row.blocks[position / self.block_size] as usize * self.block_size
             + position % self.block_size
@@ -172,7 +184,9 @@ impl ScriptedBackend {
     fn write(&mut self, rows: &[StepRow<'_>]) {
         let mut written = HashSet::new();
         for row in rows {
-            if row.blocks.len() * self.block_size < row.position + row.tokens.len() {
+            let end = row.position + row.tokens.len();
+            let context = self.spec.max_position_embeddings;
+            if end > context || row.blocks.len() * self.block_size < end {
                 self.violations += 1;
                 continue;
             }
@@ -258,6 +272,10 @@ impl Backend for ScriptedBackend {
     }
 
     fn propose(&mut self, rows: &[StepRow<'_>], _: Exit) -> Result<Vec<Vec<f32>>, PolicyError> {
+        self.proposals += 1;
+        if self.diverges_at.is_some_and(|at| self.proposals >= at) {
+            return Err(PolicyError::NonFiniteLogits { position: 0 });
+        }
         self.write(rows);
         let propose = |row: &StepRow<'_>| {
             let args = row.sample.as_ref().unwrap();

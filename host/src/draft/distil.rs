@@ -1,0 +1,84 @@
+//! Keeps a draft near the policy while that learns: distillation on the run's own completions.
+
+use grpo_policy::{
+    backend::{Backend, Exit, cpu::CpuBackend},
+    engine::draft::DraftFault,
+    error::PolicyError,
+    types::{PackedBatch, TopTokens},
+};
+
+use crate::{
+    config::RunConfig,
+    policy::Policy,
+    update::{Sequence, split},
+};
+
+/// What a draft learnt from a step.
+#[derive(Clone, Copy, Debug)]
+pub struct Lesson {
+    /// Cross-entropy from the policy's likely tokens to the draft, nats a token, before the update.
+    pub loss: f64,
+    /// Gradient norm before clipping.
+    pub grad_norm: f64,
+}
+
+/// Distils the draft on completions of the policy as it was when it drew them: one optimizer step towards
+/// the distributions that verification has computed anyway. `None` for a draft that does not learn, and for
+/// one that is given up here because its loss or gradient is not finite: the policy does not need it.
+///
+/// # Errors
+/// Those of [`Backend::distill`] and [`Backend::optimizer_step`] but a gradient that is not finite.
+pub fn distil(
+    policy: &mut Policy,
+    sequences: &[Sequence<'_>],
+    config: &RunConfig,
+) -> anyhow::Result<Option<Lesson>> {
+    let Some((model, exit)) = policy.learning_draft() else {
+        return Ok(None);
+    };
+    let taught = lessons(sequences, model.spec().max_position_embeddings);
+    if taught.is_empty() {
+        return Ok(None);
+    }
+    match teach(model, exit, &taught, config) {
+        Ok(lesson) if lesson.loss.is_finite() => Ok(Some(lesson)),
+        Ok(_) | Err(PolicyError::NonFiniteGradient { .. }) => {
+            policy.give_up_draft(DraftFault::Gradient);
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The sequences that teach: those whose completion, as far as a context of `context` tokens holds it, has
+/// tokens with their likely alternatives.
+fn lessons<'a>(sequences: &[Sequence<'a>], context: usize) -> Vec<Sequence<'a>> {
+    let teaches = |s: &&Sequence<'_>| !s.completion.top.is_empty() && s.prompt_ids.len() < context;
+    sequences.iter().filter(teaches).copied().collect()
+}
+
+fn teach(
+    model: &mut CpuBackend,
+    exit: Exit,
+    taught: &[Sequence<'_>],
+    config: &RunConfig,
+) -> Result<Lesson, PolicyError> {
+    let context = model.spec().max_position_embeddings;
+    // Tokens of a completion within the context.
+    let fit = |s: &Sequence<'_>| s.completion.tokens.len().min(context - s.prompt_ids.len());
+    let tokens: usize = taught.iter().map(fit).sum();
+    let mut loss = 0.0;
+    for part in split(taught, config.training.micro_batch_tokens as usize) {
+        let (mut batch, mut targets) = (PackedBatch::default(), Vec::<TopTokens>::new());
+        for s in part {
+            let ids = [s.prompt_ids, &s.completion.tokens[..fit(s)]].concat();
+            batch.push(&ids, s.prompt_ids.len());
+            targets.extend_from_slice(&s.completion.top[..fit(s)]);
+        }
+        let temperature = config.generation.temperature as f32;
+        loss += model.distill(&batch, &targets, temperature, 1.0 / tokens as f64, exit)?;
+    }
+    let step = config.optimizer.step(config.generation.draft_learning_rate);
+    let grad_norm = model.optimizer_step(&step, exit)?;
+    Ok(Lesson { loss, grad_norm })
+}
