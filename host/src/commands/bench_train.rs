@@ -17,6 +17,7 @@ const TOKENS: usize = 256;
 /// Measures, and prints a table or one JSON object.
 pub(super) fn run(args: &BenchTrainArgs, environment: &Environment) -> anyhow::Result<()> {
     let measured = Measured::load(&args.model, &args.shape, args.output, environment)?;
+    super::require_cpu(measured.config.hardware.device)?;
     let context = measured.context();
     let tokens = args.tokens.map_or(TOKENS.min(context), |n| n as usize);
     check_fits(tokens, context, "--tokens")?;

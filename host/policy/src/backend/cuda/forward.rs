@@ -1,0 +1,403 @@
+//! One pass of the decoder, as a list of kernels on fixed buffers: the same for a captured decoding step and for a pass
+//! of any shape.
+
+use cudarc::driver::{CudaSlice, DevicePtr};
+use half::bf16;
+
+use super::{
+    BLOCK_SIZE, CudaBackend, CudaError, CudaSizes,
+    device::Gpu,
+    gemm::{Operands, Out, Shape},
+    inputs::{Counts, Field, Inputs},
+    launch::{Attention, QkvArgs, Skinny, SkinnyArgs},
+    weights::Layer,
+};
+use crate::{error::PolicyError, spec::ModelSpec};
+
+/// Up to so many tokens the hand-written products are faster than cublasLt's.
+const SKINNY_TOKENS: usize = 8;
+
+/// Splits of a sequence's keys, at most.
+const MAX_SPLITS: usize = 8;
+
+/// Activations, made once for the largest pass.
+pub(super) struct Work {
+    /// Residual stream, f32 `[T, H]`.
+    x: CudaSlice<f32>,
+    /// Normalised, `[T, H]`.
+    h: CudaSlice<bf16>,
+    /// `[T, (Q + 2K)·D]`.
+    qkv: CudaSlice<bf16>,
+    q: CudaSlice<bf16>,
+    attended: CudaSlice<bf16>,
+    /// `[T, 2F]`.
+    gate_up: CudaSlice<bf16>,
+    act: CudaSlice<bf16>,
+    /// Hidden states that are sampled from, `[R, H]`.
+    picked: CudaSlice<bf16>,
+    /// `[R, V]`.
+    pub(super) logits: CudaSlice<f32>,
+    partial: CudaSlice<f32>,
+    tickets: CudaSlice<u32>,
+    /// Rows of `logits`.
+    pub(super) max_rows: usize,
+    /// Tiles that may be split; a pass with more has work enough.
+    split_tiles: usize,
+}
+
+impl Work {
+    pub(super) fn new(gpu: &Gpu, spec: &ModelSpec, sizes: &CudaSizes) -> Result<Self, CudaError> {
+        let (t, r) = (sizes.max_step_tokens, sizes.max_batch);
+        let (h, q, f) = (spec.hidden_size, spec.q_dim(), spec.intermediate_size);
+        let stream = &gpu.stream;
+        let split_tiles = gpu.multiprocessors;
+        let cells = split_tiles * spec.num_key_value_heads;
+        Ok(Self {
+            x: stream.alloc_zeros(t * h)?,
+            h: stream.alloc_zeros(t * h)?,
+            qkv: stream.alloc_zeros(t * (q + 2 * spec.kv_dim()))?,
+            q: stream.alloc_zeros(t * q)?,
+            attended: stream.alloc_zeros(t * q)?,
+            gate_up: stream.alloc_zeros(t * 2 * f)?,
+            act: stream.alloc_zeros(t * f)?,
+            picked: stream.alloc_zeros(r * h)?,
+            logits: stream.alloc_zeros(r * spec.vocab_size)?,
+            partial: stream.alloc_zeros(cells * MAX_SPLITS * 16 * (spec.head_dim + 2))?,
+            tickets: stream.alloc_zeros(cells)?,
+            max_rows: r,
+            split_tiles,
+        })
+    }
+}
+
+/// What a pass reads and how.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PassArgs {
+    pub(super) counts: Counts,
+    /// Layers to run.
+    pub(super) layers: usize,
+    /// Parts that a sequence's keys are divided into.
+    pub(super) splits: usize,
+    /// Choose the fastest algorithm of each product on the way.
+    pub(super) tune: bool,
+}
+
+impl CudaBackend {
+    /// Parts to divide the keys into, so that `tiles` fill the GPU.
+    pub(super) fn splits(&self, tiles: usize) -> usize {
+        if tiles > self.work.split_tiles {
+            return 1;
+        }
+        let blocks = tiles * self.spec.num_key_value_heads;
+        (2 * self.gpu.multiprocessors / blocks.max(1)).clamp(1, MAX_SPLITS)
+    }
+
+    /// Runs the layers over the tokens in `inputs`, leaving the residual stream in `work.x`.
+    pub(super) fn run_layers(
+        &mut self,
+        at: &Addresses,
+        pass: &PassArgs,
+    ) -> Result<(), PolicyError> {
+        let tokens = pass.counts.tokens;
+        let (h, stream) = (self.spec.hidden_size, self.gpu.stream.clone());
+        let table = self.weights.embed.device_ptr(&stream).0;
+        let x = self.work.x.device_ptr(&stream).0;
+        self.gpu.embed(at.ids, table, x, tokens, h)?;
+        let kv = self
+            .kv
+            .as_ref()
+            .ok_or(PolicyError::Misuse("step before init_kv"))?;
+        let (base, blocks) = (kv.base, kv.blocks);
+        let layer_bytes = (blocks * BLOCK_SIZE * self.spec.kv_dim() * size_of::<bf16>()) as u64;
+        for index in 0..pass.layers {
+            let keys = base + 2 * index as u64 * layer_bytes;
+            self.run_layer(index, at, pass, (keys, keys + layer_bytes))?;
+        }
+        Ok(())
+    }
+
+    fn run_layer(
+        &mut self,
+        index: usize,
+        at: &Addresses,
+        pass: &PassArgs,
+        (keys, values): (u64, u64),
+    ) -> Result<(), PolicyError> {
+        let (spec, stream) = (self.spec.clone(), self.gpu.stream.clone());
+        let tokens = pass.counts.tokens;
+        let (h, q, f) = (spec.hidden_size, spec.q_dim(), spec.intermediate_size);
+        let eps = spec.rms_norm_eps as f32;
+        let layer = Pointers::of(&self.weights.layers[index], &stream);
+        let work = WorkPointers::of(&self.work, &stream);
+        let qkv_width = q + 2 * spec.kv_dim();
+        let skinny =
+            tokens <= SKINNY_TOKENS && qkv_width.is_multiple_of(16) && h.is_multiple_of(16);
+        let product = |w, x, norm, y, outputs, inputs| SkinnyArgs {
+            w,
+            x,
+            norm,
+            y,
+            tokens,
+            outputs,
+            inputs,
+            eps,
+        };
+        if skinny {
+            let args = product(layer.qkv, work.x, layer.input_norm, work.qkv, qkv_width, h);
+            self.gpu.skinny(Skinny::Project, &args)?;
+        } else {
+            self.gpu
+                .rms_norm((work.x, layer.input_norm, work.h), 0, tokens, h, eps)?;
+            self.matmul(
+                pass,
+                (tokens, qkv_width, h, Out::Bf16),
+                layer.qkv,
+                work.h,
+                work.qkv,
+            )?;
+        }
+        self.gpu.qkv_rope_cache(&QkvArgs {
+            qkv: work.qkv,
+            bias: layer.qkv_bias,
+            q_norm: layer.q_norm,
+            k_norm: layer.k_norm,
+            rope: self.weights.rope.device_ptr(&stream).0,
+            positions: at.positions,
+            sequences: at.sequences,
+            tables: at.tables,
+            table_width: at.table_width,
+            q: work.q,
+            keys,
+            values,
+            tokens,
+            q_heads: spec.num_attention_heads as i32,
+            kv_heads: spec.num_key_value_heads as i32,
+            dim: spec.head_dim as i32,
+            eps,
+        })?;
+        let attention = at.attention(&work, (keys, values), &spec, pass.splits);
+        self.gpu.attention(&attention, pass.counts.tiles)?;
+        if skinny {
+            self.gpu.skinny(
+                Skinny::Add,
+                &product(layer.o, work.attended, 0, work.x, h, q),
+            )?;
+            let args = product(layer.gate_up, work.x, layer.mlp_norm, work.act, 2 * f, h);
+            self.gpu.skinny(Skinny::Swiglu, &args)?;
+            self.gpu
+                .skinny(Skinny::Add, &product(layer.down, work.act, 0, work.x, h, f))?;
+            return Ok(());
+        }
+        self.matmul(
+            pass,
+            (tokens, h, q, Out::AddF32),
+            layer.o,
+            work.attended,
+            work.x,
+        )?;
+        self.gpu
+            .rms_norm((work.x, layer.mlp_norm, work.h), 0, tokens, h, eps)?;
+        self.matmul(
+            pass,
+            (tokens, 2 * f, h, Out::Bf16),
+            layer.gate_up,
+            work.h,
+            work.gate_up,
+        )?;
+        self.gpu.silu_mul(work.gate_up, work.act, tokens, f)?;
+        self.matmul(
+            pass,
+            (tokens, h, f, Out::AddF32),
+            layer.down,
+            work.act,
+            work.x,
+        )?;
+        Ok(())
+    }
+
+    /// Logits of `n` sampled tokens from the `first` on.
+    pub(super) fn head(
+        &mut self,
+        at: &Addresses,
+        pass: &PassArgs,
+        first: usize,
+        n: usize,
+    ) -> Result<(), PolicyError> {
+        let (h, v) = (self.spec.hidden_size, self.spec.vocab_size);
+        let (eps, stream) = (self.spec.rms_norm_eps as f32, self.gpu.stream.clone());
+        let norm = self.weights.norm.device_ptr(&stream).0;
+        let head = self.weights.head.as_ref().unwrap_or(&self.weights.embed);
+        let head = head.device_ptr(&stream).0;
+        let (x, picked, logits) = (
+            self.work.x.device_ptr(&stream).0,
+            self.work.picked.device_ptr(&stream).0,
+            self.work.logits.device_ptr(&stream).0,
+        );
+        // Where every token is sampled from, they lie in order.
+        let in_order = n == pass.counts.tokens;
+        if in_order && n <= SKINNY_TOKENS && v.is_multiple_of(16) {
+            self.gpu.skinny(
+                Skinny::Head,
+                &SkinnyArgs {
+                    w: head,
+                    x,
+                    norm,
+                    y: logits,
+                    tokens: n,
+                    outputs: v,
+                    inputs: h,
+                    eps,
+                },
+            )?;
+            return Ok(());
+        }
+        let rows = at.sampled + (first * size_of::<i32>()) as u64;
+        self.gpu.rms_norm((x, norm, picked), rows, n, h, eps)?;
+        self.matmul(pass, (n, v, h, Out::F32), head, picked, logits)
+    }
+
+    fn matmul(
+        &mut self,
+        pass: &PassArgs,
+        (tokens, outputs, inputs, out): (usize, usize, usize, Out),
+        w: u64,
+        x: u64,
+        y: u64,
+    ) -> Result<(), PolicyError> {
+        let shape = Shape {
+            tokens,
+            outputs,
+            inputs,
+            out,
+        };
+        let operands = Operands { w, x, y };
+        if pass.tune {
+            self.gemm.tune(shape, operands)?;
+        }
+        Ok(self.gemm.run(shape, operands)?)
+    }
+}
+
+/// Device addresses of a layer's weights; 0 for one it does not have.
+struct Pointers {
+    input_norm: u64,
+    qkv: u64,
+    qkv_bias: u64,
+    q_norm: u64,
+    k_norm: u64,
+    o: u64,
+    mlp_norm: u64,
+    gate_up: u64,
+    down: u64,
+}
+
+impl Pointers {
+    fn of(layer: &Layer, stream: &std::sync::Arc<cudarc::driver::CudaStream>) -> Self {
+        let floats = |s: &CudaSlice<f32>| s.device_ptr(stream).0;
+        let matrix = |s: &CudaSlice<bf16>| s.device_ptr(stream).0;
+        let norms = layer.head_norms.as_ref();
+        Self {
+            input_norm: floats(&layer.input_norm),
+            qkv: matrix(&layer.qkv),
+            qkv_bias: layer.qkv_bias.as_ref().map_or(0, floats),
+            q_norm: norms.map_or(0, |(q, _)| floats(q)),
+            k_norm: norms.map_or(0, |(_, k)| floats(k)),
+            o: matrix(&layer.o),
+            mlp_norm: floats(&layer.mlp_norm),
+            gate_up: matrix(&layer.gate_up),
+            down: matrix(&layer.down),
+        }
+    }
+}
+
+/// Device addresses of the activations.
+struct WorkPointers {
+    x: u64,
+    h: u64,
+    qkv: u64,
+    q: u64,
+    attended: u64,
+    gate_up: u64,
+    act: u64,
+    partial: u64,
+    tickets: u64,
+}
+
+impl WorkPointers {
+    fn of(work: &Work, stream: &std::sync::Arc<cudarc::driver::CudaStream>) -> Self {
+        let matrix = |s: &CudaSlice<bf16>| s.device_ptr(stream).0;
+        Self {
+            x: work.x.device_ptr(stream).0,
+            h: matrix(&work.h),
+            qkv: matrix(&work.qkv),
+            q: matrix(&work.q),
+            attended: matrix(&work.attended),
+            gate_up: matrix(&work.gate_up),
+            act: matrix(&work.act),
+            partial: work.partial.device_ptr(stream).0,
+            tickets: work.tickets.device_ptr(stream).0,
+        }
+    }
+}
+
+/// Device addresses of a pass's inputs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Addresses {
+    ids: u64,
+    positions: u64,
+    sequences: u64,
+    tile_sequence: u64,
+    tile_first: u64,
+    q_start: u64,
+    q_len: u64,
+    kv_len: u64,
+    sampled: u64,
+    tables: u64,
+    table_width: i32,
+}
+
+impl Addresses {
+    pub(super) fn of(inputs: &Inputs) -> Self {
+        Self {
+            ids: inputs.at(Field::Ids),
+            positions: inputs.at(Field::Positions),
+            sequences: inputs.at(Field::Sequences),
+            tile_sequence: inputs.at(Field::TileSequence),
+            tile_first: inputs.at(Field::TileFirst),
+            q_start: inputs.at(Field::QStart),
+            q_len: inputs.at(Field::QLen),
+            kv_len: inputs.at(Field::KvLen),
+            sampled: inputs.at(Field::Sampled),
+            tables: inputs.at(Field::Tables),
+            table_width: inputs.width() as i32,
+        }
+    }
+
+    fn attention(
+        &self,
+        work: &WorkPointers,
+        (keys, values): (u64, u64),
+        spec: &ModelSpec,
+        splits: usize,
+    ) -> Attention {
+        Attention {
+            q: work.q,
+            keys,
+            values,
+            out: work.attended,
+            tile_sequence: self.tile_sequence,
+            tile_first: self.tile_first,
+            q_start: self.q_start,
+            q_len: self.q_len,
+            kv_len: self.kv_len,
+            tables: self.tables,
+            partial: work.partial,
+            tickets: work.tickets,
+            table_width: self.table_width,
+            q_heads: spec.num_attention_heads as i32,
+            kv_heads: spec.num_key_value_heads as i32,
+            splits: splits as i32,
+            scale: std::f32::consts::LOG2_E / (spec.head_dim as f32).sqrt(),
+        }
+    }
+}
