@@ -57,7 +57,7 @@ def run(name, binary, out):
             if (target / "report.html").exists():
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            config = target.with_suffix(".yaml")
+            config = target.with_name(target.name + ".yaml")
             config.write_text(text)
             command = [binary, "--config", config, "--steps", str(steps), "--seed", str(seed), "--out", target]
             subprocess.run([*command, "--quiet"], check=True)

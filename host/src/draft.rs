@@ -1,6 +1,8 @@
 //! From the config's draft to one the engine can ask: loads it, checks that it fits the policy, and keeps
 //! it near the policy while that learns.
 
+use std::path::PathBuf;
+
 use anyhow::Context;
 use grpo_policy::{
     backend::{
@@ -8,9 +10,10 @@ use grpo_policy::{
         cpu::{CpuBackend, Trainable},
     },
     engine::draft::{Draft, Length, Model, Source, Suffix},
+    error::PolicyError,
     tokenizer::Tokenizer,
     types::{PackedBatch, TopTokens},
-    weights::LoadedModel,
+    weights::{self, LoadedModel},
 };
 
 use crate::{
@@ -42,6 +45,12 @@ pub enum DraftError {
     },
     #[error("draft layers:{wanted} of a policy with {layers} layers")]
     Layers { wanted: usize, layers: usize },
+    #[error("the draft's head {} cannot be used", file.display())]
+    Head {
+        file: PathBuf,
+        #[source]
+        reason: PolicyError,
+    },
 }
 
 fn text(token: Option<&String>) -> String {
@@ -55,6 +64,9 @@ impl DraftError {
             Self::Tokenizer { .. } => {
                 "take a smaller model of the policy's family, or --draft ngram, which needs none"
                     .to_owned()
+            }
+            Self::Head { .. } => {
+                "delete the model's folder draft_head to start with an untrained one".to_owned()
             }
             Self::Layers { layers, .. } => format!("use layers:1 to layers:{}", layers - 1),
         })
@@ -84,7 +96,8 @@ pub fn attach(
             if wanted >= layers {
                 return Err(DraftError::Layers { wanted, layers }.into());
             }
-            Source::Layers(wanted)
+            add_early_exit(policy, wanted, setup::draft_head(config, wanted))?;
+            Source::EarlyExit
         }
         DraftKind::Model(name) => {
             let model = match name.as_str() {
@@ -113,11 +126,21 @@ pub fn attach(
         DraftTokens::Fixed(tokens) => Length::Fixed(tokens),
     };
     let mut draft = Draft::new(source, length)?;
-    if learns && draft.model_ref().is_some() {
+    if learns {
         draft.learn_from(TOP);
     }
     policy.set_draft(draft);
     Ok(odd)
+}
+
+/// The policy's early exit with the head in `file`, else an untrained one.
+fn add_early_exit(policy: &mut Policy, layers: usize, file: Option<PathBuf>) -> anyhow::Result<()> {
+    let Some(file) = file else {
+        return Ok(policy.backend.add_early_exit(layers, None)?);
+    };
+    let trained = weights::read_safetensors(&file);
+    let added = trained.and_then(|head| policy.backend.add_early_exit(layers, Some(&head)));
+    Ok(added.map_err(|reason| DraftError::Head { file, reason })?)
 }
 
 /// What a draft learnt from a step.
@@ -144,7 +167,7 @@ pub fn distil(
         .filter(|s| !s.completion.top.is_empty())
         .copied()
         .collect();
-    let Some(model) = policy.learning_draft().filter(|_| !taught.is_empty()) else {
+    let Some((model, exit)) = policy.learning_draft().filter(|_| !taught.is_empty()) else {
         return Ok(None);
     };
     let tokens: usize = taught.iter().map(|s| s.completion.tokens.len()).sum();
@@ -157,10 +180,10 @@ pub fn distil(
         }
         let targets: Vec<TopTokens> = part.iter().flat_map(|s| s.completion.top.clone()).collect();
         let temperature = config.generation.temperature as f32;
-        loss += model.distill(&batch, &targets, temperature, 1.0 / tokens as f64)?;
+        loss += model.distill(&batch, &targets, temperature, 1.0 / tokens as f64, exit)?;
     }
     let step = config.optimizer.step(config.generation.draft_learning_rate);
-    let grad_norm = model.optimizer_step(&step)?;
+    let grad_norm = model.optimizer_step(&step, exit)?;
     Ok(Some(Lesson { loss, grad_norm }))
 }
 

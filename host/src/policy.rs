@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use grpo_policy::{
     backend::{
-        Backend,
+        Backend, Exit,
         cpu::{CpuBackend, Trainable},
     },
     chat::{ChatOptions, ChatTemplate},
@@ -29,9 +29,15 @@ const KV_BYTES: usize = 2 << 30;
 
 /// What the draft has learnt, in a checkpoint.
 const DRAFT_FILE: &str = "draft.u32";
-/// Weights and optimizer of a draft model that learns, in a checkpoint.
+/// Weights and optimizer of a draft that is distilled, in a checkpoint.
 const DRAFT_WEIGHTS: &str = "draft.safetensors";
 const DRAFT_OPTIMIZER: &str = "draft_optimizer.safetensors";
+
+/// Where an exported model keeps the head of its early exit. Not beside the weights: vLLM loads every
+/// safetensors file that it finds there.
+pub fn draft_head_file(model: &Path, layers: usize) -> PathBuf {
+    model.join(format!("draft_head/layers-{layers}.safetensors"))
+}
 
 /// Prompt tokens run beside the decoding rows of one step.
 const PREFILL_TOKENS: usize = 512;
@@ -174,10 +180,9 @@ impl Policy {
         self.draft = Some(draft);
     }
 
-    /// The draft model, if it learns.
-    pub fn learning_draft(&mut self) -> Option<&mut CpuBackend> {
-        let draft = self.draft.as_mut().filter(|draft| draft.top() > 0);
-        draft.and_then(Draft::model)
+    /// What is distilled: a draft model, or an early exit of this one.
+    pub fn learning_draft(&mut self) -> Option<(&mut CpuBackend, Exit)> {
+        self.draft.as_mut()?.learner_mut(&mut self.backend)
     }
 
     /// Time the draft has taken so far.
@@ -219,7 +224,7 @@ impl Policy {
                 self.save_model(&make_folder(folder, "model")?)?;
             }
         }
-        let optimizer = self.backend.export_optimizer()?;
+        let optimizer = self.backend.export_optimizer(Exit::Final)?;
         weights::write_safetensors(
             &folder.join("optimizer.safetensors"),
             &optimizer,
@@ -229,13 +234,13 @@ impl Policy {
         if !learnt.is_empty() {
             write_numbers(&folder.join(DRAFT_FILE), &learnt)?;
         }
-        let draft = self.draft.as_ref().filter(|draft| draft.top() > 0);
-        if let Some(model) = draft.and_then(Draft::model_ref) {
+        let draft = self.draft.as_ref();
+        if let Some((model, exit)) = draft.and_then(|draft| draft.learner(&self.backend)) {
             let write = |name: &str, tensors: &_| {
                 weights::write_safetensors(&folder.join(name), tensors, SaveType::F32)
             };
-            write(DRAFT_WEIGHTS, &model.export_trainable()?)?;
-            write(DRAFT_OPTIMIZER, &model.export_optimizer()?)?;
+            write(DRAFT_WEIGHTS, &model.export_trainable(exit)?)?;
+            write(DRAFT_OPTIMIZER, &model.export_optimizer(exit)?)?;
         }
         Ok(())
     }
@@ -246,30 +251,47 @@ impl Policy {
             Mode::Lora { .. } => weights::load_adapter(&folder.join("adapter"))?.tensors,
             Mode::Full { .. } | Mode::Inference => weights::load(&folder.join("model"))?.tensors,
         };
-        self.backend.import(&trained)?;
+        self.backend.import(&trained, Exit::Final)?;
         let optimizer = weights::read_safetensors(&folder.join("optimizer.safetensors"))?;
-        self.backend.import_optimizer(&optimizer)?;
+        self.backend.import_optimizer(&optimizer, Exit::Final)?;
         let learnt = folder.join(DRAFT_FILE);
         if let Some(draft) = self.draft.as_mut().filter(|_| learnt.exists()) {
             draft.import(&read_numbers(&learnt)?)?;
         }
-        if let Some(model) = self.learning_draft() {
-            model.import(&weights::read_safetensors(&folder.join(DRAFT_WEIGHTS))?)?;
-            model.import_optimizer(&weights::read_safetensors(&folder.join(DRAFT_OPTIMIZER))?)?;
+        if let Some((model, exit)) = self.learning_draft() {
+            let read = |name: &str| weights::read_safetensors(&folder.join(name));
+            model.import(&read(DRAFT_WEIGHTS)?, exit)?;
+            model.import_optimizer(&read(DRAFT_OPTIMIZER)?, exit)?;
         }
         self.forget_kv();
         Ok(())
     }
 
     /// The deliverable of a run: `model/`, a folder transformers and vLLM load (adapters merged in),
-    /// and `adapter/` beside it for LoRA.
+    /// and `adapter/` beside it for LoRA. A draft that was distilled comes along: a model of its own as
+    /// `draft/`, an early exit inside `model/`.
     pub fn export(&self, folder: &Path) -> anyhow::Result<()> {
         if let Mode::Lora { config, .. } = &self.mode {
             let adapter = make_folder(folder, "adapter")?;
             let tensors = self.backend.export_adapter()?;
             weights::save_adapter(&adapter, config, &self.source, &tensors)?;
         }
-        self.save_model(&make_folder(folder, "model")?)
+        let model = make_folder(folder, "model")?;
+        self.save_model(&model)?;
+        let draft = self.draft.as_ref();
+        match draft.and_then(|draft| draft.learner(&self.backend)) {
+            None => {}
+            Some((draft, Exit::Final)) => {
+                let (to, tensors) = (make_folder(folder, "draft")?, draft.export_weights()?);
+                weights::save_model(&to, draft.spec(), &tensors, &self.tokenizer, SaveType::F32)?;
+            }
+            Some((policy, exit @ Exit::Early)) => {
+                make_folder(&model, "draft_head")?;
+                let to = draft_head_file(&model, policy.early_exit()?.layers());
+                weights::write_safetensors(&to, &policy.export_trainable(exit)?, SaveType::F32)?;
+            }
+        }
+        Ok(())
     }
 
     fn save_model(&self, folder: &Path) -> anyhow::Result<()> {

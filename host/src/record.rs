@@ -8,7 +8,7 @@ use crate::{
     evaluate::{EvalReport, mean},
     run::{LockedPlugin, Rollout},
     trainer::{Group, StepReport},
-    types::{Completion, Finish, PluginId, Score, Telemetry},
+    types::{Completion, Finish, Plan, PluginId, Score, Telemetry},
 };
 
 /// Metric values in the order they are written.
@@ -38,6 +38,17 @@ impl Metrics {
             }
         }
     }
+}
+
+/// The line of `curriculum.jsonl` of a plan that reports something.
+pub fn curriculum(plan: &Plan) -> serde_json::Result<Option<Map<String, Value>>> {
+    if plan.report.is_empty() {
+        return Ok(None);
+    }
+    let tables = serde_json::to_value(&plan.report)?;
+    let line = [("epoch", plan.epoch.into()), ("tables", tables)];
+    let line = line.map(|(key, value)| (key.to_owned(), value));
+    Ok(Some(line.into_iter().collect()))
 }
 
 /// What [`EvalReport::headline`] was, of a line that has an evaluation.
@@ -71,6 +82,7 @@ pub fn metrics(report: &StepReport, total_tokens: u64) -> Metrics {
         report.sampling.dropped_groups as f64,
     );
     out.put("sampling/refills", f64::from(report.sampling.refills));
+    add_budget(&mut out, report);
     out.put("prompts/too_long", report.sampling.too_long as f64);
     for (name, value) in &report.plan.metrics {
         out.put(&format!("curriculum/{name}"), *value);
@@ -83,6 +95,21 @@ pub fn metrics(report: &StepReport, total_tokens: u64) -> Metrics {
     }
     add_times(&mut out, report);
     out
+}
+
+/// What the step's completions were spent on. A group teaches if not all of its advantages are 0.
+fn add_budget(out: &mut Metrics, report: &StepReport) {
+    let teaches = |g: &&Group| g.advantages.iter().any(|a| *a != 0.0);
+    let teaching = || report.groups.iter().filter(teaches);
+    let taught: usize = teaching().map(|g| g.advantages.len()).sum();
+    let drawn = report.sampling.completions as f64;
+    out.put("sampling/completions", drawn);
+    out.put(
+        "sampling/respent_completions",
+        report.sampling.respent as f64,
+    );
+    out.put("sampling/teaching_groups", teaching().count() as f64);
+    out.put("sampling/teaching_fraction", taught as f64 / drawn);
 }
 
 /// `rewards/NAME/mean` and `/std` of each reward and each of its parts, over scored samples.

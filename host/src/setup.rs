@@ -1,7 +1,7 @@
 //! From a validated config to the parts of a run: model, rows, plugins. The only place that decides
 //! what a name on the command line stands for (embedded, file, hub).
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use grpo_policy::weights::{self, LoadedModel};
@@ -17,7 +17,7 @@ use crate::{
         CurriculumPlugin, FormatterPlugin, Limits, LogSink, Plugin, PluginHost, RewardPlugin,
         RewardSet, RowText, Weighted,
     },
-    policy::Capacity,
+    policy::{Capacity, draft_head_file},
     run::LockedPlugin,
     types::{Role, Row},
 };
@@ -55,6 +55,15 @@ pub fn named_model(
         }
     };
     weights::load(&path).with_context(|| format!("model `{name}`"))
+}
+
+/// The file with the head that an earlier run has trained for drafting with the model's first `layers`
+/// layers, where the model is a folder that has one.
+pub fn draft_head(config: &RunConfig, layers: usize) -> Option<PathBuf> {
+    let Source::Path(model) = Source::parse(config.input.model.as_deref()?) else {
+        return None;
+    };
+    Some(draft_head_file(&model, layers)).filter(|file| file.exists())
 }
 
 /// The model's name for messages and adapters.

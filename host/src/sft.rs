@@ -3,7 +3,7 @@
 
 use anyhow::Context;
 use grpo_policy::{
-    backend::{Backend, OptimStep, Pass},
+    backend::{Backend, Exit, OptimStep, Pass},
     types::PackedBatch,
 };
 
@@ -162,6 +162,6 @@ pub fn step(
             packed = PackedBatch::default();
         }
     }
-    report.grad_norm = backend.optimizer_step(optimizer)?;
+    report.grad_norm = backend.optimizer_step(optimizer, Exit::Final)?;
     Ok(report)
 }

@@ -3,6 +3,7 @@
 
 mod collect;
 mod report;
+mod respend;
 
 use std::time::Instant;
 
@@ -185,4 +186,96 @@ fn sequences<'g>(
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        grpo::advantage::ScaleRewards,
+        types::{Completion, Finish, Parsed, Scored, Telemetry},
+    };
+
+    fn completion(index: u32) -> Completion {
+        Completion {
+            request: 0,
+            index,
+            tokens: vec![index; index as usize + 1],
+            logprobs: Vec::new(),
+            policy_logprobs: Vec::new(),
+            text: String::new(),
+            finish: Finish::Stop,
+            telemetry: Telemetry::default(),
+            drafts: 0,
+            accepted_per_pos: Vec::new(),
+            top: Vec::new(),
+        }
+    }
+
+    fn group(row: u64, rewards: &[Option<f64>]) -> (Rollouts, Vec<Score>) {
+        let score = |reward: &Option<f64>| match reward {
+            Some(total) => Score::Value(Scored {
+                total: *total,
+                parts: Vec::new(),
+            }),
+            None => Score::Skip("late".to_owned()),
+        };
+        let rollouts = Rollouts {
+            row,
+            row_json: String::new(),
+            prompt: String::new(),
+            prompt_ids: vec![row as u32],
+            completions: (0..rewards.len() as u32).map(completion).collect(),
+            parsed: vec![Parsed::default(); rewards.len()],
+        };
+        (rollouts, rewards.iter().map(score).collect())
+    }
+
+    #[test]
+    fn groups_of_different_sizes_keep_prompt_tokens_and_advantage_together() {
+        let groups = [
+            group(7, &[Some(1.0), Some(-1.0)]),
+            group(9, &[Some(0.0), None, Some(3.0), Some(6.0)]),
+            group(8, &[Some(2.0)]),
+        ];
+        let rewards: Vec<_> = groups.iter().map(|(_, scores)| totals(scores)).collect();
+        let advantages = advantages(&rewards, ScaleRewards::None);
+        let found: Vec<_> = sequences(&groups, &advantages)
+            .iter()
+            .map(|s| (s.prompt_ids[0], s.completion.index, s.advantage))
+            .collect();
+        // Means 0, 3 and 2; the skipped completion is gone.
+        let expected = [
+            (7, 0, 1.0),
+            (7, 1, -1.0),
+            (9, 0, -3.0),
+            (9, 2, 0.0),
+            (9, 3, 3.0),
+            (8, 0, 0.0),
+        ];
+        assert_eq!(found, expected);
+        let outcome = collect::outcome(&groups[1]);
+        assert_eq!((outcome.row, outcome.skipped), (9, 1));
+        assert_eq!(outcome.rewards, [0.0, 3.0, 6.0]);
+    }
+
+    #[test]
+    fn packing_takes_sequences_as_they_come() {
+        let groups = [
+            group(7, &[Some(1.0), Some(0.0)]),
+            group(9, &[Some(0.0), Some(1.0), Some(0.0)]),
+        ];
+        let rewards: Vec<_> = groups.iter().map(|(_, scores)| totals(scores)).collect();
+        let advantages = advantages(&rewards, ScaleRewards::Group);
+        let sequences = sequences(&groups, &advantages);
+        // With a prompt of one token they have 2, 3, 2, 3 and 4.
+        let sizes = |limit| -> Vec<usize> {
+            crate::update::split(&sequences, limit)
+                .map(<[_]>::len)
+                .collect()
+        };
+        assert_eq!(sizes(7), [3, 2]);
+        assert_eq!(sizes(5), [2, 2, 1]);
+        assert_eq!(sizes(1), [1; 5]);
+    }
 }

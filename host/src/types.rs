@@ -114,6 +114,39 @@ pub struct Plan {
     pub state: Vec<u8>,
     /// Named numbers for the metrics file (`curriculum/NAME`).
     pub metrics: Vec<(String, f64)>,
+    /// Tables for people; empty at most steps.
+    pub report: Vec<Table>,
+}
+
+/// A table for people, from a plugin: every row has one cell per column, no text has control characters.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Table {
+    pub title: String,
+    pub columns: Vec<String>,
+    pub rows: Vec<Vec<String>>,
+    /// Lines below it.
+    pub notes: Vec<String>,
+}
+
+impl Table {
+    /// Which columns hold numbers (with or without a percent sign) and blanks (`–`) only, and one number
+    /// at least; they are set flush right. One flag per column.
+    pub fn numeric_columns(&self) -> Vec<bool> {
+        let number = |cell: &str| {
+            let digits = cell.trim_end_matches('%').trim();
+            digits.parse::<f64>().is_ok()
+        };
+        let blank = |cell: &str| matches!(cell.trim(), "" | "–" | "-");
+        let column = |i: usize| {
+            let cells = || {
+                self.rows
+                    .iter()
+                    .filter_map(move |row| row.get(i).map(String::as_str))
+            };
+            cells().any(number) && cells().all(|cell| number(cell) || blank(cell))
+        };
+        (0..self.columns.len()).map(column).collect()
+    }
 }
 
 /// Which part of the loop a component plays, read from its exports.

@@ -2,7 +2,7 @@
 //! propagate, step the optimizer. Knows tokens and advantages, not texts or rewards.
 
 use grpo_policy::{
-    backend::{Backend, OptimStep, Pass},
+    backend::{Backend, Exit, OptimStep, Pass},
     types::{Finish, PackedBatch},
 };
 
@@ -97,7 +97,7 @@ pub fn update(
             report.stats.merge(&stats);
             report.tokens += batch.packed.ids.len();
         }
-        report.grad_norm = backend.optimizer_step(optimizer)?;
+        report.grad_norm = backend.optimizer_step(optimizer, Exit::Final)?;
     }
     Ok(report)
 }

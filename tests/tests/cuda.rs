@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Tensor};
 use grpo_policy::{
     backend::{
-        Backend, Pass, SampleArgs, StepRow,
+        Backend, Exit, Pass, SampleArgs, StepRow,
         cpu::{CpuBackend, Trainable},
         cuda::{BLOCK_SIZE, CudaBackend, CudaSizes},
     },
@@ -157,8 +157,8 @@ fn distributions_are_those_of_the_cpu() {
                 })
                 .collect();
             let (expected, found) = (
-                cpu.propose(&rows, None).unwrap(),
-                gpu.propose(&rows, None).unwrap(),
+                cpu.propose(&rows, Exit::Final).unwrap(),
+                gpu.propose(&rows, Exit::Final).unwrap(),
             );
             for (s, (e, f)) in expected.iter().zip(&found).enumerate() {
                 let d = distance(e, f);
@@ -299,7 +299,7 @@ fn draws_are_those_of_the_cpu_sampler() {
             blocks: &[1],
             sample: Some(args(0)),
         };
-        let p = gpu.propose(&[row], None).unwrap().remove(0);
+        let p = gpu.propose(&[row], Exit::Final).unwrap().remove(0);
         // Any logits with this softmax will do; the CPU divides them by the temperature again.
         let degree = if temperature == 0.0 { 1.0 } else { temperature };
         let logits: Vec<f32> = p.iter().map(|p| p.max(1e-30).ln() * degree).collect();

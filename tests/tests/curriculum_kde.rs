@@ -101,20 +101,27 @@ fn hard_rows_get_more_of_the_same_budget() {
     // Of ten each at 0, 0.5 and 1.
     assert!((metrics["spread"] - (1.0_f64 / 6.0).sqrt()).abs() < 1e-12);
     assert!(metrics["boundary_0"] > 0.1 && metrics["boundary_1"] < 0.9);
-    let lines = lines.lock().unwrap();
-    assert!(lines.iter().all(|(level, _)| *level == LogLevel::Info));
-    let texts: Vec<&str> = lines.iter().map(|(_, text)| text.as_str()).collect();
-    assert_eq!(texts[0], "epoch 0: 0 of 30 rows have a reward, buckets 1");
-    let head = "epoch 1: 30 of 30 rows have a reward, buckets 3, spread 0.41, balance 1.00";
-    assert_eq!(texts[1], head);
-    assert!(
-        texts[2].starts_with("hard: reward 0.000 to 0."),
-        "{texts:?}"
+    let reported: Vec<_> = plans.iter().flat_map(|plan| &plan.report).collect();
+    assert_eq!(
+        reported[0].title,
+        "Epoch 0: average rewards of 0 of 30 rows"
     );
-    assert!(
-        texts[3].ends_with("10 rows (33.3 %), 7 rollouts each"),
-        "{texts:?}"
-    );
+    let second = reported[1];
+    assert_eq!(second.title, "Epoch 1: average rewards of 30 of 30 rows");
+    let column = |head: &str| {
+        let at = second.columns.iter().position(|c| c == head).unwrap();
+        second
+            .rows
+            .iter()
+            .map(|row| row[at].as_str())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(column("bucket"), ["hard", "medium", "easy", "all"]);
+    assert_eq!(column("rollouts"), ["10", "7", "4", "–"]);
+    assert_eq!(column("mean"), ["0.000", "0.500", "1.000", "0.500"]);
+    assert_eq!(column("share")[1..], ["33.3 %", "33.3 %", "100.0 %"]);
+    assert_eq!(second.notes[1..], ["spread 0.41: ok", "balance 1.00: ok"]);
+    assert!(lines.lock().unwrap().is_empty());
 }
 
 #[test]

@@ -116,7 +116,8 @@ fn an_undefined_acceptance_is_left_out_with_one_warning() {
     ];
     assert_eq!(found[0].parts, parts);
     assert!(!names(&found[1]).contains(&"accept_rate"));
-    let text = "accept_rate is undefined for 2 of 3 samples and left out: no token was drafted";
+    let text =
+        "accept_rate is undefined for some samples, no token was drafted: left out of their totals";
     let warning = (LogLevel::Warn, text.to_owned());
     assert_eq!(*lines.lock().unwrap(), [warning]);
     // Nothing drafted, nothing asked: no warning.
@@ -131,7 +132,7 @@ fn an_undefined_acceptance_is_left_out_with_one_warning() {
     let found = scored(&off, &[sample(RIGHT, UNDRAFTED), sample(RIGHT, empty)]);
     close(found[0].total, -10.0 - 0.025 + 0.375);
     assert_eq!(names(&found[1]), ["generated_tokens", "kv_mb"]);
-    let text = "cache_reuse is undefined for 1 of 2 samples and left out: the prompt has no tokens";
+    let text = "cache_reuse is undefined for some samples, the prompt has no tokens: left out of their totals";
     assert_eq!(*lines.lock().unwrap(), [(LogLevel::Warn, text.to_owned())]);
 }
 
@@ -214,7 +215,8 @@ fn around_a_task_reward_it_is_one_component() {
     assert_eq!(names(wrong), [&terms[..], &["strict", "flexible"]].concat());
     assert_eq!(right.parts[0], ("task".to_owned(), 2.0));
     // The skipped sample has no term to lack.
-    let text = "accept_rate is undefined for 1 of 3 samples and left out: no token was drafted";
+    let text =
+        "accept_rate is undefined for some samples, no token was drafted: left out of their totals";
     assert_eq!(*lines.lock().unwrap(), [(LogLevel::Warn, text.to_owned())]);
 }
 

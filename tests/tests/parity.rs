@@ -11,7 +11,7 @@ use std::{
 use candle_core::Tensor;
 use grpo_policy::{
     backend::{
-        Backend, Pass,
+        Backend, Exit, Pass,
         cpu::{CpuBackend, Trainable},
     },
     engine::{Engine, EngineConfig},
@@ -234,7 +234,7 @@ fn adapted() -> (Case, weights::Adapter, Weights, CpuBackend) {
     let expected = fixture("llama/adapter/expected.safetensors");
     let expected = weights::read_safetensors(&expected).unwrap();
     let mut backend = case.backend(&lora(&adapter), false);
-    backend.import(&adapter.tensors).unwrap();
+    backend.import(&adapter.tensors, Exit::Final).unwrap();
     (case, adapter, expected, backend)
 }
 
@@ -277,7 +277,7 @@ fn an_exported_adapter_is_the_same_policy_loaded_or_merged() {
     weights::save_adapter(folder.path(), &adapter.config, "tiny-llama", &exported).unwrap();
     let back = weights::load_adapter(folder.path()).unwrap();
     let mut loaded = case.backend(&lora(&back), false);
-    loaded.import(&back.tensors).unwrap();
+    loaded.import(&back.tensors, Exit::Final).unwrap();
     let tensors = weights::merge(&case.model.tensors, &back.tensors, &back.config).unwrap();
     let spec = case.model.spec.clone();
     let merged = CpuBackend::new(spec, &tensors, &Trainable::Nothing, false).unwrap();

@@ -116,7 +116,7 @@ impl<'a> Bench<'a> {
             args,
             config,
             policy,
-            plugins: setup::plugins(config, super::progress::guest_log())?,
+            plugins: setup::plugins(config, super::guest_log::guest_log())?,
         })
     }
 

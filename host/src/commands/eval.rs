@@ -3,7 +3,8 @@
 use anyhow::Context;
 use serde_json::json;
 
-use super::progress::{Bar, downloads, guest_log};
+use super::guest_log::guest_log;
+use super::progress::{Bar, downloads};
 use crate::{
     cli::{Environment, EvalArgs},
     evaluate::{EvalReport, EvalSettings, Judges, evaluate},

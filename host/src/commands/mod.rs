@@ -18,12 +18,14 @@ mod bench_spec;
 mod bench_train;
 mod doctor;
 mod eval;
+mod guest_log;
 mod output;
 mod plugin;
 mod progress;
 mod results;
 mod rollout;
 mod sft;
+mod table;
 mod train;
 
 use crate::{

@@ -9,7 +9,7 @@ use crate::{
     setup,
 };
 
-use super::progress::guest_log;
+use super::guest_log::guest_log;
 
 pub(super) fn run(command: &PluginCommand) -> anyhow::Result<()> {
     match command {

@@ -1,19 +1,12 @@
 //! Progress on stderr: a bar on a terminal, a line now and then elsewhere, nothing when quiet.
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use grpo_policy::engine::Progress;
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::{
-    evaluate::EvalReport,
-    hub,
-    plugin::{LogLevel, LogSink},
-    trainer::StepReport,
-};
+use super::table;
+use crate::{evaluate::EvalReport, hub, trainer::StepReport};
 
 /// How often a line is printed where there is no terminal to draw on.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -25,6 +18,8 @@ pub(super) struct Bar {
     bar: ProgressBar,
     total: u64,
     quiet: bool,
+    /// Whether to print what the curriculum reports.
+    tables: bool,
     /// No terminal: print lines instead.
     lines: bool,
     last_line: Instant,
@@ -50,10 +45,17 @@ impl Bar {
             bar,
             total,
             quiet,
+            tables: true,
             lines,
             last_line,
             message: String::new(),
         }
+    }
+
+    /// Leaves out what the curriculum reports.
+    pub(super) fn without_tables(mut self) -> Self {
+        self.tables = false;
+        self
     }
 
     /// A step of the engine.
@@ -69,6 +71,11 @@ impl Bar {
         self.message = format!("reward {reward:.3} · {speed:.0} tok/s");
         self.bar.set_message(self.message.clone());
         self.bar.set_position(report.step);
+        if self.tables {
+            for line in report.plan.report.iter().flat_map(table::lines) {
+                self.print(&line);
+            }
+        }
         if self.lines && (self.last_line.elapsed() >= LINE_EVERY || report.step == self.total) {
             eprintln!("step {}/{} · {}", report.step, self.total, self.message);
             self.last_line = Instant::now();
@@ -112,17 +119,6 @@ impl Bar {
     pub(super) fn finish(&self) {
         self.bar.finish_and_clear();
     }
-}
-
-/// Lines of guests, from level info on.
-pub(super) fn guest_log() -> LogSink {
-    // Guests may log at any moment, also while a bar is drawn; plain lines on stderr are what every
-    // terminal copes with.
-    Arc::new(|line| {
-        if line.level >= LogLevel::Info {
-            eprintln!("[{}] {:?}: {}", line.plugin, line.level, line.text);
-        }
-    })
 }
 
 /// Reports downloads, one line when a file begins and one every ten seconds.

@@ -1,5 +1,6 @@
 //! `grpo-host results RUN`: a run in numbers, also while it is going on.
 
+use super::table;
 use crate::{cli::ResultsArgs, run::summarise};
 
 /// Prints the summary of a run directory as a table or one JSON object.
@@ -34,6 +35,12 @@ pub(super) fn run(args: &ResultsArgs) -> anyhow::Result<()> {
     for m in &summary.metrics {
         let cells = [m.first, m.last, m.mean, m.min, m.max].map(short);
         outln!("{:width$}  {}", m.name, cells.join(" "));
+    }
+    if let Some(report) = &summary.curriculum {
+        outln!("\ncurriculum at step {}", report.step);
+        for line in report.tables.iter().flat_map(table::lines) {
+            outln!("{line}");
+        }
     }
     Ok(())
 }

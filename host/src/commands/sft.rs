@@ -11,7 +11,8 @@ use grpo_policy::{
 };
 use serde_json::json;
 
-use super::progress::{SftBar, downloads, guest_log};
+use super::guest_log::guest_log;
+use super::progress::{SftBar, downloads};
 use crate::{
     cli::{Environment, SftArgs},
     config::RunConfig,

@@ -6,17 +6,16 @@ use std::{io::ErrorKind, path::PathBuf, time::Instant};
 
 use anyhow::Context;
 
-use super::progress::{Bar, downloads, guest_log};
+use super::guest_log::guest_log;
+use super::progress::{Bar, downloads};
 use crate::{
-    cli::{Environment, TrainArgs},
+    cli::{Environment, OutputArgs, TrainArgs},
     config::{RawConfig, RunConfig},
     evaluate::EvalReport,
     interrupt::Interrupt,
     policy::{Mode, Policy},
     record,
-    run::{
-        Keep, LockedPlugin, MetricsWriter, Resumed, RunDir, TrainState, read_metrics, write_report,
-    },
+    run::{Keep, LockedPlugin, Resumed, RunDir, StepLog, TrainState, read_metrics, write_report},
     setup,
     trainer::{StepReport, Trainer, loss_config},
 };
@@ -33,7 +32,7 @@ pub(super) fn run(args: &TrainArgs, environment: &Environment) -> anyhow::Result
     super::set_threads(config.hardware.threads)?;
     super::require_cpu(config.hardware.device)?;
     let mut run = Run::prepare(&config, place, environment, quiet)?;
-    let outcome = run.train(&interrupt, quiet)?;
+    let outcome = run.train(&interrupt, &args.output)?;
     let summary = run.finish(&outcome)?;
     if args.output.json {
         outln!("{}", summary.json());
@@ -115,7 +114,8 @@ fn new_run_folder() -> anyhow::Result<PathBuf> {
 struct Run<'a> {
     trainer: Trainer<'a>,
     dir: RunDir,
-    metrics: MetricsWriter,
+    metrics: StepLog,
+    curriculum: StepLog,
     started: Instant,
     /// Wall time of earlier sessions.
     wall_before: f64,
@@ -211,6 +211,7 @@ impl<'a> Run<'a> {
         dir.write_plugins_lock(&plugins.locked)?;
         Ok(Self {
             metrics: dir.metrics()?,
+            curriculum: dir.curriculum()?,
             wall_before: state.wall_s,
             trainer: Trainer {
                 config,
@@ -224,10 +225,13 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn train(&mut self, interrupt: &Interrupt, quiet: bool) -> anyhow::Result<Outcome> {
+    fn train(&mut self, interrupt: &Interrupt, output: &OutputArgs) -> anyhow::Result<Outcome> {
         let config = self.trainer.config;
         let last = config.training.max_steps;
-        let mut bar = Bar::new(last, self.trainer.state.step, quiet);
+        let mut bar = Bar::new(last, self.trainer.state.step, output.quiet);
+        if output.json {
+            bar = bar.without_tables();
+        }
         let state = &self.trainer.state;
         // A run stopped before its first step has a checkpoint that knows the evaluation.
         if state.step == 0 && config.eval.eval_on_start && state.eval_before.is_none() {
@@ -265,7 +269,7 @@ impl<'a> Run<'a> {
     }
 
     /// Metrics, rollouts and whatever is due after this step. The metrics line comes after the
-    /// rollouts and before the checkpoint, so that a resumed run finds both or cuts both.
+    /// curriculum's and the rollouts and before the checkpoint, so that a resumed run finds both or cuts both.
     fn record(&mut self, report: StepReport, bar: &mut Bar) -> anyhow::Result<()> {
         let (config, step) = (self.trainer.config, report.step);
         let is_last = step == config.training.max_steps;
@@ -273,6 +277,9 @@ impl<'a> Run<'a> {
         let mut line = record::metrics(&report, self.trainer.state.tokens);
         for fault in &report.faults {
             bar.warn(fault);
+        }
+        if let Some(tables) = record::curriculum(&report.plan)? {
+            self.curriculum.append(step, &tables)?;
         }
         let rollouts = record::rollouts(report, &self.trainer.plugins.locked);
         crate::run::write_rollouts(self.dir.root(), step, &rollouts)?;
@@ -299,8 +306,8 @@ impl<'a> Run<'a> {
         self.trainer.policy.save_checkpoint(writer.path())?;
         let last = self.trainer.config.output.save_total_limit as usize;
         writer.commit(&self.trainer.state, Keep { last, best: true })?;
-        self.metrics.sync()?;
-        Ok(())
+        self.curriculum.sync()?;
+        Ok(self.metrics.sync()?)
     }
 
     fn finish(&mut self, outcome: &Outcome) -> anyhow::Result<Summary> {

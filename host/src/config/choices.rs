@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 pub use crate::grpo::{
     advantage::ScaleRewards,
     config::{Correction as ImportanceMode, KlEstimator, LossType},
+    filter::DynamicSampling,
     schedule::Schedule as LrSchedule,
 };
 

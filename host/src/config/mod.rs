@@ -17,7 +17,9 @@ use std::{collections::BTreeMap, path::Path};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_norway::{Mapping, Value};
 
-pub use choices::{Device, ImportanceMode, KlEstimator, LossType, LrSchedule, ScaleRewards};
+pub use choices::{
+    Device, DynamicSampling, ImportanceMode, KlEstimator, LossType, LrSchedule, ScaleRewards,
+};
 pub use draft::{DraftKind, DraftTokens};
 pub use error::{ConfigError, Origin};
 pub use sections::{

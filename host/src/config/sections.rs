@@ -8,7 +8,9 @@ use std::{collections::BTreeMap, path::PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::choices::{Device, ImportanceMode, KlEstimator, LossType, LrSchedule, ScaleRewards};
+use super::choices::{
+    Device, DynamicSampling, ImportanceMode, KlEstimator, LossType, LrSchedule, ScaleRewards,
+};
 use super::draft::{DraftKind, DraftTokens};
 use grpo_policy::backend::OptimStep;
 
@@ -199,10 +201,12 @@ pub struct LossConfig {
     pub mask_truncated_completions: bool,
     /// Optimizer steps on the same completions (μ).
     pub num_iterations: u32,
-    /// Replace groups whose rewards are all equal by new prompts.
-    pub dynamic_sampling: bool,
-    /// Rounds of replacement per step, at most.
+    /// What becomes of groups whose rewards are all equal.
+    pub dynamic_sampling: DynamicSampling,
+    /// Rounds of new prompts per step, at most.
     pub max_refills: u32,
+    /// With `respend`: share of a group drawn before it is judged, above 0 and below 1; 2 at least.
+    pub probe_fraction: f64,
     /// Take `old` log-probs from a scoring pass instead of the rollout.
     pub recompute_old_logprobs: bool,
 }
@@ -220,8 +224,9 @@ impl Default for LossConfig {
             importance_correction: ImportanceCorrection::default(),
             mask_truncated_completions: false,
             num_iterations: 1,
-            dynamic_sampling: false,
+            dynamic_sampling: DynamicSampling::default(),
             max_refills: 3,
+            probe_fraction: 0.5,
             recompute_old_logprobs: false,
         }
     }

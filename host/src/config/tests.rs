@@ -315,3 +315,41 @@ fn broken_files_are_refused() {
             .starts_with("cannot read config /nonexistent/run.yaml: No such file")
     );
 }
+
+#[test]
+fn dynamic_sampling_is_a_flag_or_a_word() {
+    let mode = |yaml: &str| {
+        run(&format!("dynamic_sampling: {yaml}"))
+            .loss
+            .dynamic_sampling
+    };
+    assert_eq!(mode("false"), DynamicSampling::Off);
+    assert_eq!(mode("true"), DynamicSampling::Refill);
+    assert_eq!(mode("refill"), DynamicSampling::Refill);
+    assert_eq!(mode("respend"), DynamicSampling::Respend);
+    for yaml in ["false", "refill", "respend"] {
+        let written = run(&format!("dynamic_sampling: {yaml}")).to_yaml().unwrap();
+        let line = format!("\ndynamic_sampling: {yaml}\n");
+        assert!(written.contains(&line), "{written}");
+        assert_eq!(run(&written).loss.dynamic_sampling, mode(yaml));
+    }
+    let (error, _) = refusal("dynamic_sampling: reuse");
+    assert!(
+        error.ends_with(
+            "`reuse` is no way of dynamic sampling; use false, refill (or true) or respend"
+        ),
+        "{error}"
+    );
+    let (error, _) = refusal("dynamic_sampling: respend\nnum_generations: 2");
+    assert!(
+        error
+            .ends_with("allowed: respend with num_generations of 3 or more, since a probe takes 2"),
+        "{error}"
+    );
+    assert_eq!(run("num_generations: 2").generation.num_generations, 2);
+    for bad in ["0", "1", ".nan", "-0.5"] {
+        let (error, hint) = refusal(&format!("probe_fraction: {bad}"));
+        assert!(error.contains("a number above 0 and below 1"), "{error}");
+        assert!(hint.is_some());
+    }
+}

@@ -5,6 +5,7 @@ use serde_norway::{Mapping, Value};
 
 use super::{
     ConfigError, Origin, RawConfig, RunConfig,
+    choices::DynamicSampling,
     sections::{
         GenerationConfig, ImportanceCorrection, LoraConfig, LossConfig, OptimizerConfig,
         PluginConfig,
@@ -193,6 +194,13 @@ pub(super) fn ranges(config: &RunConfig, raw: &RawConfig) -> Result<(), ConfigEr
     plugins(&ranges, &config.plugins.plugins)?;
     generation(&ranges, &config.generation)?;
     loss(&ranges, &config.loss)?;
+    ranges.check(
+        "dynamic_sampling",
+        "respend",
+        "respend with num_generations of 3 or more, since a probe takes 2",
+        config.loss.dynamic_sampling != DynamicSampling::Respend
+            || config.generation.num_generations >= 3,
+    )?;
     optimizer(&ranges, &config.optimizer)?;
     run(&ranges, config)
 }
@@ -274,6 +282,12 @@ fn loss(ranges: &Ranges<'_>, config: &LossConfig) -> Result<(), ConfigError> {
     ranges.positive(
         "importance_correction.max",
         config.importance_correction.max,
+    )?;
+    ranges.check(
+        "probe_fraction",
+        config.probe_fraction,
+        "a number above 0 and below 1",
+        config.probe_fraction > 0.0 && config.probe_fraction < 1.0,
     )?;
     ranges.at_least_one("num_iterations", config.num_iterations)
 }

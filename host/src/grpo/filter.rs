@@ -1,27 +1,60 @@
-//! Dynamic sampling (DAPO, Yu et al. 2025, §3.2): groups that teach nothing are dropped and refilled.
+//! Dynamic sampling (DAPO, Yu et al. 2025, arXiv 2503.14476, §3.2): groups that teach nothing are dropped.
 //!
-//! Owns the decision only. Drawing new rows and generating for them is the trainer's work.
+//! Owns the choice of mode, which groups go, and how many prompts to draw instead. Spending what a
+//! dropped group has left is `respend`'s business, drawing and generating the trainer's.
 
 use serde::{Deserialize, Serialize};
 
 use super::advantage::is_flat;
 
-/// Whether to drop flat groups, and how long to look for better ones.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct DynamicSampling {
-    pub enabled: bool,
-    /// Most extra generation rounds of one step; after them the step goes on with what it has.
-    pub max_rounds: u32,
+/// What becomes of groups whose rewards are all equal.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Written", into = "Written")]
+pub enum DynamicSampling {
+    /// They stay, with advantages of 0, as in TRL.
+    #[default]
+    Off,
+    /// They are replaced by new prompts until the step has its number of groups (DAPO); costs more
+    /// completions than the step's budget. Written `refill` or `true`.
+    Refill,
+    /// They are ended after a probe and their unspent completions go to other prompts, within the step's
+    /// budget: see [`super::respend`].
+    Respend,
 }
 
-impl Default for DynamicSampling {
-    /// Off, as in TRL; DAPO's recipe allows 10 rounds in all, of which 3 extra ones already cover a
-    /// pass rate of 90 %.
-    fn default() -> Self {
-        Self {
-            enabled: false,
-            max_rounds: 3,
+/// YAML knows `true` and `false`, and everything else is a word.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Written {
+    Flag(bool),
+    Word(String),
+}
+
+impl TryFrom<Written> for DynamicSampling {
+    type Error = String;
+
+    fn try_from(written: Written) -> Result<Self, String> {
+        let word = match written {
+            Written::Flag(flag) => flag.to_string(),
+            Written::Word(word) => word,
+        };
+        match word.as_str() {
+            "false" => Ok(Self::Off),
+            "true" | "refill" => Ok(Self::Refill),
+            "respend" => Ok(Self::Respend),
+            _ => Err(format!(
+                "`{word}` is no way of dynamic sampling; use false, refill (or true) or respend"
+            )),
+        }
+    }
+}
+
+impl From<DynamicSampling> for Written {
+    fn from(mode: DynamicSampling) -> Self {
+        match mode {
+            DynamicSampling::Off => Self::Flag(false),
+            DynamicSampling::Refill => Self::Word("refill".to_owned()),
+            DynamicSampling::Respend => Self::Word("respend".to_owned()),
         }
     }
 }
@@ -60,23 +93,19 @@ pub fn judge(groups: &[Vec<Option<f64>>]) -> Verdict {
     verdict
 }
 
-/// Decides how many prompts to draw after `rounds` extra rounds, with `kept` good groups out of `seen`.
+/// Decides how many prompts to draw after `rounds` extra rounds of at most `max_rounds`, with `kept` good
+/// groups out of `seen`. DAPO's recipe allows 10 rounds in all, of which 3 extra ones already cover a pass
+/// rate of 90 %.
 ///
 /// The missing groups are divided by the share kept so far, so that one more round is likely to do, but
 /// never more than `wanted` are drawn at once: when nearly every group is flat, a bigger round would
 /// cost a step's generation for a handful of groups.
-pub fn refill(
-    policy: DynamicSampling,
-    wanted: usize,
-    kept: usize,
-    seen: usize,
-    rounds: u32,
-) -> Refill {
-    if !policy.enabled || kept >= wanted {
+pub fn refill(max_rounds: u32, wanted: usize, kept: usize, seen: usize, rounds: u32) -> Refill {
+    if kept >= wanted {
         return Refill::Done;
     }
     let missing = wanted - kept;
-    if rounds >= policy.max_rounds {
+    if rounds >= max_rounds {
         return Refill::GiveUp { missing };
     }
     // ⌈missing · seen / kept⌉ in integers; nothing kept means no estimate, so a full round.
@@ -91,11 +120,6 @@ pub fn refill(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const ON: DynamicSampling = DynamicSampling {
-        enabled: true,
-        max_rounds: 2,
-    };
 
     #[test]
     fn flat_and_unscored_groups_go() {
@@ -118,16 +142,15 @@ mod tests {
     #[test]
     fn refills_by_the_share_kept_so_far() {
         // 6 of 8 kept, 2 missing: 2 / (6/8) = 2.67 → 3.
-        assert_eq!(refill(ON, 8, 6, 8, 0), Refill::Draw { prompts: 3 });
+        assert_eq!(refill(2, 8, 6, 8, 0), Refill::Draw { prompts: 3 });
         // 1 of 8 kept would ask for 56; a round is never larger than the step.
-        assert_eq!(refill(ON, 8, 1, 8, 1), Refill::Draw { prompts: 8 });
-        assert_eq!(refill(ON, 8, 0, 8, 0), Refill::Draw { prompts: 8 });
+        assert_eq!(refill(2, 8, 1, 8, 1), Refill::Draw { prompts: 8 });
+        assert_eq!(refill(2, 8, 0, 8, 0), Refill::Draw { prompts: 8 });
     }
 
     #[test]
-    fn stops_when_done_off_or_out_of_rounds() {
-        assert_eq!(refill(ON, 8, 9, 12, 1), Refill::Done);
-        assert_eq!(refill(DynamicSampling::default(), 8, 0, 8, 0), Refill::Done);
-        assert_eq!(refill(ON, 8, 5, 20, 2), Refill::GiveUp { missing: 3 });
+    fn stops_when_done_or_out_of_rounds() {
+        assert_eq!(refill(2, 8, 9, 12, 1), Refill::Done);
+        assert_eq!(refill(2, 8, 5, 20, 2), Refill::GiveUp { missing: 3 });
     }
 }

@@ -8,5 +8,6 @@ pub mod config;
 pub mod filter;
 pub mod loss;
 mod objective;
+pub mod respend;
 pub mod schedule;
 pub mod stats;

@@ -3,6 +3,8 @@
 //! Wrong values are not the sandbox's business, and they would do more harm than a trap: a NaN in one
 //! reward spoils every weight of the model.
 
+mod tables;
+
 use super::error::Fault;
 use super::log::printable;
 use super::v0_1::wit;
@@ -128,6 +130,7 @@ pub(super) fn plan(plan: wit::StepPlan, budget: &Budget) -> Result<Plan, Fault> 
         epoch: plan.epoch,
         state: plan.state,
         metrics: named(metrics, "metric", f64::MAX)?,
+        report: tables::report(plan.report)?,
     })
 }
 
@@ -190,13 +193,13 @@ mod tests {
     fn planned(picks: &[(u64, u32)], epoch: f64) -> Result<Plan, Fault> {
         let pick = |&(row, rollouts): &(u64, u32)| wit::Pick { row, rollouts };
         let picks = picks.iter().map(pick).collect();
-        let (state, metrics) = (vec![1], Vec::new());
         plan(
             wit::StepPlan {
                 picks,
                 epoch,
-                state,
-                metrics,
+                state: vec![1],
+                metrics: Vec::new(),
+                report: Vec::new(),
             },
             &BUDGET,
         )

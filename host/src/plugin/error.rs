@@ -44,6 +44,29 @@ pub struct PluginError {
 
 impl std::error::Error for PluginError {}
 
+impl PluginError {
+    /// One line for each kind of failure among those of a batch of `samples`, in order of appearance.
+    pub fn lines(errors: &[Self], samples: usize) -> Vec<String> {
+        let mut kinds: Vec<(&Self, usize)> = Vec::new();
+        for error in errors {
+            let alike = |known: &Self| {
+                let (a, b) = (known, error);
+                (&a.plugin, &a.digest, a.call, &a.fault) == (&b.plugin, &b.digest, b.call, &b.fault)
+            };
+            match kinds.iter_mut().find(|(known, _)| alike(known)) {
+                Some((_, count)) => *count += 1,
+                None => kinds.push((error, 1)),
+            }
+        }
+        let line = |(first, count): (&Self, usize)| match count {
+            1 => first.to_string(),
+            // Not "samples failed": with retries one sample fails several times.
+            _ => format!("{count} failures in {samples} samples, the first: {first}"),
+        };
+        kinds.into_iter().map(line).collect()
+    }
+}
+
 impl fmt::Display for PluginError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "plugin `{}`", self.plugin)?;
@@ -199,5 +222,32 @@ impl PluginError {
             }
             _ => return None,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_of_a_batch_are_a_line_a_kind() {
+        let error = |row, limit_ms| PluginError {
+            plugin: "slow".into(),
+            digest: "".into(),
+            call: Call::Score,
+            row: Some(row),
+            fault: Fault::Deadline { limit_ms },
+        };
+        let errors = [error(7, 50), error(9, 50), error(7, 60), error(8, 50)];
+        let lines = PluginError::lines(&errors, 64);
+        let deadline = "plugin `slow` score, row 7: ran past its deadline of";
+        assert_eq!(
+            lines,
+            [
+                format!("3 failures in 64 samples, the first: {deadline} 50 ms"),
+                format!("{deadline} 60 ms")
+            ]
+        );
+        assert!(PluginError::lines(&[], 64).is_empty());
     }
 }

@@ -21,7 +21,7 @@ pub enum RunError {
     #[error("cannot read {path}: {source}")]
     Read { path: PathBuf, source: io::Error },
     #[error("{path} line {line}: {reason}")]
-    Metrics {
+    StepLog {
         path: PathBuf,
         line: usize,
         reason: String,
@@ -65,7 +65,7 @@ impl RunError {
             Self::Write { source, .. } if source.kind() == ErrorKind::PermissionDenied => {
                 "give a folder you may write to with `--out`".to_owned()
             }
-            Self::Metrics { .. } => "cut the file before that line".to_owned(),
+            Self::StepLog { .. } => "cut the file before that line".to_owned(),
             _ => return None,
         })
     }

@@ -1,5 +1,5 @@
-//! The run directory: `config.yaml metrics.jsonl rollouts/*.parquet checkpoints/step-N/ plugins.lock
-//! report.html`.
+//! The run directory: `config.yaml metrics.jsonl curriculum.jsonl rollouts/*.parquet checkpoints/step-N/
+//! plugins.lock report.html`.
 //!
 //! Owns where things lie, that they are written whole or not at all, and what a resumed run throws away.
 //! Steps count from 1; `step-N` is the state after N steps. Weights are written by `grpo-policy` into
@@ -10,10 +10,10 @@ mod checkpoint;
 mod columns;
 mod error;
 mod lock;
-mod metrics;
 mod report;
 mod results;
 mod rollouts;
+mod step_log;
 mod svg;
 
 use std::{
@@ -24,10 +24,10 @@ use std::{
 pub use checkpoint::{Best, Checkpoint, CheckpointWriter, Keep, TrainState, checkpoints, latest};
 pub use error::RunError;
 pub use lock::{LockedPlugin, read_plugins_lock};
-pub use metrics::{MetricsWriter, read_metrics};
 pub use report::write_report;
 pub use results::{MetricRow, Summary, summarise};
 pub use rollouts::{Rollout, read_rollouts, rollout_files, write_rollouts};
+pub use step_log::{CurriculumReport, StepLog, read_curriculum, read_metrics};
 
 /// A run directory that this process writes to. Holds a lock on `config.yaml`, so that a second process
 /// cannot resume a run that is still going on; the kernel drops the lock with the process.
@@ -72,8 +72,8 @@ impl RunDir {
         Ok(())
     }
 
-    /// Takes a run up at its latest valid checkpoint and removes what lies after it: metric lines,
-    /// rollout files, damaged or half-written checkpoints, later plugin swaps.
+    /// Takes a run up at its latest valid checkpoint and removes what lies after it: lines of
+    /// metrics and of the curriculum, rollout files, damaged or half-written checkpoints, later plugin swaps.
     pub fn resume(root: &Path) -> Result<Resumed, RunError> {
         if !root.join("config.yaml").exists() {
             return Err(RunError::NotARun {
@@ -92,7 +92,8 @@ impl RunDir {
         }
         let step = checkpoint.as_ref().map_or(0, |c| c.state.step);
         checkpoint::remove_after(root, step)?;
-        metrics::cut_after(root, step)?;
+        step_log::cut_after(root, step_log::METRICS, step)?;
+        step_log::cut_after(root, step_log::CURRICULUM, step)?;
         rollouts::remove_after(root, step)?;
         lock::cut_after(root, step)?;
         Ok(Resumed { dir, checkpoint })
@@ -138,8 +139,13 @@ impl RunDir {
     }
 
     /// Opens `metrics.jsonl` for appending.
-    pub fn metrics(&self) -> Result<MetricsWriter, RunError> {
-        MetricsWriter::open(&self.root)
+    pub fn metrics(&self) -> Result<StepLog, RunError> {
+        StepLog::open(&self.root, step_log::METRICS)
+    }
+
+    /// Opens `curriculum.jsonl` for appending.
+    pub fn curriculum(&self) -> Result<StepLog, RunError> {
+        StepLog::open(&self.root, step_log::CURRICULUM)
     }
 
     /// Writes `plugins.lock`: all components used so far, those swapped in later included.

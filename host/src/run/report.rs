@@ -5,7 +5,8 @@ use std::{fmt::Write, path::Path};
 use serde_json::{Map, Value};
 
 use super::{
-    Rollout, RunError, Summary, atomic, metrics, read_rollouts, results, rollout_files, summarise,
+    CurriculumReport, Rollout, RunError, Summary, atomic, read_rollouts, results, rollout_files,
+    step_log, summarise,
     svg::{self, Series, escape, number},
 };
 
@@ -36,12 +37,19 @@ const CHARTS: [(&str, &[&str]); 10] = [
     ("Step time (s)", &["step_time"]),
 ];
 
+/// Charts of one metric of every bucket of a curriculum, by what follows `curriculum/bucket_I/`.
+const BUCKET_CHARTS: [(&str, &str); 2] = [
+    ("Rollouts per row of a bucket", "/rollouts"),
+    ("Share of the rows in a bucket", "/share"),
+];
+
 /// Samples shown, and characters of each.
 const SAMPLES: usize = 12;
 const SAMPLE_CHARS: usize = 1500;
 
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;\
 padding:0 1em;color:#1f2937;background:#fff}h1{font-size:1.5em}h2{font-size:1.1em;margin-top:2em}\
+h3{font-size:1em}p{margin:.3em 0;font-size:13px}\
 table{border-collapse:collapse;width:100%;font-size:13px}td,th{border-bottom:1px solid #e5e7eb;\
 padding:4px 8px;text-align:left;vertical-align:top}td.n,th.n{text-align:right;\
 font-variant-numeric:tabular-nums}pre{white-space:pre-wrap;word-break:break-word;margin:0;font-size:12px}\
@@ -52,7 +60,7 @@ figure{margin:0}figcaption{font-weight:600}svg{width:100%}svg text{font-size:11p
 /// Writes the report from what is in the run directory. Called at checkpoints and at the end.
 pub fn write_report(root: &Path) -> Result<(), RunError> {
     let summary = summarise(root)?;
-    let lines = metrics::read_metrics(root)?;
+    let lines = step_log::read_metrics(root)?;
     let samples = match rollout_files(root)?.pop() {
         Some((_, path)) => read_rollouts(&path)?,
         None => Vec::new(),
@@ -84,7 +92,13 @@ fn page(
     for (title, names) in CHARTS {
         out.push_str(&figure(title, names, lines));
     }
+    for (title, suffix) in BUCKET_CHARTS {
+        out.push_str(&figure(title, &of_buckets(summary, suffix), lines));
+    }
     out.push_str("</div>\n");
+    if let Some(report) = &summary.curriculum {
+        curriculum_tables(&mut out, report);
+    }
     sample_table(&mut out, samples);
     plugin_table(&mut out, summary);
     metric_table(&mut out, summary);
@@ -121,6 +135,44 @@ fn figure(title: &str, names: &[&str], lines: &[Map<String, Value>]) -> String {
         "<figure><figcaption>{title}{keys}</figcaption>{}</figure>\n",
         svg::chart(&shown)
     )
+}
+
+/// Names of the metrics of all buckets that end in `suffix`.
+fn of_buckets<'s>(summary: &'s Summary, suffix: &str) -> Vec<&'s str> {
+    let names = summary.metrics.iter().map(|m| m.name.as_str());
+    let mut found: Vec<&str> = names
+        .filter(|n| n.starts_with("curriculum/bucket_") && n.ends_with(suffix))
+        .collect();
+    // A bucket that only later epochs have would come after the rest of the file.
+    found.sort_unstable();
+    found
+}
+
+fn curriculum_tables(out: &mut String, report: &CurriculumReport) {
+    _ = write!(
+        out,
+        "<h2>Curriculum at step {}, epoch {}</h2>",
+        report.step,
+        number(report.epoch)
+    );
+    for table in &report.tables {
+        let right = table.numeric_columns();
+        let class = |column: usize| if right[column] { " class=\"n\"" } else { "" };
+        _ = write!(out, "<h3>{}</h3><table><tr>", escape(&table.title));
+        for (i, head) in table.columns.iter().enumerate() {
+            _ = write!(out, "<th{}>{}</th>", class(i), escape(head));
+        }
+        for row in &table.rows {
+            out.push_str("</tr><tr>");
+            for (i, cell) in row.iter().enumerate() {
+                _ = write!(out, "<td{}>{}</td>", class(i), escape(cell));
+            }
+        }
+        out.push_str("</tr></table>\n");
+        for note in &table.notes {
+            _ = writeln!(out, "<p>{}</p>", escape(note));
+        }
+    }
 }
 
 fn sample_table(out: &mut String, samples: &[Rollout]) {

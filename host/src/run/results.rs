@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::{LockedPlugin, RunError, checkpoint, lock, metrics};
+use super::{CurriculumReport, LockedPlugin, RunError, checkpoint, lock, step_log};
 
 /// What a run directory says about its run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -18,6 +18,8 @@ pub struct Summary {
     /// Steps of the valid checkpoints.
     pub checkpoints: Vec<u64>,
     pub plugins: Vec<LockedPlugin>,
+    /// The latest report of the curriculum.
+    pub curriculum: Option<CurriculumReport>,
 }
 
 /// One metric over the run.
@@ -50,7 +52,7 @@ pub fn summarise(root: &Path) -> Result<Summary, RunError> {
             path: root.to_owned(),
         });
     }
-    let lines = metrics::read_metrics(root)?;
+    let lines = step_log::read_metrics(root)?;
     let steps = lines
         .last()
         .and_then(|line| line.get("step")?.as_u64())
@@ -64,6 +66,7 @@ pub fn summarise(root: &Path) -> Result<Summary, RunError> {
             .map(|c| c.state.step)
             .collect(),
         plugins: lock::read_plugins_lock(root)?,
+        curriculum: step_log::read_curriculum(root)?.pop(),
     })
 }
 

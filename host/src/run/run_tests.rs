@@ -204,6 +204,78 @@ fn a_run_killed_before_its_first_checkpoint_starts_over() {
     assert!(names(&root.join("rollouts")).is_empty());
 }
 
+fn tables(cell: &str) -> Map<String, Value> {
+    let table = json!({"title": "<t>", "columns": ["n"], "rows": [[cell]], "notes": ["fine"]});
+    let line = json!({"epoch": 0.5, "tables": [table]});
+    line.as_object().unwrap().clone()
+}
+
+#[test]
+fn reports_of_the_curriculum_are_cut_with_the_metrics() {
+    let (_folder, run) = start();
+    let root = run.root().to_owned();
+    let mut log = run.curriculum().unwrap();
+    for step in [1, 3, 4] {
+        log.append(step, &tables(&step.to_string())).unwrap();
+    }
+    save(&run, &state(3));
+    drop(run);
+    let torn = fs::read(root.join("curriculum.jsonl")).unwrap();
+    fs::write(root.join("curriculum.jsonl"), &torn[..torn.len() - 1]).unwrap();
+    let run = RunDir::resume(&root).unwrap().dir;
+    let found = read_curriculum(&root).unwrap();
+    let steps: Vec<u64> = found.iter().map(|report| report.step).collect();
+    assert_eq!(steps, [1, 3]);
+    assert_eq!(found[1].tables[0].rows, [["3"]]);
+    let mut log = run.curriculum().unwrap();
+    log.append(4, &tables("<b>4</b>")).unwrap();
+    run.metrics().unwrap().append(4, &values(0.5)).unwrap();
+    assert_eq!(summarise(&root).unwrap().curriculum.unwrap().step, 4);
+    write_report(&root).unwrap();
+    let html = fs::read_to_string(root.join("report.html")).unwrap();
+    assert!(html.contains("<h3>&lt;t&gt;</h3>") && html.contains("<p>fine</p>"));
+    assert!(html.contains("<td>&lt;b&gt;4&lt;/b&gt;</td>"), "{html}");
+    assert!(!html.contains("<td class=\"n\">3</td></tr></table>\n<p>"));
+}
+
+#[test]
+fn a_ragged_table_in_a_file_is_an_error() {
+    let (_folder, run) = start();
+    let line =
+        r#"{"step":1,"epoch":0,"tables":[{"title":"t","columns":["a"],"rows":[[]],"notes":[]}]}"#;
+    fs::write(run.root().join("curriculum.jsonl"), format!("{line}\n")).unwrap();
+    let error = read_curriculum(run.root()).unwrap_err().to_string();
+    assert!(
+        error.ends_with("curriculum.jsonl line 1: table `t` is ragged"),
+        "{error}"
+    );
+}
+
+#[test]
+fn the_report_draws_a_line_for_every_bucket() {
+    let (_folder, run) = start();
+    let mut metrics = run.metrics().unwrap();
+    let bucket = |i: u32, name: &str| format!("curriculum/bucket_{i}/{name}");
+    for (step, buckets) in [(1, 1), (2, 6)] {
+        let values = (0..buckets).flat_map(|i| {
+            [("rollouts", 4.0), ("share", 0.25)].map(|(n, v)| (bucket(i, n), json!(v)))
+        });
+        metrics.append(step, &values.collect()).unwrap();
+    }
+    write_report(run.root()).unwrap();
+    let html = fs::read_to_string(run.root().join("report.html")).unwrap();
+    for title in [
+        "Rollouts per row of a bucket",
+        "Share of the rows in a bucket",
+    ] {
+        let figure = html.split("<figure>").find(|f| f.contains(title)).unwrap();
+        assert_eq!(figure.matches("<polyline").count(), 6, "{figure}");
+        let colours: std::collections::BTreeSet<_> =
+            figure.split("color:").skip(1).map(|c| &c[..7]).collect();
+        assert_eq!(colours.len(), 6, "{colours:?}");
+    }
+}
+
 #[test]
 fn malformed_metrics_before_the_end_are_an_error() {
     let (_folder, run) = start();
@@ -214,7 +286,7 @@ fn malformed_metrics_before_the_end_are_an_error() {
     .unwrap();
     let error = read_metrics(run.root()).unwrap_err();
     assert!(
-        matches!(error, RunError::Metrics { line: 2, .. }),
+        matches!(error, RunError::StepLog { line: 2, .. }),
         "{error}"
     );
 }

@@ -9,7 +9,9 @@ const RIGHT: f64 = 10.0;
 const TOP: f64 = 12.0;
 const BOTTOM: f64 = 24.0;
 
-const COLOURS: [&str; 4] = ["#2563eb", "#dc2626", "#059669", "#9333ea"];
+const COLOURS: [&str; 6] = [
+    "#2563eb", "#dc2626", "#059669", "#9333ea", "#d97706", "#0891b2",
+];
 
 /// One line: its name and `(step, value)` in rising order of steps.
 pub(super) struct Series<'a> {

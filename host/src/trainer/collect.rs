@@ -8,14 +8,20 @@ use super::{SamplingReport, StepSeconds, TrainError, Trainer};
 use crate::{
     evaluate::samples_of,
     grpo::filter::{self, DynamicSampling, Refill},
+    plugin::PluginError,
     rollout::{Job, RolledOut, Rollouts, mix, roll},
     types::{Budget, Outcome, Pick, Plan, Score},
 };
 
+/// The completions of a prompt and what the rewards said of each.
+pub(super) type Scored = (Rollouts, Vec<Score>);
+
 /// What a step collects over its generation rounds.
 #[derive(Default)]
 pub(super) struct Collected {
-    pub(super) groups: Vec<(Rollouts, Vec<Score>)>,
+    pub(super) groups: Vec<Scored>,
+    /// Whether any completion has a score yet.
+    any_scored: bool,
     pub(super) outcomes: Vec<Outcome>,
     pub(super) sampling: SamplingReport,
     pub(super) skipped: Vec<(String, u32)>,
@@ -25,41 +31,74 @@ pub(super) struct Collected {
 }
 
 impl Trainer<'_> {
-    /// Plans and generates until there are enough groups that teach something.
+    /// Plans and generates what the step is to learn from.
     pub(super) fn collect(
         &mut self,
         on_progress: &mut dyn FnMut(Progress),
     ) -> anyhow::Result<Collected> {
-        let dynamic = DynamicSampling {
-            enabled: self.config.loss.dynamic_sampling,
-            max_rounds: self.config.loss.max_refills,
-        };
+        match self.config.loss.dynamic_sampling {
+            DynamicSampling::Off => self.collect_once(on_progress),
+            DynamicSampling::Refill => self.collect_refilling(on_progress),
+            DynamicSampling::Respend => self.collect_respending(on_progress),
+        }
+    }
+
+    fn collect_once(&mut self, on_progress: &mut dyn FnMut(Progress)) -> anyhow::Result<Collected> {
+        let mut collected = Collected::default();
+        self.round(
+            self.config.generation.prompts_per_step,
+            &mut collected,
+            on_progress,
+        )?;
+        Ok(collected)
+    }
+
+    /// Draws again until there are enough groups that teach something.
+    fn collect_refilling(
+        &mut self,
+        on_progress: &mut dyn FnMut(Progress),
+    ) -> anyhow::Result<Collected> {
+        let max_rounds = self.config.loss.max_refills;
         let wanted = self.config.generation.prompts_per_step as usize;
         let mut collected = Collected::default();
         let (mut prompts, mut seen) = (wanted, 0);
         loop {
             let round = collected.sampling.refills;
-            let picks = self.plan(prompts as u32, &mut collected)?;
-            let rolled = self.roll(&picks, round, &mut collected, on_progress)?;
-            seen += rolled.rollouts.len();
-            self.score(rolled.rollouts, &mut collected)?;
-            if dynamic.enabled {
-                drop_flat(&mut collected);
-            }
-            match filter::refill(dynamic, wanted, collected.groups.len(), seen, round) {
+            seen += self.round(prompts as u32, &mut collected, on_progress)?;
+            drop_flat(&mut collected);
+            match filter::refill(max_rounds, wanted, collected.groups.len(), seen, round) {
                 Refill::Draw { prompts: more } => prompts = more,
                 Refill::Done | Refill::GiveUp { .. } => break,
             }
             collected.sampling.refills += 1;
         }
-        if dynamic.enabled {
-            collected.groups.truncate(wanted);
-        }
+        collected.groups.truncate(wanted);
         Ok(collected)
     }
 
+    /// Plans, rolls out and scores whole groups; how many there were.
+    fn round(
+        &mut self,
+        prompts: u32,
+        collected: &mut Collected,
+        on_progress: &mut dyn FnMut(Progress),
+    ) -> anyhow::Result<usize> {
+        let picks = self.plan(prompts, collected)?;
+        let wave = collected.sampling.refills;
+        let rolled = self.roll(&picks, wave, collected, on_progress)?;
+        let groups = self.score(rolled.rollouts, collected)?;
+        let count = groups.len();
+        collected.outcomes.extend(groups.iter().map(outcome));
+        collected.groups.extend(groups);
+        Ok(count)
+    }
+
     /// Asks the curriculum, handing it the outcomes it has not seen.
-    fn plan(&mut self, prompts: u32, collected: &mut Collected) -> anyhow::Result<Vec<Pick>> {
+    pub(super) fn plan(
+        &mut self,
+        prompts: u32,
+        collected: &mut Collected,
+    ) -> anyhow::Result<Vec<Pick>> {
         let started = Instant::now();
         let budget = Budget {
             step: self.state.step,
@@ -69,21 +108,26 @@ impl Trainer<'_> {
             seed: self.config.training.seed,
         };
         let outcomes = std::mem::take(&mut self.state.outcomes);
-        let plan = self
+        let mut plan = self
             .plugins
             .curriculum
             .plan(&self.state.curriculum, &outcomes, &budget)?;
         self.state.curriculum.clone_from(&plan.state);
         let picks = plan.picks.clone();
+        // An epoch may begin in any of a step's plans.
+        let earlier = std::mem::take(&mut collected.plan.report);
+        plan.report.splice(0..0, earlier);
         collected.plan = plan;
         collected.seconds.plan += started.elapsed().as_secs_f64();
         Ok(picks)
     }
 
-    fn roll(
+    /// Continues the prompts of `picks`; `wave` counts the calls of a step, so that each has draws of its
+    /// own.
+    pub(super) fn roll(
         &mut self,
         picks: &[Pick],
-        round: u32,
+        wave: u32,
         collected: &mut Collected,
         on_progress: &mut dyn FnMut(Progress),
     ) -> anyhow::Result<RolledOut> {
@@ -96,11 +140,11 @@ impl Trainer<'_> {
             max_prompt_tokens: generation.max_prompt_length.map(|n| n as usize),
             seed: mix(
                 mix(self.config.training.seed, self.state.step),
-                u64::from(round),
+                u64::from(wave),
             ),
         };
         let rolled = roll(&mut self.policy, &self.plugins.formatter, &job, on_progress)?;
-        if rolled.rollouts.is_empty() {
+        if rolled.rollouts.is_empty() && collected.sampling.completions == 0 {
             let limit = job
                 .max_prompt_tokens
                 .unwrap_or(self.policy.max_model_len() - 1);
@@ -108,6 +152,7 @@ impl Trainer<'_> {
             return Err(TrainError::AllTooLong { step, rows, limit }.into());
         }
         let completions = rolled.rollouts.iter().flat_map(|r| &r.completions);
+        collected.sampling.completions += completions.clone().count();
         collected.sampling.tokens += completions.map(|c| c.tokens.len()).sum::<usize>();
         collected.sampling.too_long += rolled.too_long.len();
         collected.seconds.rollout += started.elapsed().as_secs_f64();
@@ -115,48 +160,58 @@ impl Trainer<'_> {
     }
 
     /// Scores all groups in one batch, so that a reward's instance is made once.
-    fn score(&mut self, rollouts: Vec<Rollouts>, collected: &mut Collected) -> anyhow::Result<()> {
+    pub(super) fn score(
+        &mut self,
+        rollouts: Vec<Rollouts>,
+        collected: &mut Collected,
+    ) -> anyhow::Result<Vec<Scored>> {
         let started = Instant::now();
         let samples: Vec<_> = rollouts.iter().flat_map(samples_of).collect();
         let scoring = self.plugins.rewards.score(&samples)?;
+        let lines = PluginError::lines(&scoring.faults, samples.len());
         drop(samples);
-        self.refuse_all_skipped(&scoring.scores)?;
-        let skipped = self
-            .plugins
-            .rewards
-            .names()
-            .map(str::to_owned)
-            .zip(scoring.skipped);
-        collected.skipped.extend(skipped);
-        collected
-            .faults
-            .extend(scoring.faults.iter().map(ToString::to_string));
-        let mut scores = scoring.scores.into_iter();
-        for of_prompt in rollouts {
-            let mine: Vec<Score> = scores.by_ref().take(of_prompt.completions.len()).collect();
-            let rewards: Vec<f64> = totals(&mine).into_iter().flatten().collect();
-            let skipped = (mine.len() - rewards.len()) as u32;
-            collected.outcomes.push(Outcome {
-                row: of_prompt.row,
-                rewards,
-                skipped,
-            });
-            collected.groups.push((of_prompt, mine));
+        collected.faults.extend(lines);
+        collected.any_scored |= scoring.scores.iter().any(|s| matches!(s, Score::Value(_)));
+        if !collected.any_scored {
+            return Err(self.all_skipped(&scoring.scores).into());
         }
+        collected
+            .skipped
+            .resize(scoring.skipped.len(), Default::default());
+        let counts = self.plugins.rewards.names().zip(scoring.skipped);
+        for ((known, count), (name, more)) in collected.skipped.iter_mut().zip(counts) {
+            name.clone_into(known);
+            *count += more;
+        }
+        let mut scores = scoring.scores.into_iter();
+        let of_prompt = |rollouts: Rollouts| {
+            let mine = scores.by_ref().take(rollouts.completions.len()).collect();
+            (rollouts, mine)
+        };
+        let groups = rollouts.into_iter().map(of_prompt).collect();
         collected.seconds.reward += started.elapsed().as_secs_f64();
-        Ok(())
+        Ok(groups)
     }
 
-    fn refuse_all_skipped(&self, scores: &[Score]) -> Result<(), TrainError> {
-        let mut reason = None;
-        for score in scores {
-            match score {
-                Score::Value(_) => return Ok(()),
-                Score::Skip(why) => reason = reason.or(Some(why)),
-            }
+    fn all_skipped(&self, scores: &[Score]) -> TrainError {
+        let reason = scores.iter().find_map(|score| match score {
+            Score::Skip(why) => Some(why.clone()),
+            Score::Value(_) => None,
+        });
+        TrainError::AllSkipped {
+            step: self.state.step + 1,
+            reason: reason.unwrap_or_default(),
         }
-        let (step, reason) = (self.state.step + 1, reason.cloned().unwrap_or_default());
-        Err(TrainError::AllSkipped { step, reason })
+    }
+}
+
+/// What the curriculum hears of a group.
+pub(super) fn outcome((rollouts, scores): &Scored) -> Outcome {
+    let rewards: Vec<f64> = totals(scores).into_iter().flatten().collect();
+    Outcome {
+        row: rollouts.row,
+        skipped: (scores.len() - rewards.len()) as u32,
+        rewards,
     }
 }
 

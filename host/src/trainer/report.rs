@@ -70,7 +70,12 @@ pub struct StepReport {
 pub struct SamplingReport {
     pub too_long: usize,
     pub dropped_groups: usize,
+    /// Rounds of new prompts after the first.
     pub refills: u32,
+    /// Completions drawn, those of dropped groups included.
+    pub completions: usize,
+    /// Those of them that dropped groups left to others.
+    pub respent: usize,
     /// Tokens of all completions, dropped ones included.
     pub tokens: usize,
 }

@@ -102,6 +102,13 @@ impl Lab {
         lab
     }
 
+    /// Adds `curriculum-kde` to `run.yaml`.
+    pub(super) fn with_kde(&self) {
+        let yaml = std::fs::read_to_string(self.path("run.yaml")).unwrap();
+        let plugin = "  - source: curriculum-kde\nprompts_per_step";
+        self.write("run.yaml", yaml.replacen("prompts_per_step", plugin, 1));
+    }
+
     /// The model of `run.yaml`.
     pub(super) fn model(&self) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/llama")

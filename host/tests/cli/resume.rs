@@ -32,7 +32,10 @@ fn assert_same_files(lab: &Lab, names: &[&str]) {
 }
 
 fn disturbed_equals_undisturbed(flags: &str, files: &[&str]) {
-    let lab = Lab::new();
+    disturbed_equals_undisturbed_in(&Lab::new(), flags, files);
+}
+
+fn disturbed_equals_undisturbed_in(lab: &Lab, flags: &str, files: &[&str]) {
     let start = |run: &str| format!("--config run.yaml --quiet --out {run} {flags}");
     lab.run(&start("a")).fine();
     let learned = |line: &serde_json::Map<_, serde_json::Value>| line["grad_norm"].as_f64();
@@ -40,13 +43,13 @@ fn disturbed_equals_undisturbed(flags: &str, files: &[&str]) {
     assert!(lines[1..].iter().all(|line| learned(line) > Some(0.0)));
 
     // Before the first checkpoint there is nothing to go on from but the config.
-    kill_after(&lab, 0, &start("b"));
-    kill_after(&lab, 1, "--quiet --resume b");
-    kill_in_checkpoint(&lab, 2, "--quiet --resume b");
+    kill_after(lab, 0, &start("b"));
+    kill_after(lab, 1, "--quiet --resume b");
+    kill_in_checkpoint(lab, 2, "--quiet --resume b");
     assert_eq!(lab.checkpoints("b"), [".tmp-step-2"]);
-    kill_after(&lab, 3, "--quiet --resume b");
-    kill_in_checkpoint(&lab, 4, "--quiet --resume b");
-    kill_after(&lab, 5, "--quiet --resume b");
+    kill_after(lab, 3, "--quiet --resume b");
+    kill_in_checkpoint(lab, 4, "--quiet --resume b");
+    kill_after(lab, 5, "--quiet --resume b");
     // A line torn by the kill; and files of a step that will be made again.
     let metrics = lab.path("b/metrics.jsonl");
     let mut text = std::fs::read(&metrics).unwrap();
@@ -57,8 +60,8 @@ fn disturbed_equals_undisturbed(flags: &str, files: &[&str]) {
     assert_eq!(lab.metrics("b"), lab.metrics("a"));
     assert_eq!(lab.completions("b"), lab.completions("a"));
     assert_eq!(lab.checkpoints("b"), lab.checkpoints("a"));
-    assert_same_files(&lab, files);
-    assert_same_files(&lab, &["checkpoints/step-6/optimizer.safetensors"]);
+    assert_same_files(lab, files);
+    assert_same_files(lab, &["checkpoints/step-6/optimizer.safetensors"]);
     let changed = |run: &Path| std::fs::read(run.join("model/model.safetensors")).unwrap();
     let before = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/llama");
     let before = std::fs::read(before.join("model.safetensors")).unwrap();
@@ -86,6 +89,19 @@ fn lora_goes_on_as_if_never_killed() {
             "checkpoints/step-6/adapter/adapter_model.safetensors",
         ],
     );
+}
+
+#[test]
+fn a_budget_and_a_curriculum_go_on_as_if_never_killed() {
+    let lab = Lab::new();
+    lab.with_kde();
+    disturbed_equals_undisturbed_in(
+        &lab,
+        "--set dynamic_sampling=respend --set prompts_per_step=6",
+        &["model/model.safetensors", "curriculum.jsonl"],
+    );
+    let reports = grpo_host::run::read_curriculum(&lab.path("b")).unwrap();
+    assert!(reports.len() > 1 && reports.iter().any(|r| r.step > 2));
 }
 
 #[test]

@@ -85,10 +85,52 @@ fn training_logs_acceptance_and_resumes_exactly() {
 #[test]
 fn a_draft_model_learns_along_and_resumes_exactly() {
     let lab = Lab::new();
-    let model = lab.model();
+    learns_and_resumes(&lab, &format!("model:{}", lab.model().display()));
+    // The draft as it is at the end can be used on its own.
+    let rollout = format!("{ROLLOUT} --model a/model --draft model:a/draft --draft-tokens 2");
+    lab.run(&rollout).fine();
+    let before = std::fs::read(lab.model().join("model.safetensors")).unwrap();
+    assert_ne!(
+        std::fs::read(lab.path("a/draft/model.safetensors")).unwrap(),
+        before
+    );
+}
+
+#[test]
+fn an_early_exit_learns_along_and_resumes_exactly() {
+    let lab = Lab::new();
+    learns_and_resumes(&lab, "layers:1");
+    // Its head lies with the model, and is what drafts there.
+    let accepted = |lab: &Lab| {
+        let args = format!("{ROLLOUT} --model a/model --draft layers:1 --draft-tokens 2 --seed 3");
+        let args = args.replace("-n 3", "-n 200");
+        let json = lab.run(&args).fine().json();
+        let completions = json["completions"].as_array().unwrap();
+        let accepted = completions
+            .iter()
+            .map(|c| c["telemetry"]["accepted_tokens"].as_u64().unwrap());
+        accepted.sum::<u64>()
+    };
+    let trained = accepted(&lab);
+    let head = lab.path("a/model/draft_head/layers-1.safetensors");
+    std::fs::remove_file(&head).unwrap();
+    let untrained = accepted(&lab);
+    assert!(
+        trained > untrained,
+        "{trained} accepted, untrained {untrained}"
+    );
+    std::fs::write(&head, "no weights").unwrap();
+    let ended = lab.run(&format!("{ROLLOUT} --model a/model --draft layers:1"));
+    let (error, hint) = ended.refused(1);
+    assert!(error.contains("layers-1.safetensors"), "{error}");
+    assert!(hint.contains("draft_head"), "{hint}");
+}
+
+/// Eight steps with this draft: its loss falls, a killed run ends like another, a rate of 0 teaches nothing.
+#[track_caller]
+fn learns_and_resumes(lab: &Lab, draft: &str) {
     let flags = format!(
-        "--draft model:{} --draft-tokens 2 --set save_steps=1 --set draft_learning_rate=3e-3",
-        model.display()
+        "--draft {draft} --draft-tokens 2 --set save_steps=1 --set draft_learning_rate=3e-3"
     );
     let start = format!("train --config run.yaml --quiet --steps 8 {flags}");
     lab.run(&format!("{start} --out a")).fine();

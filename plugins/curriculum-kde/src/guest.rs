@@ -2,13 +2,13 @@
 
 use crate::buckets::Config;
 use crate::plan::{self, plan};
+use crate::report::{COLUMNS, Report};
 use std::cell::RefCell;
 
 wit_bindgen::generate!({ path: "../../wit/v0.1", world: "curriculum" });
 
 use exports::grpo::plugin::planning::Guest;
-use grpo::plugin::host::{Level, log};
-use grpo::plugin::types::{Budget, Metric, Outcome, Pick, PluginError, StepPlan};
+use grpo::plugin::types::{Budget, Metric, Outcome, Pick, PluginError, StepPlan, Table};
 
 struct CurriculumKde;
 
@@ -36,9 +36,6 @@ impl Guest for CurriculumKde {
         };
         let outcomes = outcomes.iter().map(|o| (o.row, o.rewards.as_slice()));
         let planned = plan(&config, &state, outcomes, &budget).map_err(PluginError::Input)?;
-        for line in &planned.lines {
-            log(Level::Info, line);
-        }
         let pick = |(row, rollouts)| Pick { row, rollouts };
         let metric = |(name, value)| Metric { name, value };
         Ok(StepPlan {
@@ -46,7 +43,17 @@ impl Guest for CurriculumKde {
             epoch: planned.epoch,
             state: planned.state,
             metrics: planned.metrics.into_iter().map(metric).collect(),
+            report: planned.reports.into_iter().map(table).collect(),
         })
+    }
+}
+
+fn table(report: Report) -> Table {
+    Table {
+        title: report.title,
+        columns: COLUMNS.map(str::to_owned).to_vec(),
+        rows: report.rows,
+        notes: report.notes,
     }
 }
 

@@ -4,6 +4,7 @@
 pub mod buckets;
 pub mod density;
 pub mod plan;
+pub mod report;
 pub mod state;
 
 #[cfg(target_arch = "wasm32")]

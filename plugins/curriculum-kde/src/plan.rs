@@ -1,10 +1,15 @@
 //! One step: averages taken in, an epoch begun where the last one ended, rows until the budget is full.
 
-use crate::buckets::{Bucket, Config, Profile, profile};
+use crate::buckets::{Config, Profile, profile};
+use crate::report::{Report, report};
 use crate::state::State;
 
 /// What the plugin interface lets a plan ask for, in multiples of the budget.
 const MAX_PLAN_FACTOR: u64 = 8;
+
+/// Tables the plugin interface lets a plan report. A step over more epochs of a tiny dataset says the first
+/// ones; within a step nothing is learnt, so the others say the same.
+const MAX_REPORTS: usize = 8;
 
 /// What the step may spend; fields mean what they mean in the WIT.
 #[derive(Clone, Copy, Debug)]
@@ -23,8 +28,8 @@ pub struct Planned {
     pub epoch: f64,
     pub state: Vec<u8>,
     pub metrics: Vec<(String, f64)>,
-    /// For the log: a line for each epoch that begins, then one for each of its buckets.
-    pub lines: Vec<String>,
+    /// One for each epoch that begins, [`MAX_REPORTS`] at most.
+    pub reports: Vec<Report>,
 }
 
 /// Plans a step. `outcomes` are row and rewards of the step before. The error says which of the
@@ -39,8 +44,9 @@ pub fn plan<'a>(
     for (row, rewards) in outcomes {
         learn(&mut state.averages, config.decay, row, rewards)?;
     }
-    let mut lines = Vec::new();
-    let picks = pick(&mut state, config, budget, &mut lines);
+    let mut reports = Vec::new();
+    let picks = pick(&mut state, config, budget, &mut reports);
+    reports.truncate(MAX_REPORTS);
     let mut metrics = metrics(&state.profile, budget.group_size);
     #[expect(clippy::cast_precision_loss, reason = "far below 2^53")]
     let completions = picks.iter().map(|(_, n)| u64::from(*n)).sum::<u64>() as f64;
@@ -50,7 +56,7 @@ pub fn plan<'a>(
         epoch: state.walk.epochs(),
         state: state.to_bytes(),
         metrics,
-        lines,
+        reports,
     })
 }
 
@@ -86,7 +92,7 @@ fn pick(
     state: &mut State,
     config: &Config,
     budget: &Budget,
-    lines: &mut Vec<String>,
+    reports: &mut Vec<Report>,
 ) -> Vec<(u64, u32)> {
     let wanted = u64::from(budget.prompts) * u64::from(budget.group_size);
     let cap = u32::try_from(wanted.saturating_mul(MAX_PLAN_FACTOR)).unwrap_or(u32::MAX);
@@ -109,7 +115,7 @@ fn pick(
         }
         if let Some(fresh) = fresh {
             let epoch = state.walk.position / state.walk.rows;
-            lines.extend(table(&fresh, epoch, state.walk.rows));
+            reports.push(report(&fresh, epoch, state.walk.rows, budget.group_size));
             state.profile = fresh;
         }
         picks.push((row, rollouts));
@@ -123,8 +129,9 @@ fn pick(
 fn metrics(profile: &Profile, group_size: u32) -> Vec<(String, f64)> {
     #[expect(clippy::cast_precision_loss, reason = "at most 2^20 rows")]
     let count = |n: u64| n as f64;
+    let buckets = profile.buckets.len().max(1);
     let mut out = vec![
-        ("buckets".to_owned(), count(buckets_of(profile) as u64)),
+        ("buckets".to_owned(), count(buckets as u64)),
         ("seen".to_owned(), count(profile.seen())),
     ];
     if profile.buckets.is_empty() {
@@ -154,40 +161,6 @@ fn metrics(profile: &Profile, group_size: u32) -> Vec<(String, f64)> {
             .filter_map(|(n, v)| Some((n.to_owned(), v?))),
     );
     out
-}
-
-fn buckets_of(profile: &Profile) -> usize {
-    profile.buckets.len().max(1)
-}
-
-/// The profile of an epoch for people, hardest bucket first.
-fn table(profile: &Profile, epoch: u64, rows: u64) -> Vec<String> {
-    let (seen, count) = (profile.seen(), buckets_of(profile));
-    let mut head = format!("epoch {epoch}: {seen} of {rows} rows have a reward, buckets {count}");
-    for (name, value) in [("spread", profile.spread), ("balance", profile.balance())] {
-        head += &value.map_or(String::new(), |value| format!(", {name} {value:.2}"));
-    }
-    let line = |(i, bucket): (usize, &Bucket)| {
-        let name = match i {
-            _ if count == 1 => "all",
-            0 => "hard",
-            i if i + 1 == count => "easy",
-            _ => "medium",
-        };
-        let Bucket {
-            lo,
-            hi,
-            n,
-            rollouts,
-            ..
-        } = bucket;
-        let share = 100.0 * profile.share(bucket);
-        format!(
-            "{name}: reward {lo:.3} to {hi:.3}, {n} rows ({share:.1} %), {rollouts} rollouts each"
-        )
-    };
-    let lines = profile.buckets.iter().enumerate().map(line);
-    [head].into_iter().chain(lines).collect()
 }
 
 #[cfg(test)]

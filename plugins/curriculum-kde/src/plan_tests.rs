@@ -1,6 +1,7 @@
 //! Steps over small datasets: who gets how many completions, and what the state carries on.
 
 use super::*;
+use crate::buckets::Bucket;
 use std::collections::BTreeMap;
 
 const BUDGET: Budget = Budget {
@@ -76,31 +77,35 @@ fn the_second_epoch_spends_more_on_hard_rows_within_the_budget() {
 }
 
 #[test]
-fn an_epoch_is_said_once_in_a_line_a_bucket() {
+fn an_epoch_is_reported_once_when_it_begins() {
     let mut planned = next(&[], &[]);
-    let mut lines = planned.lines.clone();
-    assert_eq!(lines, ["epoch 0: 0 of 12 rows have a reward, buckets 1"]);
+    let mut reports = planned.reports.clone();
+    assert_eq!(reports[0].title, "Epoch 0: average rewards of 0 of 12 rows");
     for _ in 0..4 {
         planned = next(&planned.state, &answer(&planned));
-        lines.extend(planned.lines.clone());
+        reports.extend(planned.reports.clone());
     }
-    let [_, head, hard, easy] = lines.as_slice() else {
-        panic!("{lines:#?}")
+    let [_, second] = reports.as_slice() else {
+        panic!("{reports:#?}")
     };
-    assert!(
-        head.starts_with("epoch 1: 12 of 12 rows have a reward, buckets 2, spread 0."),
-        "{head}"
-    );
-    assert!(head.ends_with("balance 0.67"), "{head}");
-    assert!(hard.starts_with("hard: reward 0.000 to "), "{hard}");
-    assert!(
-        hard.ends_with("4 rows (33.3 %), 10 rollouts each"),
-        "{hard}"
-    );
-    assert!(
-        easy.starts_with("easy: ") && easy.contains("to 0.960, 8 rows"),
-        "{easy}"
-    );
+    assert_eq!(second.title, "Epoch 1: average rewards of 12 of 12 rows");
+    let names: Vec<_> = second.rows.iter().map(|row| row[0].as_str()).collect();
+    assert_eq!(names, ["hard", "easy", "all"]);
+    assert_eq!(second.rows[0][3..6], ["4", "33.3 %", "10"]);
+    assert_eq!(second.rows[1][3..6], ["8", "66.7 %", "4"]);
+    assert_eq!(second.notes.last().unwrap(), "balance 0.67: ok");
+}
+
+#[test]
+fn a_step_over_many_epochs_reports_what_the_interface_allows() {
+    let budget = Budget {
+        rows: 1,
+        prompts: 9,
+        group_size: 1,
+        ..BUDGET
+    };
+    let planned = plan(&Config::default(), &[], [], &budget).unwrap();
+    assert_eq!((planned.picks.len(), planned.reports.len()), (9, 8));
 }
 
 #[test]

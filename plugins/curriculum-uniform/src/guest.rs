@@ -73,6 +73,7 @@ impl Guest for CurriculumUniform {
             epoch: walk.epochs(),
             state: walk.to_bytes(FORMAT),
             metrics: Vec::new(),
+            report: Vec::new(),
         })
     }
 }

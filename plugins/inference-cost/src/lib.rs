@@ -57,9 +57,10 @@ pub struct Terms {
     pub parts: Vec<(&'static str, f64)>,
 }
 
-/// Samples of a call that lack a term because its denominator is 0.
+/// Samples of a call, and how many lack a term because its denominator is 0.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Undefined {
+    pub samples: u32,
     pub accept_rate: u32,
     pub cache_reuse: u32,
 }
@@ -98,6 +99,7 @@ impl Weights {
         let cache_reuse = rate("cached", cached, "prompt", prompt)?;
         #[expect(clippy::cast_precision_loss, reason = "exact below 2^53 bytes")]
         let kv_mb = usage.kv_bytes as f64 / MEGABYTE;
+        undefined.samples += 1;
         let mut terms = Terms::default();
         terms.add("latency_ms", -self.latency_weight, usage.latency_ms);
         let generated = f64::from(usage.generated_tokens);
@@ -136,20 +138,34 @@ impl Terms {
 }
 
 impl Undefined {
-    /// A line for each term that some of the call's `samples` lack.
-    pub fn warnings(&self, samples: usize) -> impl Iterator<Item = String> {
+    /// A line for each term that some of the samples lack. Without counts, so that the same
+    /// trouble is the same line at each call, which the host prints once.
+    pub fn warnings(self) -> impl Iterator<Item = String> {
         let lines = [
-            (self.accept_rate, "accept_rate", "no token was drafted"),
-            (self.cache_reuse, "cache_reuse", "the prompt has no tokens"),
+            (
+                self.accept_rate,
+                "accept_rate",
+                "no token was drafted",
+                " (hint: --draft ngram, or accept_weight: 0)",
+            ),
+            (
+                self.cache_reuse,
+                "cache_reuse",
+                "the prompt has no tokens",
+                "",
+            ),
         ];
-        lines
-            .into_iter()
-            .filter(|(missing, ..)| *missing > 0)
-            .map(move |(missing, term, why)| {
-                format!(
-                    "{term} is undefined for {missing} of {samples} samples and left out: {why}"
-                )
-            })
+        lines.into_iter().filter(|(missing, ..)| *missing > 0).map(
+            move |(missing, term, why, hint)| {
+                if missing == self.samples {
+                    format!(
+                        "{term} is undefined, {why}: left out of the total, not taken for 0{hint}"
+                    )
+                } else {
+                    format!("{term} is undefined for some samples, {why}: left out of their totals")
+                }
+            },
+        )
     }
 }
 
@@ -203,8 +219,7 @@ mod tests {
             ("cache_reuse", 0.75),
         ];
         assert_eq!(terms.parts, parts);
-        assert_eq!(undefined, Undefined::default());
-        assert_eq!(undefined.warnings(1).count(), 0);
+        assert_eq!(undefined.warnings().count(), 0);
     }
 
     #[test]
@@ -234,13 +249,21 @@ mod tests {
             ..usage
         };
         weights.terms(&empty, &mut undefined).unwrap();
-        let lines: Vec<_> = undefined.warnings(3).collect();
+        let lines: Vec<_> = undefined.warnings().collect();
         assert_eq!(
             lines,
             [
-                "accept_rate is undefined for 2 of 3 samples and left out: no token was drafted",
-                "cache_reuse is undefined for 1 of 3 samples and left out: the prompt has no tokens"
+                "accept_rate is undefined for some samples, no token was drafted: left out of their totals",
+                "cache_reuse is undefined for some samples, the prompt has no tokens: left out of their totals"
             ]
+        );
+        let mut undefined = Undefined::default();
+        weights.terms(&usage, &mut undefined).unwrap();
+        let all = undefined.warnings().next().unwrap();
+        assert_eq!(
+            all,
+            "accept_rate is undefined, no token was drafted: left out of the total, not taken for 0 \
+             (hint: --draft ngram, or accept_weight: 0)"
         );
     }
 
@@ -261,7 +284,7 @@ mod tests {
             [("generated_tokens", 20.0), ("cache_reuse", 0.75)]
         );
         assert!((terms.total + 1.52).abs() < 1e-12, "{terms:?}");
-        assert_eq!(undefined, Undefined::default());
+        assert_eq!(undefined.warnings().count(), 0);
     }
 
     #[test]

@@ -43,7 +43,7 @@ impl Guest for RewardInference {
                 }))
             })
             .collect();
-        for line in undefined.warnings(samples.len()) {
+        for line in undefined.warnings() {
             log(Level::Warn, &line);
         }
         verdicts

@@ -79,6 +79,19 @@ pub struct OptimStep {
     pub max_grad_norm: f64,
 }
 
+/// Where the distribution of the next token leaves a model.
+///
+/// A backend has at most one early exit, made together with it by its own constructor: a head over the first
+/// layers that drafts for the whole model and learns to (self-speculation). An enum and not the head's
+/// weights, because these stay on the device, as do the hidden states that it reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Behind the last layer.
+    Final,
+    /// Behind the layers of the early exit. Its head trains by [`Backend::distill`] alone, with gradients and
+    /// an optimizer of its own; the layers below do not learn from it.
+    Early,
+}
 /// A device that runs the policy: [`cpu::CpuBackend`], [`cuda::CudaBackend`], and a scripted one in the
 /// engine's tests.
 pub trait Backend {
@@ -105,14 +118,9 @@ pub trait Backend {
     /// ([`crate::engine::sampler::verify`]), or without a proposal up to `ahead` more.
     fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError>;
 
-    /// Runs all rows as [`Backend::step`] does, but only through the first `layers` layers where given, and
-    /// returns what the next token of each row would be drawn from, `[V]`: a draft at work. Every row
-    /// must sample.
-    fn propose(
-        &mut self,
-        rows: &[StepRow<'_>],
-        layers: Option<usize>,
-    ) -> Result<Vec<Vec<f32>>, PolicyError>;
+    /// Runs all rows as [`Backend::step`] does, but only up to `exit`, and returns what the next token of each
+    /// row would be drawn from, `[V]`: a draft at work. Every row must sample.
+    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Vec<f32>>, PolicyError>;
 
     /// Log-prob and entropy of every scored token at `temperature` (> 0).
     fn score(
@@ -127,16 +135,19 @@ pub trait Backend {
     fn backward(&mut self, dlogp: &[f32]) -> Result<(), PolicyError>;
 
     /// Accumulates gradients of `weight · Σ CE` over the scored tokens of the batch, where CE is the
-    /// cross-entropy from the targets, renormalised, to this model's distribution at `temperature`
-    /// (distillation, Hinton et al. 2015). Returns the value.
+    /// cross-entropy from the targets, renormalised, to the distribution at `exit` and `temperature`
+    /// (distillation, Hinton et al. 2015). Returns the value. At [`Exit::Early`] nothing of the policy
+    /// changes: neither weights and gradients nor what a [`Pass::Train`] keeps.
     fn distill(
         &mut self,
         batch: &PackedBatch,
         targets: &[TopTokens],
         temperature: f32,
         weight: f64,
+        exit: Exit,
     ) -> Result<f64, PolicyError>;
 
-    /// Clips, applies AdamW, clears gradients; returns the gradient norm before clipping.
-    fn optimizer_step(&mut self, step: &OptimStep) -> Result<f64, PolicyError>;
+    /// Clips, applies AdamW and clears gradients, of the model or of its early exit; returns the gradient norm
+    /// before clipping.
+    fn optimizer_step(&mut self, step: &OptimStep, exit: Exit) -> Result<f64, PolicyError>;
 }

@@ -449,12 +449,22 @@ fn cost(
     sampled: &[Vec<Sampled>],
     started: Instant,
 ) -> StepCost {
-    let verified = proposals.iter().zip(sampled).filter(|(p, _)| p.is_some());
-    let proposed = proposals.iter().flatten().map(|p| p.tokens.len()).sum();
+    let verified = proposals.iter().zip(sampled);
+    // Tokens proposed and accepted of each proposal.
+    let counts = verified.filter_map(|(p, sampled)| {
+        let proposed = p.as_ref()?.tokens.len();
+        Some((proposed, sampled.len() - 1))
+    });
+    let proposed = counts.clone().map(|(proposed, _)| proposed).sum();
     StepCost {
+        rows: plan.rows.len(),
         tokens: plan.rows.iter().map(|row| row.tokens).sum::<usize>() + proposed,
+        proposals: counts.clone().count(),
         proposed,
-        accepted: verified.map(|(_, sampled)| sampled.len() - 1).sum(),
+        accepted: counts.clone().map(|(_, accepted)| accepted).sum(),
+        rejected: counts
+            .filter(|(proposed, accepted)| accepted < proposed)
+            .count(),
         seconds: started.elapsed().as_secs_f64(),
     }
 }

@@ -60,6 +60,8 @@ pub(super) struct Drafting {
     pub(super) drafts: u32,
     pub(super) tokens: u32,
     pub(super) accepted: u32,
+    /// Proposals that were not accepted to their end.
+    pub(super) rejected: u32,
     /// By position in the proposal.
     pub(super) accepted_per_pos: Vec<u32>,
 }
@@ -69,6 +71,7 @@ impl Drafting {
         self.drafts += 1;
         self.tokens += proposed as u32;
         self.accepted += accepted as u32;
+        self.rejected += u32::from(accepted < proposed);
         if self.accepted_per_pos.len() < proposed {
             self.accepted_per_pos.resize(proposed, 0);
         }
@@ -76,9 +79,11 @@ impl Drafting {
         counts.for_each(|count| *count += 1);
     }
 
-    /// Share of drafted tokens accepted, once there are enough to say.
+    /// How likely a drafted token is accepted when those before it were, once there is enough to say. What
+    /// follows a rejected token says nothing.
     pub(super) fn acceptance(&self) -> Option<f64> {
-        (self.tokens >= 8).then(|| f64::from(self.accepted) / f64::from(self.tokens))
+        let decided = self.accepted + self.rejected;
+        (decided >= 8).then(|| f64::from(self.accepted) / f64::from(decided))
     }
 }
 

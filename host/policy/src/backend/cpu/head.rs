@@ -66,6 +66,11 @@ impl Head {
     /// Logits of every row, for sampling.
     pub(crate) fn logits(&self, params: &Params, hidden: &Mat) -> Mat {
         let normed = ops::rms_norm(hidden, params.data(self.norm), self.eps);
+        self.unembed(params, &normed)
+    }
+
+    /// Logits of hidden states behind the norm.
+    pub(crate) fn unembed(&self, params: &Params, normed: &Mat) -> Mat {
         normed.mul_t(params.mat(self.weight))
     }
 
@@ -116,6 +121,26 @@ impl Head {
         gradient: &(dyn Fn(usize, u32, &mut [f32]) -> f64 + Sync),
     ) -> (Mat, f64) {
         let normed = ops::rms_norm(&scored.hidden, params.data(self.norm), self.eps);
+        let (dnormed, value) =
+            self.unembed_backward(params, &normed, scored, Some(&mut *grads), gradient);
+        let (hidden, norm) = (&scored.hidden, params.data(self.norm));
+        let dnorm = params
+            .trainable(self.norm)
+            .then(|| grads.slot(self.norm, params).data_mut());
+        let dhidden = ops::rms_norm_backward(hidden, norm, self.eps, &dnormed, dnorm);
+        (dhidden, value)
+    }
+
+    /// The part of [`Head::backward`] above the norm: the gradient of `normed`, `[S, hidden]`. Without `grads`
+    /// the output matrix counts as a constant.
+    pub(crate) fn unembed_backward(
+        &self,
+        params: &Params,
+        normed: &Mat,
+        scored: &mut Scored,
+        mut grads: Option<&mut Grads>,
+        gradient: &(dyn Fn(usize, u32, &mut [f32]) -> f64 + Sync),
+    ) -> (Mat, f64) {
         let weight = View::whole(params.mat(self.weight));
         let mut dnormed = Mat::unspecified(normed.rows, normed.cols);
         let mut value = 0.0;
@@ -125,7 +150,7 @@ impl Head {
             let rows = from..normed.rows.min(from + self.chunk_rows);
             let kept = scored.last.take();
             let mut logits = kept
-                .unwrap_or_else(|| self.chunk(params, &normed, rows.clone(), scored.temperature));
+                .unwrap_or_else(|| self.chunk(params, normed, rows.clone(), scored.temperature));
             let vocab = logits.cols;
             let jobs = logits.data_mut().par_chunks_mut(vocab).zip(rows.clone());
             let terms: Vec<f64> = jobs
@@ -133,17 +158,12 @@ impl Head {
                 .collect();
             value += terms.iter().sum::<f64>();
             View::whole(&logits).write(weight, &mut dnormed, from);
-            if params.trainable(self.weight) {
-                let hidden = View::window(&normed, from, rows.len(), 0, normed.cols);
+            if let Some(grads) = grads.as_mut().filter(|_| params.trainable(self.weight)) {
+                let hidden = View::window(normed, from, rows.len(), 0, normed.cols);
                 grads.add_product(self.weight, View::whole(&logits).t(), hidden);
             }
         }
-        let (hidden, norm) = (&scored.hidden, params.data(self.norm));
-        let dnorm = params
-            .trainable(self.norm)
-            .then(|| grads.slot(self.norm, params).data_mut());
-        let dhidden = ops::rms_norm_backward(hidden, norm, self.eps, &dnormed, dnorm);
-        (dhidden, value)
+        (dnormed, value)
     }
 }
 

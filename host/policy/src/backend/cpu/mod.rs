@@ -8,6 +8,7 @@ mod attention;
 mod buffer;
 mod build;
 mod decoder;
+mod early_exit;
 mod head;
 mod kv;
 mod linear;
@@ -18,7 +19,7 @@ mod simd;
 mod training;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::collections::BTreeMap;
 
@@ -26,12 +27,13 @@ use candle_core::Tensor;
 
 use self::{
     decoder::{Decoder, Pass as LayerPass},
+    early_exit::EarlyExit,
     kv::KvPool,
     params::{AdamW, Grads, Params},
     training::Saved,
 };
 use crate::{
-    backend::{Backend, BlockId, OptimStep, Pass, Sampled, StepRow},
+    backend::{Backend, BlockId, Exit, OptimStep, Pass, Sampled, StepRow},
     engine::sampler,
     error::PolicyError,
     spec::ModelSpec,
@@ -59,6 +61,9 @@ pub fn set_threads(threads: usize) -> Result<(), PolicyError> {
         .map_err(|_already_sized| PolicyError::Misuse("the worker threads are running already"))
 }
 
+/// [`Exit::Early`] was named before [`CpuBackend::add_early_exit`].
+const NO_EARLY_EXIT: PolicyError = PolicyError::Misuse("the model has no early exit");
+
 /// The policy in main memory.
 pub struct CpuBackend {
     spec: ModelSpec,
@@ -67,6 +72,7 @@ pub struct CpuBackend {
     reference: Option<Params>,
     grads: Grads,
     optimizer: AdamW,
+    early_exit: Option<EarlyExit>,
     kv: Option<KvPool>,
     saved: Option<Saved>,
     scratch: sampler::Scratch,
@@ -95,6 +101,7 @@ impl CpuBackend {
             reference: full_copy.then(|| params.clone()),
             grads: Grads::new(&params),
             optimizer: AdamW::default(),
+            early_exit: None,
             kv: None,
             saved: None,
             scratch: sampler::Scratch::default(),
@@ -103,6 +110,39 @@ impl CpuBackend {
             params,
             gradient_checkpointing,
         })
+    }
+
+    /// Makes the early exit behind the first `layers` layers: as it was exported, else untrained, which is the
+    /// policy's own head.
+    ///
+    /// # Errors
+    /// [`PolicyError::Misuse`] for no layer or all of them; [`PolicyError::MissingWeight`] and
+    /// [`PolicyError::WeightShape`] for weights of another exit or model.
+    pub fn add_early_exit(
+        &mut self,
+        layers: usize,
+        trained: Option<&BTreeMap<String, Tensor>>,
+    ) -> Result<(), PolicyError> {
+        if layers == 0 || layers >= self.decoder.layers.len() {
+            return Err(PolicyError::Misuse(
+                "an early exit is behind the first layer or later and before the last",
+            ));
+        }
+        let norm = self.params.data(self.decoder.head.norm);
+        let mut exit = EarlyExit::new(layers, norm, self.decoder.eps);
+        if let Some(trained) = trained {
+            exit.import(trained)?;
+        }
+        self.early_exit = Some(exit);
+        Ok(())
+    }
+
+    /// The early exit's weights; its optimizer is a part of a checkpoint.
+    ///
+    /// # Errors
+    /// [`PolicyError::Misuse`] where there is none.
+    pub fn early_exit(&self) -> Result<&EarlyExit, PolicyError> {
+        self.early_exit.as_ref().ok_or(NO_EARLY_EXIT)
     }
 
     /// Number of weights that train.
@@ -139,9 +179,12 @@ impl CpuBackend {
         self.params.export(|p| is_adapter(&p.name))
     }
 
-    /// What trains: all weights, or the adapter. The content of a checkpoint.
-    pub fn export_trainable(&self) -> Result<BTreeMap<String, Tensor>, PolicyError> {
-        self.params.export(|p| p.trainable)
+    /// What trains: all weights, or the adapter; or the head of the early exit. The content of a checkpoint.
+    pub fn export_trainable(&self, exit: Exit) -> Result<BTreeMap<String, Tensor>, PolicyError> {
+        match exit {
+            Exit::Final => self.params.export(|p| p.trainable),
+            Exit::Early => self.early_exit()?.export(),
+        }
     }
 
     /// Gradients summed up since the last optimizer step, by weight; for checks against other
@@ -151,21 +194,39 @@ impl CpuBackend {
     }
 
     /// Overwrites weights by name; the KV cache of the old ones is the caller's to drop.
-    pub fn import(&mut self, tensors: &BTreeMap<String, Tensor>) -> Result<(), PolicyError> {
-        self.params.import(tensors)
+    pub fn import(
+        &mut self,
+        tensors: &BTreeMap<String, Tensor>,
+        exit: Exit,
+    ) -> Result<(), PolicyError> {
+        match exit {
+            Exit::Final => self.params.import(tensors),
+            Exit::Early => self.early_exit_mut()?.import(tensors),
+        }
     }
 
     /// Optimizer step count and moments.
-    pub fn export_optimizer(&self) -> Result<BTreeMap<String, Tensor>, PolicyError> {
-        self.optimizer.export(&self.params)
+    pub fn export_optimizer(&self, exit: Exit) -> Result<BTreeMap<String, Tensor>, PolicyError> {
+        match exit {
+            Exit::Final => self.optimizer.export(&self.params),
+            Exit::Early => self.early_exit()?.export_optimizer(),
+        }
     }
 
     /// The inverse of [`CpuBackend::export_optimizer`].
     pub fn import_optimizer(
         &mut self,
         tensors: &BTreeMap<String, Tensor>,
+        exit: Exit,
     ) -> Result<(), PolicyError> {
-        self.optimizer.import(&self.params, tensors)
+        match exit {
+            Exit::Final => self.optimizer.import(&self.params, tensors),
+            Exit::Early => self.early_exit_mut()?.import_optimizer(tensors),
+        }
+    }
+
+    fn early_exit_mut(&mut self) -> Result<&mut EarlyExit, PolicyError> {
+        self.early_exit.as_mut().ok_or(NO_EARLY_EXIT)
     }
 
     /// The reference weights of full fine-tuning where one is kept; `None` for LoRA, whose base is frozen.
@@ -289,14 +350,19 @@ impl Backend for CpuBackend {
         Ok(out)
     }
 
-    fn propose(
-        &mut self,
-        rows: &[StepRow<'_>],
-        layers: Option<usize>,
-    ) -> Result<Vec<Vec<f32>>, PolicyError> {
-        let all = self.decoder.layers.len();
-        let picked = self.run_rows(rows, layers.map_or(all, |n| n.min(all)))?;
-        let logits = self.decoder.head.logits(&self.params, &picked.hidden);
+    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Vec<f32>>, PolicyError> {
+        let layers = match exit {
+            Exit::Final => self.decoder.layers.len(),
+            Exit::Early => self.early_exit()?.layers(),
+        };
+        let hidden = self.run_rows(rows, layers)?.hidden;
+        let logits = match exit {
+            Exit::Final => self.decoder.head.logits(&self.params, &hidden),
+            Exit::Early => {
+                let normed = self.early_exit()?.forward(&hidden);
+                self.decoder.head.unembed(&self.params, &normed)
+            }
+        };
         let args = rows.iter().map(|row| row.sample.as_ref());
         args.enumerate()
             .map(|(i, args)| {
@@ -325,11 +391,15 @@ impl Backend for CpuBackend {
         targets: &[TopTokens],
         temperature: f32,
         weight: f64,
+        exit: Exit,
     ) -> Result<f64, PolicyError> {
-        self.distill_packed(batch, targets, temperature, weight)
+        self.distill_packed(batch, targets, temperature, weight, exit)
     }
 
-    fn optimizer_step(&mut self, step: &OptimStep) -> Result<f64, PolicyError> {
-        self.optimizer.step(&mut self.params, &mut self.grads, step)
+    fn optimizer_step(&mut self, step: &OptimStep, exit: Exit) -> Result<f64, PolicyError> {
+        match exit {
+            Exit::Final => self.optimizer.step(&mut self.params, &mut self.grads, step),
+            Exit::Early => self.early_exit_mut()?.optimizer_step(step),
+        }
     }
 }

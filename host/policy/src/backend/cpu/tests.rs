@@ -1,6 +1,8 @@
 //! The whole network against finite differences, on tiny random models of every family, and the rollout
 //! path against the scoring path.
 
+mod early_exit;
+
 use super::*;
 use crate::{
     backend::SampleArgs,
@@ -182,6 +184,16 @@ fn gradients_of_lora() {
     check_gradients(Family::Qwen2, &Trainable::Lora { config, seed: 1 }, false);
 }
 
+/// Takes a tiny model to a target in a hundred steps or so.
+pub(crate) const STEP: OptimStep = OptimStep {
+    learning_rate: 0.02,
+    beta1: 0.9,
+    beta2: 0.99,
+    eps: 1e-8,
+    weight_decay: 0.0,
+    max_grad_norm: 1.0,
+};
+
 /// Likely tokens of each scored token, of different numbers.
 fn soft_targets(batch: &PackedBatch) -> Vec<TopTokens> {
     let target = |i: usize| TopTokens {
@@ -191,6 +203,16 @@ fn soft_targets(batch: &PackedBatch) -> Vec<TopTokens> {
         probabilities: (0..=i % 3).map(|j| 0.5 / (1.0 + j as f32)).collect(),
     };
     (0..batch.n_scored()).map(target).collect()
+}
+
+/// Mean entropy of targets: the least that a cross-entropy from them can be.
+fn entropy(targets: &[TopTokens]) -> f64 {
+    let entropy = |t: &TopTokens| {
+        let total: f32 = t.probabilities.iter().sum();
+        let h = |p: &f32| f64::from(-p / total) * f64::from(p / total).ln();
+        t.probabilities.iter().map(h).sum::<f64>()
+    };
+    targets.iter().map(entropy).sum::<f64>() / targets.len() as f64
 }
 
 #[test]
@@ -207,7 +229,7 @@ fn gradients_of_distillation() {
     let value = |backend: &mut CpuBackend| {
         backend.grads.clear();
         backend
-            .distill(&batch, &targets, TEMPERATURE, weight)
+            .distill(&batch, &targets, TEMPERATURE, weight, Exit::Final)
             .unwrap()
     };
     value(&mut backend);
@@ -248,33 +270,23 @@ fn distillation_brings_a_draft_to_its_target() {
         CpuBackend::new(spec.clone(), &random_weights(&spec), &trainable, false).unwrap();
     let batch = batch();
     let targets = soft_targets(&batch);
-    // The least a cross-entropy can be is the entropy of its target.
-    let entropy = |t: &TopTokens| {
-        let total: f32 = t.probabilities.iter().sum();
-        let h = |p: &f32| f64::from(-p / total) * f64::from(p / total).ln();
-        t.probabilities.iter().map(h).sum::<f64>()
-    };
-    let least = targets.iter().map(entropy).sum::<f64>() / targets.len() as f64;
+    let least = entropy(&targets);
     let weight = 1.0 / targets.len() as f64;
-    let step = OptimStep {
-        learning_rate: 0.02,
-        beta1: 0.9,
-        beta2: 0.99,
-        eps: 1e-8,
-        weight_decay: 0.0,
-        max_grad_norm: 1.0,
-    };
     let mut losses = Vec::new();
     for _ in 0..120 {
-        losses.push(backend.distill(&batch, &targets, 1.0, weight).unwrap());
-        backend.optimizer_step(&step).unwrap();
+        losses.push(
+            backend
+                .distill(&batch, &targets, 1.0, weight, Exit::Final)
+                .unwrap(),
+        );
+        backend.optimizer_step(&STEP, Exit::Final).unwrap();
     }
     let (first, last) = (losses[0], losses[119]);
     assert!(
         first > least + 1.0 && last < least + 0.1 && last > least,
         "{first} to {last}, at least {least}"
     );
-    let wrong = backend.distill(&batch, &targets[1..], 1.0, weight);
+    let wrong = backend.distill(&batch, &targets[1..], 1.0, weight, Exit::Final);
     assert!(matches!(wrong, Err(PolicyError::Misuse(_))));
 }
 
@@ -310,7 +322,7 @@ fn reference_stays_while_the_policy_moves() {
             weight_decay: 0.0,
             max_grad_norm: 1.0,
         };
-        backend.optimizer_step(&step).unwrap();
+        backend.optimizer_step(&step, Exit::Final).unwrap();
         assert_eq!(before, objective(&mut backend, Pass::Reference));
         // A step along −gradient of Σ c·logp lowers it.
         assert!(objective(&mut backend, Pass::Score) < before);

@@ -1,13 +1,13 @@
 //! Scoring passes over packed batches and the backward pass through all layers.
 
 use super::{
-    CpuBackend,
+    CpuBackend, NO_EARLY_EXIT,
     decoder::{Pass as LayerPass, Trace},
     head::{self, Scored},
     mat::Mat,
 };
 use crate::{
-    backend::Pass,
+    backend::{Exit, Pass},
     error::PolicyError,
     types::{PackedBatch, TokenScores, TopTokens},
 };
@@ -38,19 +38,24 @@ impl CpuBackend {
             self.spec.vocab_size,
             self.spec.max_position_embeddings,
         )?;
-        let positions: Vec<usize> = (0..ids.len()).collect();
+        let x = self.trunk(&batch, self.decoder.layers.len());
+        let logits = self.decoder.head.logits(&self.params, &x);
+        Ok(logits.data().to_vec())
+    }
+
+    /// Residual stream of the current policy behind its first `layers` layers, `[T, hidden]`; nothing is kept.
+    fn trunk(&self, batch: &PackedBatch, layers: usize) -> Mat {
         let pass = LayerPass {
             decoder: &self.decoder,
             params: &self.params,
-            positions: &positions,
+            positions: &positions(batch),
             adapters: true,
         };
-        let mut x = self.decoder.embed(&self.params, ids);
-        for layer in &self.decoder.layers {
+        let mut x = self.decoder.embed(&self.params, &batch.ids);
+        for layer in &self.decoder.layers[..layers] {
             x = layer.forward(&pass, &batch.cu_seqlens, &x).0;
         }
-        let logits = self.decoder.head.logits(&self.params, &x);
-        Ok(logits.data().to_vec())
+        x
     }
 
     pub(super) fn score_packed(
@@ -64,11 +69,7 @@ impl CpuBackend {
             self.spec.vocab_size,
             self.spec.max_position_embeddings,
         )?;
-        let positions: Vec<usize> = batch
-            .cu_seqlens
-            .windows(2)
-            .flat_map(|w| 0..w[1] - w[0])
-            .collect();
+        let positions = positions(batch);
         let frozen = self.reference.as_ref().filter(|_| pass == Pass::Reference);
         let params = frozen.unwrap_or(&self.params);
         let layer_pass = LayerPass {
@@ -86,11 +87,8 @@ impl CpuBackend {
             }
             x = out;
         }
-        let targets = (0..batch.ids.len()).filter(|t| batch.scored[*t]);
-        let predictors: Vec<usize> = targets.clone().map(|t| t - 1).collect();
-        let hidden = head::gather(&x, predictors.iter().copied());
-        let targets = targets.map(|t| batch.ids[t]).collect();
-        let mut scored = Scored::new(hidden, targets, temperature);
+        let predictors = predictors(batch);
+        let mut scored = scored(batch, &x, temperature);
         let scores = self.decoder.head.score(params, &mut scored);
         if pass == Pass::Train {
             let (ids, cu_seqlens) = (batch.ids.clone(), batch.cu_seqlens.clone());
@@ -128,6 +126,7 @@ impl CpuBackend {
         targets: &[TopTokens],
         temperature: f32,
         weight: f64,
+        exit: Exit,
     ) -> Result<f64, PolicyError> {
         let vocab = self.spec.vocab_size;
         let fits = |t: &TopTokens| {
@@ -141,9 +140,20 @@ impl CpuBackend {
                 "distillation needs the likely tokens of every scored token",
             ));
         }
-        self.score_packed(batch, temperature, Pass::Train)?;
         let d = weight as f32 / temperature;
-        self.backward_with(&|i, _, row| weight * head::distillation_gradient(row, &targets[i], d))
+        let gradient = |i: usize, _, row: &mut [f32]| {
+            weight * head::distillation_gradient(row, &targets[i], d)
+        };
+        if exit == Exit::Final {
+            self.score_packed(batch, temperature, Pass::Train)?;
+            return self.backward_with(&gradient);
+        }
+        check(batch, vocab, self.spec.max_position_embeddings)?;
+        let x = self.trunk(batch, self.early_exit()?.layers());
+        let scored = scored(batch, &x, temperature);
+        let (params, head) = (&self.params, &self.decoder.head);
+        let early = self.early_exit.as_mut().ok_or(NO_EARLY_EXIT)?;
+        Ok(early.backward((head, params), scored, &gradient))
     }
 
     /// From gradients of logits (see [`head::Head::backward`]) through all layers; returns the value.
@@ -185,6 +195,29 @@ impl CpuBackend {
         grads.check_complete(params)?;
         Ok(value)
     }
+}
+
+/// Position of each token in its sequence, `[T]`.
+fn positions(batch: &PackedBatch) -> Vec<usize> {
+    let sequences = batch.cu_seqlens.windows(2);
+    sequences.flat_map(|w| 0..w[1] - w[0]).collect()
+}
+
+/// Tokens whose hidden state predicts a scored token.
+fn predictors(batch: &PackedBatch) -> Vec<usize> {
+    let targets = (0..batch.ids.len()).filter(|t| batch.scored[*t]);
+    targets.map(|t| t - 1).collect()
+}
+
+/// The scored tokens and, of the residual stream `x`, what predicts them.
+fn scored(batch: &PackedBatch, x: &Mat, temperature: f32) -> Scored {
+    let predictors = predictors(batch);
+    let targets = predictors.iter().map(|t| batch.ids[t + 1]).collect();
+    Scored::new(
+        head::gather(x, predictors.into_iter()),
+        targets,
+        temperature,
+    )
 }
 
 fn check(batch: &PackedBatch, vocab: usize, longest: usize) -> Result<(), PolicyError> {

@@ -74,8 +74,6 @@ impl Work {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PassArgs {
     pub(super) counts: Counts,
-    /// Layers to run.
-    pub(super) layers: usize,
     /// Parts that a sequence's keys are divided into.
     pub(super) splits: usize,
     /// Choose the fastest algorithm of each product on the way.
@@ -109,7 +107,7 @@ impl CudaBackend {
             .ok_or(PolicyError::Misuse("step before init_kv"))?;
         let (base, blocks) = (kv.base, kv.blocks);
         let layer_bytes = (blocks * BLOCK_SIZE * self.spec.kv_dim() * size_of::<bf16>()) as u64;
-        for index in 0..pass.layers {
+        for index in 0..self.spec.num_hidden_layers {
             let keys = base + 2 * index as u64 * layer_bytes;
             self.run_layer(index, at, pass, (keys, keys + layer_bytes))?;
         }

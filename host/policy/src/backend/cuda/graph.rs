@@ -218,7 +218,6 @@ impl CudaBackend {
             .fill(&self.gpu.stream, rows, pad, group)?;
         let pass = PassArgs {
             counts,
-            layers: self.spec.num_hidden_layers,
             splits: self.splits(counts.tiles),
             tune: true,
         };

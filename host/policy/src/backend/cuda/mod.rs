@@ -27,7 +27,7 @@ pub use compile::{SOURCES, architecture, cache_folder, compile};
 pub use error::CudaError;
 
 use crate::{
-    backend::{Backend, BlockId, OptimStep, Pass, Sampled, StepRow},
+    backend::{Backend, BlockId, Exit, OptimStep, Pass, Sampled, StepRow},
     engine::sampler,
     error::PolicyError,
     spec::ModelSpec,
@@ -203,9 +203,12 @@ impl Backend for CudaBackend {
     fn propose(
         &mut self,
         rows: &[StepRow<'_>],
-        layers: Option<usize>,
+        exit: Exit,
     ) -> Result<Vec<Vec<f32>>, PolicyError> {
-        self.propose_rows(rows, layers)
+        match exit {
+            Exit::Final => self.propose_rows(rows),
+            Exit::Early => Err(CudaError::NotYet("drafting with the first layers").into()),
+        }
     }
 
     fn score(
@@ -227,11 +230,12 @@ impl Backend for CudaBackend {
         _targets: &[TopTokens],
         _temperature: f32,
         _weight: f64,
+        _exit: Exit,
     ) -> Result<f64, PolicyError> {
         Err(CudaError::NotYet("training").into())
     }
 
-    fn optimizer_step(&mut self, _step: &OptimStep) -> Result<f64, PolicyError> {
+    fn optimizer_step(&mut self, _step: &OptimStep, _exit: Exit) -> Result<f64, PolicyError> {
         Err(CudaError::NotYet("training").into())
     }
 }

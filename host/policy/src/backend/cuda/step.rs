@@ -45,7 +45,7 @@ impl CudaBackend {
         &mut self,
         rows: &[StepRow<'_>],
     ) -> Result<Vec<Vec<Sampled>>, PolicyError> {
-        let (at, pass) = self.run_rows(rows, self.spec.num_hidden_layers)?;
+        let (at, pass) = self.run_rows(rows)?;
         let args: Vec<&SampleArgs<'_>> = rows.iter().filter_map(|r| r.sample.as_ref()).collect();
         let drawn = if args.iter().all(|args| is_simple(args)) {
             self.draw_on_device(&at, &pass, &args)?
@@ -64,10 +64,8 @@ impl CudaBackend {
     pub(super) fn propose_rows(
         &mut self,
         rows: &[StepRow<'_>],
-        layers: Option<usize>,
     ) -> Result<Vec<Vec<f32>>, PolicyError> {
-        let all = self.spec.num_hidden_layers;
-        let (at, pass) = self.run_rows(rows, layers.map_or(all, |n| n.min(all)))?;
+        let (at, pass) = self.run_rows(rows)?;
         let missing = PolicyError::Misuse("every row of a draft samples");
         let args: Option<Vec<&SampleArgs<'_>>> = rows.iter().map(|r| r.sample.as_ref()).collect();
         let args = args.ok_or(missing)?;
@@ -89,13 +87,11 @@ impl CudaBackend {
     fn run_rows(
         &mut self,
         rows: &[StepRow<'_>],
-        layers: usize,
     ) -> Result<(Addresses, PassArgs), PolicyError> {
         let group = self.group();
         let counts = self.inputs.fill(&self.gpu.stream, rows, 0, group)?;
         let pass = PassArgs {
             counts,
-            layers,
             splits: self.splits(counts.tiles),
             tune: false,
         };

@@ -2,7 +2,7 @@
 //! proposes, completions keep their distribution ([`super::sampler::verify`]); a bad draft only costs time.
 //!
 //! A draft that runs a model uses the policy's block tables on a pool of its own with as many blocks (or, for
-//! [`Source::Layers`], on the policy's pool itself). So prefix sharing, copies and preemption hold for it
+//! [`Source::EarlyExit`], on the policy's pool itself). So prefix sharing, copies and preemption hold for it
 //! without a second scheduler. What it may find stale there makes a guess worse, never a completion wrong.
 
 mod model;
@@ -18,7 +18,7 @@ pub use suffix::Suffix;
 
 use super::{sampler::Proposal, sequence::SequenceId};
 use crate::{
-    backend::{Backend, BlockId},
+    backend::{Backend, BlockId, Exit},
     error::PolicyError,
     types::SamplingParams,
 };
@@ -33,8 +33,9 @@ pub enum Source<B> {
     Suffix(Suffix),
     /// A smaller model with the same tokenizer.
     Model(Box<Model<B>>),
-    /// The policy's own first layers under its head (self-speculation, Zhang et al. 2023).
-    Layers(usize),
+    /// The policy's own first layers under its early exit (self-speculation: Zhang et al. 2023; with an exit
+    /// that is trained: LayerSkip, Elhoushi et al. 2024). Its backend must have one.
+    EarlyExit,
 }
 
 /// A source, and how many tokens it is asked for.
@@ -62,10 +63,10 @@ pub(super) struct Ask<'a> {
 
 impl<B: Backend> Draft<B> {
     /// # Errors
-    /// [`PolicyError::Misuse`] for a fixed length of 0 and for no layer.
+    /// [`PolicyError::Misuse`] for a fixed length of 0.
     pub fn new(source: Source<B>, length: Length) -> Result<Self, PolicyError> {
-        if matches!(source, Source::Layers(0)) || length == Length::Fixed(0) {
-            return Err(PolicyError::Misuse("a draft of no layer or no token"));
+        if length == Length::Fixed(0) {
+            return Err(PolicyError::Misuse("a draft of no token"));
         }
         let pace = Pace::new(length);
         Ok(Self {
@@ -77,29 +78,36 @@ impl<B: Backend> Draft<B> {
     }
 
     /// Has every completion come with the policy's `top` most likely tokens of each position, for
-    /// distilling the draft.
+    /// distilling the draft. Nothing changes for a source that is not distilled.
     pub fn learn_from(&mut self, top: usize) {
-        self.top = top;
+        self.top = match self.source {
+            Source::Model(_) | Source::EarlyExit => top,
+            Source::Ngram | Source::Suffix(_) => 0,
+        };
     }
 
-    /// How many; 0 for a draft that does not learn.
-    pub fn top(&self) -> usize {
+    /// How many; 0 for a draft that is not distilled.
+    pub(super) fn top(&self) -> usize {
         self.top
     }
 
-    /// The model that drafts.
-    pub fn model_ref(&self) -> Option<&B> {
+    /// What is distilled: the model that drafts, or the early exit of `policy`. `None` for a draft that is not.
+    pub fn learner<'a>(&'a self, policy: &'a B) -> Option<(&'a B, Exit)> {
         match &self.source {
-            Source::Model(model) => Some(model.backend_ref()),
-            Source::Ngram | Source::Suffix(_) | Source::Layers(_) => None,
+            _ if self.top == 0 => None,
+            Source::Model(model) => Some((model.backend_ref(), Exit::Final)),
+            Source::EarlyExit => Some((policy, Exit::Early)),
+            Source::Ngram | Source::Suffix(_) => None,
         }
     }
 
-    /// The model that drafts, for training it.
-    pub fn model(&mut self) -> Option<&mut B> {
+    /// [`Draft::learner`], for training it.
+    pub fn learner_mut<'a>(&'a mut self, policy: &'a mut B) -> Option<(&'a mut B, Exit)> {
         match &mut self.source {
-            Source::Model(model) => Some(model.backend()),
-            Source::Ngram | Source::Suffix(_) | Source::Layers(_) => None,
+            _ if self.top == 0 => None,
+            Source::Model(model) => Some((model.backend(), Exit::Final)),
+            Source::EarlyExit => Some((policy, Exit::Early)),
+            Source::Ngram | Source::Suffix(_) => None,
         }
     }
 
@@ -107,7 +115,7 @@ impl<B: Backend> Draft<B> {
     pub fn export(&self) -> Vec<u32> {
         match &self.source {
             Source::Suffix(suffix) => suffix.export(),
-            Source::Ngram | Source::Model(_) | Source::Layers(_) => Vec::new(),
+            Source::Ngram | Source::Model(_) | Source::EarlyExit => Vec::new(),
         }
     }
 
@@ -120,7 +128,7 @@ impl<B: Backend> Draft<B> {
         match &mut self.source {
             Source::Suffix(suffix) => *suffix = Suffix::import(learnt).ok_or(foreign)?,
             _ if learnt.is_empty() => {}
-            Source::Ngram | Source::Model(_) | Source::Layers(_) => return Err(foreign),
+            Source::Ngram | Source::Model(_) | Source::EarlyExit => return Err(foreign),
         }
         Ok(())
     }
@@ -157,9 +165,9 @@ impl<B: Backend> Draft<B> {
                 .map(|ask| certain(suffix.propose(ask.tokens, ask.prompt, ask.most)))
                 .collect(),
             Source::Model(model) => model.propose(asks)?,
-            Source::Layers(layers) => {
+            Source::EarlyExit => {
                 let from: Vec<usize> = asks.iter().map(|ask| ask.cached).collect();
-                model::autoregress(policy, Some(*layers), asks, from)?
+                model::autoregress(policy, Exit::Early, asks, from)?
             }
         };
         let rounds = proposals.iter().map(|p| p.tokens.len()).max().unwrap_or(0);
@@ -176,7 +184,7 @@ impl<B: Backend> Draft<B> {
     ) -> Result<(), PolicyError> {
         match &mut self.source {
             Source::Model(model) => model.follow(copies, prompts),
-            Source::Ngram | Source::Suffix(_) | Source::Layers(_) => Ok(()),
+            Source::Ngram | Source::Suffix(_) | Source::EarlyExit => Ok(()),
         }
     }
 
@@ -184,7 +192,7 @@ impl<B: Backend> Draft<B> {
     pub(super) fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError> {
         match &mut self.source {
             Source::Model(model) => model.backend().init_kv(blocks, block_size),
-            Source::Ngram | Source::Suffix(_) | Source::Layers(_) => Ok(()),
+            Source::Ngram | Source::Suffix(_) | Source::EarlyExit => Ok(()),
         }
     }
 
@@ -198,7 +206,7 @@ impl<B: Backend> Draft<B> {
         match &mut self.source {
             Source::Suffix(suffix) => suffix.learn(&tokens[..prompt], &tokens[prompt..]),
             Source::Model(model) => model.forget(id),
-            Source::Ngram | Source::Layers(_) => {}
+            Source::Ngram | Source::EarlyExit => {}
         }
     }
 }
@@ -213,9 +221,15 @@ pub(super) struct PromptPart<'a> {
 
 /// What a step of the policy cost and brought.
 pub(super) struct StepCost {
+    /// Sequences in it.
+    pub(super) rows: usize,
     /// Tokens the policy ran, prompts and proposals included.
     pub(super) tokens: usize,
+    /// Sequences with a proposal, and its tokens.
+    pub(super) proposals: usize,
     pub(super) proposed: usize,
+    /// Proposed tokens accepted, and proposals that were not accepted to their end.
     pub(super) accepted: usize,
+    pub(super) rejected: usize,
     pub(super) seconds: f64,
 }

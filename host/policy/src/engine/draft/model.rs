@@ -1,10 +1,10 @@
-//! Drafting with a model: a smaller one beside the policy, or the policy's first layers.
+//! Drafting with a model: a smaller one beside the policy, or the policy up to its early exit.
 
 use std::collections::HashMap;
 
 use super::{Ask, PromptPart};
 use crate::{
-    backend::{Backend, BlockId, SampleArgs, StepRow},
+    backend::{Backend, BlockId, Exit, SampleArgs, StepRow},
     engine::{
         sampler::{Proposal, draw_proposal},
         sequence::SequenceId,
@@ -83,7 +83,7 @@ impl<B: Backend> Model<B> {
             cached.unwrap_or(ask.cached).min(ask.cached)
         };
         let from: Vec<usize> = asks.iter().map(from).collect();
-        let proposals = autoregress(&mut self.backend, None, asks, from)?;
+        let proposals = autoregress(&mut self.backend, Exit::Final, asks, from)?;
         for (ask, proposal) in asks.iter().zip(&proposals) {
             // The last proposed token was never run.
             let run = ask.tokens.len() + proposal.tokens.len().saturating_sub(1);
@@ -97,7 +97,7 @@ impl<B: Backend> Model<B> {
 /// values it has.
 pub(super) fn autoregress(
     backend: &mut impl Backend,
-    layers: Option<usize>,
+    exit: Exit,
     asks: &[Ask<'_>],
     mut from: Vec<usize>,
 ) -> Result<Vec<Proposal>, PolicyError> {
@@ -121,7 +121,7 @@ pub(super) fn autoregress(
             }),
         };
         let rows: Vec<StepRow<'_>> = live.iter().map(row).collect();
-        let drawn = backend.propose(&rows, layers)?;
+        let drawn = backend.propose(&rows, exit)?;
         for (i, q) in live.into_iter().zip(drawn) {
             let token = draw_proposal(&q, asks[i].stream, texts[i].len() as u64);
             from[i] = texts[i].len();

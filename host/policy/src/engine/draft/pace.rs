@@ -1,4 +1,8 @@
 //! How many tokens to draft: fixed, or from what drafting and verifying cost and how much is accepted.
+//!
+//! Adaptive lengths start from measured costs: nothing is drafted before the first plain steps were timed. Then,
+//! and whenever drafting does not pay, single sequences are tried in rare steps. Trials that fail become
+//! rarer, and all of them together may cost a small share of the time.
 
 use std::time::Duration;
 
@@ -16,39 +20,63 @@ pub enum Length {
 
 /// Weight of the newest measurement.
 const NEWEST: f64 = 0.1;
-/// A length is changed only for a gain above this.
-const HYSTERESIS: f64 = 1.05;
-/// Steps without drafting after which it is tried again.
-const PROBE_EVERY: u32 = 64;
-/// Steps that a trial lasts.
-const PROBE_STEPS: u32 = 4;
-/// Tokens drafted in a trial, and before anything is known.
-const PROBE_TOKENS: usize = 3;
+/// What a step keeps of the sums that the slope is made of.
+const SLOPE_KEPT: f64 = 0.98;
+/// Speed-up above which drafting begins and below which it ends. A gap, or noise would end what pays a little.
+const MARGIN: (f64, f64) = (1.02, 0.98);
+/// Plain steps that are timed before the first trial.
+const PLAIN_STEPS: u32 = 2;
+/// Steps of drafting after which a plain one says what plain ones cost now.
+const REFERENCE: u32 = 64;
+/// Trials before their result is trusted.
+const TRIALS: u32 = 3;
+/// Tokens drafted in a trial, for one sequence.
+const TRIAL_TOKENS: usize = 3;
+/// Steps between trials: at first, and after many that failed.
+const PAUSE: (u32, u32) = (16, 64);
+/// Share of the time that trials may lose.
+const TRIAL_SHARE: f64 = 0.01;
+/// Decided tokens that the acceptance remembers: of drafting, and less where only trials tell of a change.
+const MEMORY: (f64, f64) = (400.0, 16.0);
 
 /// See the file header. Times in seconds.
 #[derive(Clone, Debug)]
 pub(super) struct Pace {
     length: Length,
-    /// Share of drafted tokens that were accepted; optimistic at first, so that a trial takes place.
-    acceptance: f64,
-    /// Running means that fit `step = base + slope·tokens`.
-    fit: Fit,
-    /// One round of drafting for one sequence of the batch.
+    acceptance: Acceptance,
+    line: Line,
+    /// One round of drafting over a plain step of the policy with as many sequences (`c` of Leviathan et al.
+    /// 2023): a draft model gains from a larger batch as the policy does.
     round: f64,
-    /// What was chosen last, and steps since it was 0.
-    chosen: usize,
+    /// Time the draft took in this step.
+    drafting: f64,
+    /// Sequences asked about in this step, and the one on trial, counted over steps.
+    asked: usize,
+    turn: usize,
+    trials: u32,
+    /// Steps in a row with a proposal, steps without, and how many there are to be before the next trial.
+    busy: u32,
     idle: u32,
+    pause: u32,
+    /// What trials have lost beyond their share of the time.
+    debt: f64,
 }
 
 impl Pace {
     pub(super) fn new(length: Length) -> Self {
         Self {
             length,
-            acceptance: 0.7,
-            fit: Fit::default(),
+            acceptance: Acceptance::default(),
+            line: Line::default(),
             round: 0.0,
-            chosen: PROBE_TOKENS,
+            drafting: 0.0,
+            asked: 0,
+            turn: 0,
+            trials: 0,
+            busy: 0,
             idle: 0,
+            pause: PAUSE.0,
+            debt: 0.0,
         }
     }
 
@@ -57,45 +85,77 @@ impl Pace {
             Length::Fixed(tokens) => return tokens,
             Length::Adaptive(most) => most,
         };
-        let Some((base, slope)) = self.fit.line() else {
-            return PROBE_TOKENS.min(most);
-        };
-        if self.chosen == 0 && self.idle >= PROBE_EVERY {
-            return PROBE_TOKENS.min(most);
+        if self.line.plain < PLAIN_STEPS || self.busy >= REFERENCE {
+            return 0;
         }
+        let asked = self.asked;
+        self.asked += 1;
+        let all = self.acceptance.rate();
         // A sequence that has drafted little is judged by the average.
-        let acceptance = acceptance.map_or(self.acceptance, |own| 0.5 * (own + self.acceptance));
+        let pays = self.best(acceptance.map_or(all, |own| 0.5 * (own + all)), rows, most);
+        if self.trials >= TRIALS && pays > 0 {
+            return pays;
+        }
+        // The first trials follow each other, unless costs alone say that the best of drafts does not pay.
+        let hopeful = self.trials < TRIALS && pays > 0;
+        let due = hopeful || (self.idle >= self.pause && self.debt <= 0.0);
+        match due && asked == self.turn % rows {
+            true => TRIAL_TOKENS.min(most),
+            false => 0,
+        }
+    }
+
+    /// Tokens at which a step of `rows` sequences brings most tokens a second; 0 when that is hardly more than
+    /// without.
+    fn best(&self, acceptance: f64, rows: usize, most: usize) -> usize {
+        let plain = self.line.seconds(rows);
         let rate = |k: usize| {
-            let seconds = base / rows as f64 + slope * (1 + k) as f64 + self.round * k as f64;
+            let seconds = self.line.seconds(rows * (1 + k)) + plain * self.round * k as f64;
             expected_tokens(acceptance, k) / seconds
         };
-        let best = (0..=most).max_by(|a, b| rate(*a).total_cmp(&rate(*b)));
-        let best = best.unwrap_or(0);
-        if rate(best) > HYSTERESIS * rate(self.chosen.min(most)) {
-            self.chosen = best;
-        }
-        self.chosen.min(most)
+        let best = (1..=most).max_by(|a, b| rate(*a).total_cmp(&rate(*b)));
+        let least = if self.busy > 0 { MARGIN.1 } else { MARGIN.0 };
+        best.filter(|k| rate(*k) > least * rate(0)).unwrap_or(0)
     }
 
     pub(super) fn drafted(&mut self, rounds: usize, rows: usize, took: Duration) {
-        if rounds > 0 {
-            let each = took.as_secs_f64() / (rounds * rows) as f64;
-            self.round += NEWEST * (each - self.round);
+        self.drafting = took.as_secs_f64();
+        let plain = self.line.seconds(rows);
+        if rounds > 0 && plain > 0.0 {
+            let each = self.drafting / rounds as f64 / plain;
+            let weight = NEWEST.max(1.0 / f64::from(self.trials + 1));
+            self.round += weight * (each - self.round);
         }
     }
 
     pub(super) fn verified(&mut self, step: &StepCost) {
-        self.fit.add(step.tokens as f64, step.seconds);
-        if step.proposed > 0 {
-            let accepted = step.accepted as f64 / step.proposed as f64;
-            self.acceptance += NEWEST * (accepted - self.acceptance);
+        let plain = self.line.seconds(step.rows);
+        let trial = step.proposals == 1 && (self.idle > 0 || self.trials < TRIALS);
+        self.line.add(step);
+        self.debt -= TRIAL_SHARE * step.seconds;
+        if step.proposals == 0 {
+            self.busy = 0;
+            self.idle = self.idle.saturating_add(1);
+            // Time saved up must not end in many trials at once.
+            self.debt = self.debt.max(0.0);
+        } else {
+            self.busy += 1;
+            self.idle = 0;
+            let memory = if trial { MEMORY.1 } else { MEMORY.0 };
+            self.acceptance.add(step, memory);
         }
-        self.idle = match step.proposed {
-            0 => self.idle + 1,
-            _ if self.idle >= PROBE_EVERY + PROBE_STEPS => 0,
-            _ if self.idle >= PROBE_EVERY => self.idle + 1,
-            _ => 0,
-        };
+        if trial {
+            self.trials = self.trials.saturating_add(1);
+            let worth = plain * step.accepted as f64 / step.rows as f64;
+            self.debt += step.seconds + self.drafting - plain - worth;
+            self.pause = match 2 * step.accepted > step.proposed {
+                true => 1,
+                false => (2 * self.pause).clamp(PAUSE.0, PAUSE.1),
+            };
+        }
+        self.drafting = 0.0;
+        self.asked = 0;
+        self.turn = self.turn.wrapping_add(1);
     }
 }
 
@@ -105,106 +165,86 @@ fn expected_tokens(a: f64, k: usize) -> f64 {
     (0..=k).map(|i| a.powi(i as i32)).sum()
 }
 
-/// Line through (tokens, seconds) with exponentially fading weights.
-#[derive(Clone, Debug, Default)]
-struct Fit {
-    points: u32,
-    x: f64,
-    y: f64,
-    xx: f64,
-    xy: f64,
+/// How likely a drafted token is accepted when those before it were: accepted over decided ones. What follows a
+/// rejected token is not decided.
+#[derive(Clone, Debug)]
+struct Acceptance {
+    accepted: f64,
+    rejected: f64,
 }
 
-impl Fit {
-    fn add(&mut self, x: f64, y: f64) {
-        // The first points count in full, so that the start value of 0 does not linger.
-        let weight = NEWEST.max(1.0 / f64::from(self.points + 1));
-        self.points = self.points.saturating_add(1);
-        self.x += weight * (x - self.x);
-        self.y += weight * (y - self.y);
-        self.xx += weight * (x * x - self.xx);
-        self.xy += weight * (x * y - self.xy);
+impl Default for Acceptance {
+    /// Optimistic, and soon overruled.
+    fn default() -> Self {
+        Self {
+            accepted: 1.4,
+            rejected: 0.6,
+        }
+    }
+}
+
+impl Acceptance {
+    fn rate(&self) -> f64 {
+        self.accepted / (self.accepted + self.rejected)
     }
 
-    /// `(base, slope)`, neither negative. Before there are points of two sizes all cost is taken to be
-    /// fixed, which makes drafting look cheap and so brings the second size about.
-    fn line(&self) -> Option<(f64, f64)> {
-        if self.points < 3 {
-            return None;
+    fn add(&mut self, step: &StepCost, memory: f64) {
+        let keep = (memory / (self.accepted + self.rejected)).min(1.0);
+        self.accepted = keep * self.accepted + step.accepted as f64;
+        self.rejected = keep * self.rejected + step.rejected as f64;
+    }
+}
+
+/// What a step costs by its tokens: a line through the mean of recent steps, its slope from steps that were
+/// larger or smaller.
+#[derive(Clone, Debug, Default)]
+struct Line {
+    /// Steps of decoding alone that were timed.
+    plain: u32,
+    tokens: f64,
+    seconds: f64,
+    /// Fading sums of squares and products of deviations from the mean.
+    xx: f64,
+    xy: f64,
+    /// The last step that ran prompts. Its tokens are cheaper than decoded ones, which makes the first slope
+    /// optimistic and so brings a trial about.
+    prompt: Option<(f64, f64)>,
+}
+
+impl Line {
+    fn add(&mut self, step: &StepCost) {
+        let (x, y) = (step.tokens as f64, step.seconds);
+        if step.tokens > step.rows + step.proposed {
+            self.prompt = Some((x, y));
+            return;
         }
-        let variance = self.xx - self.x * self.x;
-        let slope = if variance > 1e-9 * self.xx {
-            ((self.xy - self.x * self.y) / variance).clamp(0.0, self.y / self.x)
-        } else {
-            0.0
+        let (dx, dy) = (x - self.tokens, y - self.seconds);
+        if self.plain > 0 && dx.abs() >= 0.5 {
+            self.xx = SLOPE_KEPT * self.xx + dx * dx;
+            self.xy = SLOPE_KEPT * self.xy + dx * dy;
+        }
+        if step.proposed == 0 {
+            self.plain = self.plain.saturating_add(1);
+            let weight = NEWEST.max(1.0 / f64::from(self.plain));
+            self.tokens += weight * dx;
+            self.seconds += weight * dy;
+        }
+    }
+
+    fn slope(&self) -> f64 {
+        let slope = match self.prompt {
+            _ if self.xx > 0.0 => self.xy / self.xx,
+            Some((x, y)) if x > self.tokens => (y - self.seconds) / (x - self.tokens),
+            _ => 0.0,
         };
-        Some((self.y - slope * self.x, slope))
+        slope.clamp(0.0, self.seconds.max(0.0) / self.tokens.max(1.0))
+    }
+
+    /// Seconds of a step that decodes so many tokens.
+    fn seconds(&self, tokens: usize) -> f64 {
+        self.seconds + self.slope() * (tokens as f64 - self.tokens)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A machine on which a step of `t` tokens takes `base + slope·t`, and a draft that is right with
-    /// probability `accept`: the length it settles at.
-    fn settles(base: f64, slope: f64, round: f64, accept: f64) -> usize {
-        let mut pace = Pace::new(Length::Adaptive(8));
-        let mut last = 0;
-        for i in 0..400 {
-            let k = pace.length(None, 1);
-            pace.drafted(k, 1, Duration::from_secs_f64(round * k as f64));
-            // Deterministic stand-in for chance: the mean over eight steps is right.
-            let accepted = (k as f64 * accept + f64::from(i % 8) / 8.0) as usize;
-            pace.verified(&StepCost {
-                tokens: 1 + k,
-                proposed: k,
-                accepted: accepted.min(k),
-                seconds: base + slope * (1 + k) as f64,
-            });
-            last = if pace.chosen == 0 { 0 } else { k };
-        }
-        last
-    }
-
-    #[test]
-    fn drafts_much_where_verifying_is_free_and_nothing_where_it_is_not() {
-        assert!(settles(10e-3, 0.1e-3, 0.1e-3, 0.9) >= 6);
-        assert_eq!(settles(0.1e-3, 10e-3, 1e-3, 0.3), 0);
-        assert_eq!(settles(10e-3, 0.1e-3, 9e-3, 0.3), 0, "a slow draft");
-    }
-
-    #[test]
-    fn tries_again_after_a_pause() {
-        let mut pace = Pace::new(Length::Adaptive(4));
-        let mut drafted = Vec::new();
-        for _ in 0..300 {
-            let k = pace.length(None, 1);
-            drafted.push(k);
-            pace.drafted(k, 1, Duration::from_secs_f64(1e-3 * k as f64));
-            pace.verified(&StepCost {
-                tokens: 1 + k,
-                proposed: k,
-                accepted: 0,
-                seconds: 1e-3 * (1 + k) as f64,
-            });
-        }
-        let off = drafted.iter().filter(|k| **k == 0).count();
-        assert!((200..300).contains(&off), "{drafted:?}");
-        let last_try = drafted.iter().rposition(|k| *k > 0).unwrap();
-        assert!(last_try > 200, "{drafted:?}");
-    }
-
-    #[test]
-    fn fixed_is_fixed() {
-        let mut pace = Pace::new(Length::Fixed(5));
-        assert_eq!(pace.length(Some(0.0), 100), 5);
-    }
-
-    #[test]
-    fn expected_tokens_by_hand() {
-        assert!((expected_tokens(0.5, 2) - 1.75).abs() < 1e-12);
-        assert_eq!(expected_tokens(1.0, 4), 5.0);
-        assert_eq!(expected_tokens(0.3, 0), 1.0);
-    }
-}
+mod tests;

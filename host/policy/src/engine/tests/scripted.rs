@@ -8,7 +8,7 @@
 use std::collections::HashSet;
 
 use crate::{
-    backend::{Backend, BlockId, OptimStep, Pass, SampleArgs, Sampled, StepRow},
+    backend::{Backend, BlockId, Exit, OptimStep, Pass, SampleArgs, Sampled, StepRow},
     engine::{
         EngineConfig,
         sampler::{Scratch, distribution, sample, stream_key, verify},
@@ -257,11 +257,7 @@ impl Backend for ScriptedBackend {
         rows.iter().map(sample).collect()
     }
 
-    fn propose(
-        &mut self,
-        rows: &[StepRow<'_>],
-        _: Option<usize>,
-    ) -> Result<Vec<Vec<f32>>, PolicyError> {
+    fn propose(&mut self, rows: &[StepRow<'_>], _: Exit) -> Result<Vec<Vec<f32>>, PolicyError> {
         self.write(rows);
         let propose = |row: &StepRow<'_>| {
             let args = row.sample.as_ref().unwrap();
@@ -284,11 +280,12 @@ impl Backend for ScriptedBackend {
         _: &[TopTokens],
         _: f32,
         _: f64,
+        _: Exit,
     ) -> Result<f64, PolicyError> {
         Err(PolicyError::Misuse("the scripted model does not train"))
     }
 
-    fn optimizer_step(&mut self, _: &OptimStep) -> Result<f64, PolicyError> {
+    fn optimizer_step(&mut self, _: &OptimStep, _: Exit) -> Result<f64, PolicyError> {
         Err(PolicyError::Misuse("the scripted model does not train"))
     }
 }

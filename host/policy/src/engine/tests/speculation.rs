@@ -36,7 +36,7 @@ const KINDS: [(&str, Maker); 5] = [
     ("suffix", |_| Source::Suffix(Suffix::default())),
     ("its own twin", |salt| model(salt, salt)),
     ("a stranger", |salt| model(salt + 1, salt)),
-    ("layers", |_| Source::Layers(1)),
+    ("early exit", |_| Source::EarlyExit),
 ];
 
 fn lengths() -> [Length; 4] {
@@ -209,11 +209,11 @@ fn samples_follow_the_policy_and_not_the_draft() {
         }
         assert_eq!(
             acceptance == 1.0,
-            ["its own twin", "layers"].contains(&name)
+            ["its own twin", "early exit"].contains(&name)
         );
         let (tokens, _) = draws(make(SALT), true);
         let p = p_value(&exact[0], |at| tokens[0][at as usize]);
-        let twin = ["its own twin", "layers"].contains(&name);
+        let twin = ["its own twin", "early exit"].contains(&name);
         assert!(
             twin || p < 1e-6,
             "{name}: a sampler that trusts drafts passes with p = {p}"
@@ -310,6 +310,5 @@ fn drafts_that_cannot_be_are_refused() {
             policy: 25
         }
     ));
-    assert!(Draft::<ScriptedBackend>::new(Source::Layers(0), Length::Fixed(1)).is_err());
     assert!(Draft::<ScriptedBackend>::new(Source::Ngram, Length::Fixed(0)).is_err());
 }
