@@ -6,11 +6,11 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Tensor};
 use grpo_policy::{
     backend::{
-        Backend, Exit, Pass, SampleArgs, StepRow,
+        Backend, Exit, Pass, SampleArgs, Sampled, StepRow,
         cpu::{CpuBackend, Trainable},
         cuda::{BLOCK_SIZE, CudaBackend, CudaSizes},
     },
-    engine::{Engine, EngineConfig, sampler},
+    engine::{Engine, EngineConfig},
     spec::{Family, ModelSpec, RopeScaling},
     tokenizer::Tokenizer,
     types::{Completion, PackedBatch, Request, SamplingParams},
@@ -255,70 +255,66 @@ fn log_probs_of_completions_are_those_of_the_cpu() {
             gaps.len()
         );
         assert!(
-            mean < 0.02 && max < 0.5,
+            mean < 0.03 && max < 0.5,
             "{:?}: mean {mean}, max {max}",
             spec.family
         );
     }
 }
 
-/// What the sampling kernel draws is what the CPU's sampler draws from the same logits and the same number.
+/// What the sampling kernel draws is what the CPU's sampler draws from the same logits and the same number: a row that
+/// wants likely tokens too is drawn on the host, from a pass that is the same otherwise.
 #[test]
 #[ignore = "needs a GPU"]
 fn draws_are_those_of_the_cpu_sampler() {
-    for (vocab, temperature) in [(17, 1.0), (600, 0.7), (5003, 1.0), (700, 0.0)] {
+    const ROWS: usize = 60;
+    for (vocab, temperature) in [(17, 1.0), (600, 0.7), (5003, 1.0), (5004, 1.3), (700, 0.0)] {
         let spec = spec(Family::Qwen2, (4, 2, 32), vocab);
         let mut gpu = CudaBackend::new(0, spec.clone(), &weights(&spec, 5), SIZES).unwrap();
+        gpu.init_kv(ROWS, BLOCK_SIZE).unwrap();
         let params = SamplingParams {
             temperature,
-            max_tokens: 1,
-            ignore_eos: true,
             ..SamplingParams::default()
         };
-        let prompt = vec![3, 5, 7];
-        let request = Request {
-            id: 0,
-            prompt: prompt.clone(),
-            n: 3000,
-            sampling: params.clone(),
-            seed: 9,
-        };
-        let drawn = generate(&mut gpu, vec![request], 64);
-        let args = |index: u32| SampleArgs {
-            params: &params,
-            stream: sampler::stream_key(9, index),
-            position: 3,
-            history: &prompt,
-            proposal: None,
-            top: 0,
-            ahead: 0,
-        };
-        let row = StepRow {
-            tokens: &prompt,
-            position: 0,
-            blocks: &[1],
-            sample: Some(args(0)),
-        };
-        let p = gpu.propose(&[row], Exit::Final).unwrap().remove(0);
-        // Any logits with this softmax will do; the CPU divides them by the temperature again.
-        let degree = if temperature == 0.0 { 1.0 } else { temperature };
-        let logits: Vec<f32> = p.iter().map(|p| p.max(1e-30).ln() * degree).collect();
-        let mut scratch = sampler::Scratch::default();
-        let mut apart = 0f32;
-        let alike = drawn.iter().filter(|c| {
-            let own = sampler::sample(&logits, &args(c.index), &mut scratch).unwrap();
-            if temperature > 0.0 {
-                apart = apart.max((p[c.tokens[0] as usize].ln() - c.logprobs[0]).abs());
+        let blocks: Vec<Vec<u32>> = (0..ROWS as u32).map(|b| vec![b]).collect();
+        let (mut alike, mut apart, mut all) = (0, 0f32, 0);
+        for round in 0..50 {
+            let prompt = [round as u32 % 17, 3, 11];
+            let mut draw = |top: usize| -> Vec<Sampled> {
+                let args = |s: usize| SampleArgs {
+                    params: &params,
+                    stream: (round * ROWS + s) as u64,
+                    position: 3,
+                    history: &prompt,
+                    proposal: None,
+                    top,
+                    ahead: 0,
+                };
+                let rows: Vec<StepRow<'_>> = blocks
+                    .iter()
+                    .enumerate()
+                    .map(|(s, blocks)| StepRow {
+                        tokens: &prompt,
+                        position: 0,
+                        blocks,
+                        sample: Some(args(s)),
+                    })
+                    .collect();
+                gpu.step(&rows).unwrap().concat()
+            };
+            for (device, host) in draw(0).into_iter().zip(draw(1)) {
+                all += 1;
+                if device.token == host.token {
+                    alike += 1;
+                    apart = apart.max((device.logprob - host.logprob).abs());
+                }
             }
-            own.token == c.tokens[0]
-        });
-        let alike = alike.count();
+        }
         println!(
-            "vocabulary {vocab}, temperature {temperature}: {alike} of {} alike, log-probs within {apart:.1e}",
-            drawn.len()
+            "vocabulary {vocab}, temperature {temperature}: {alike} of {all} alike, log-probs within {apart:.1e}"
         );
         // A number within rounding of a border may fall on either side.
-        assert!(alike + 6 >= drawn.len(), "{alike}");
+        assert!(all == 50 * ROWS && alike + 3 >= all, "{alike} of {all}");
         assert!(apart < 1e-4, "{apart}");
     }
 }

@@ -17,6 +17,8 @@ pub(super) struct Gpu {
     pub(super) stream: Arc<CudaStream>,
     pub(super) kernels: Kernels,
     pub(super) multiprocessors: usize,
+    /// Knows programmatic dependent launch (Hopper and later).
+    pub(super) overlaps: bool,
 }
 
 /// Every kernel by its name in the source.
@@ -28,10 +30,12 @@ pub(super) struct Kernels {
     pub(super) copy_blocks: CudaFunction,
     /// Of the model's head dimension.
     pub(super) attention: CudaFunction,
+    pub(super) attention_threads: u32,
     pub(super) skinny_qkv: CudaFunction,
     pub(super) skinny_add: CudaFunction,
     pub(super) skinny_swiglu: CudaFunction,
     pub(super) skinny_head: CudaFunction,
+    pub(super) sum_chunks: CudaFunction,
     pub(super) sample: CudaFunction,
     pub(super) advance: CudaFunction,
 }
@@ -62,6 +66,7 @@ impl Gpu {
         Ok(Self {
             kernels: Kernels::load(&modules, head_dim)?,
             multiprocessors,
+            overlaps: major >= 9,
             stream,
         })
     }
@@ -107,11 +112,14 @@ impl Kernels {
             qkv_rope_cache: get("qkv_rope_cache")?,
             copy_blocks: get("copy_blocks")?,
             attention: get(&format!("attention_{head_dim}"))?,
+            // Wider heads leave registers and shared memory for half as many warps.
+            attention_threads: if head_dim <= 64 { 256 } else { 128 },
             skinny_qkv: roomy("skinny_qkv")?,
             skinny_add: roomy("skinny_add")?,
             skinny_swiglu: roomy("skinny_swiglu")?,
             skinny_head: roomy("skinny_head")?,
-            sample: roomy("sample")?,
+            sum_chunks: get("sum_chunks")?,
+            sample: get("sample")?,
             advance: get("advance")?,
         })
     }

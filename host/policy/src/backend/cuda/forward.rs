@@ -130,6 +130,13 @@ impl CudaBackend {
         let qkv_width = q + 2 * spec.kv_dim();
         let skinny =
             tokens <= SKINNY_TOKENS && qkv_width.is_multiple_of(16) && h.is_multiple_of(16);
+        let at_layer = Some(index);
+        let shape = |outputs, inputs, out| Shape {
+            tokens,
+            outputs,
+            inputs,
+            out,
+        };
         let product = |w, x, norm, y, outputs, inputs| SkinnyArgs {
             w,
             x,
@@ -148,8 +155,8 @@ impl CudaBackend {
                 .rms_norm((work.x, layer.input_norm, work.h), 0, tokens, h, eps)?;
             self.matmul(
                 pass,
-                (tokens, qkv_width, h, Out::Bf16),
-                layer.qkv,
+                Matrix::Qkv(at_layer),
+                shape(qkv_width, h, Out::Bf16),
                 work.h,
                 work.qkv,
             )?;
@@ -188,8 +195,8 @@ impl CudaBackend {
         }
         self.matmul(
             pass,
-            (tokens, h, q, Out::AddF32),
-            layer.o,
+            Matrix::O(at_layer),
+            shape(h, q, Out::AddF32),
             work.attended,
             work.x,
         )?;
@@ -197,16 +204,16 @@ impl CudaBackend {
             .rms_norm((work.x, layer.mlp_norm, work.h), 0, tokens, h, eps)?;
         self.matmul(
             pass,
-            (tokens, 2 * f, h, Out::Bf16),
-            layer.gate_up,
+            Matrix::GateUp(at_layer),
+            shape(2 * f, h, Out::Bf16),
             work.h,
             work.gate_up,
         )?;
         self.gpu.silu_mul(work.gate_up, work.act, tokens, f)?;
         self.matmul(
             pass,
-            (tokens, h, f, Out::AddF32),
-            layer.down,
+            Matrix::Down(at_layer),
+            shape(h, f, Out::AddF32),
             work.act,
             work.x,
         )?;
@@ -251,28 +258,75 @@ impl CudaBackend {
         }
         let rows = at.sampled + (first * size_of::<i32>()) as u64;
         self.gpu.rms_norm((x, norm, picked), rows, n, h, eps)?;
-        self.matmul(pass, (n, v, h, Out::F32), head, picked, logits)
+        let shape = Shape {
+            tokens: n,
+            outputs: v,
+            inputs: h,
+            out: Out::F32,
+        };
+        self.matmul(pass, Matrix::Head, shape, picked, logits)
     }
 
     fn matmul(
         &mut self,
         pass: &PassArgs,
-        (tokens, outputs, inputs, out): (usize, usize, usize, Out),
-        w: u64,
+        matrix: Matrix,
+        shape: Shape,
         x: u64,
         y: u64,
     ) -> Result<(), PolicyError> {
-        let shape = Shape {
-            tokens,
-            outputs,
-            inputs,
-            out,
-        };
-        let operands = Operands { w, x, y };
         if pass.tune {
-            self.gemm.tune(shape, operands)?;
+            let all = self.matrices(matrix.everywhere());
+            let operands: Vec<Operands> = all.into_iter().map(|w| Operands { w, x, y }).collect();
+            self.gemm.tune(shape, &operands)?;
         }
-        Ok(self.gemm.run(shape, operands)?)
+        let w = self.matrices(matrix)[0];
+        Ok(self.gemm.run(shape, Operands { w, x, y })?)
+    }
+
+    /// Addresses of a matrix, of one layer or of all.
+    fn matrices(&self, matrix: Matrix) -> Vec<u64> {
+        let stream = &self.gpu.stream;
+        let (pick, layer): (fn(&Layer) -> &CudaSlice<bf16>, _) = match matrix {
+            Matrix::Qkv(layer) => (|l| &l.qkv, layer),
+            Matrix::O(layer) => (|l| &l.o, layer),
+            Matrix::GateUp(layer) => (|l| &l.gate_up, layer),
+            Matrix::Down(layer) => (|l| &l.down, layer),
+            Matrix::Head => {
+                let head = self.weights.head.as_ref().unwrap_or(&self.weights.embed);
+                return vec![head.device_ptr(stream).0];
+            }
+        };
+        let layers = match layer {
+            Some(index) => &self.weights.layers[index..=index],
+            None => &self.weights.layers[..],
+        };
+        layers
+            .iter()
+            .map(|l| pick(l).device_ptr(stream).0)
+            .collect()
+    }
+}
+
+/// A matrix of the decoder; `None` stands for all layers.
+#[derive(Clone, Copy, Debug)]
+enum Matrix {
+    Qkv(Option<usize>),
+    O(Option<usize>),
+    GateUp(Option<usize>),
+    Down(Option<usize>),
+    Head,
+}
+
+impl Matrix {
+    fn everywhere(self) -> Self {
+        match self {
+            Self::Qkv(_) => Self::Qkv(None),
+            Self::O(_) => Self::O(None),
+            Self::GateUp(_) => Self::GateUp(None),
+            Self::Down(_) => Self::Down(None),
+            Self::Head => Self::Head,
+        }
     }
 }
 

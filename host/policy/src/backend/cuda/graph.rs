@@ -11,7 +11,7 @@ use super::{
     device::Gpu,
     forward::{Addresses, PassArgs},
     inputs::{Field, Inputs, Layout},
-    launch::SampleArgs,
+    launch::{CHUNK, CHUNK_WORDS, SampleArgs},
 };
 use crate::{
     backend::{Sampled, StepRow},
@@ -32,11 +32,12 @@ pub(super) struct Decode {
     uniform: CudaSlice<f64>,
     token: CudaSlice<i32>,
     logprob: CudaSlice<f32>,
+    chunks: CudaSlice<u32>,
     rows: usize,
 }
 
 impl Decode {
-    pub(super) fn new(gpu: &Gpu, layout: Layout) -> Result<Self, CudaError> {
+    pub(super) fn new(gpu: &Gpu, layout: Layout, vocab: usize) -> Result<Self, CudaError> {
         let rows = layout.sequences;
         let layout = Layout {
             tokens: rows,
@@ -48,6 +49,9 @@ impl Decode {
             uniform: gpu.stream.alloc_zeros(MAX_BURST * rows)?,
             token: gpu.stream.alloc_zeros(MAX_BURST * rows)?,
             logprob: gpu.stream.alloc_zeros(MAX_BURST * rows)?,
+            chunks: gpu
+                .stream
+                .alloc_zeros(rows * vocab.div_ceil(CHUNK) * CHUNK_WORDS)?,
             rows,
         })
     }
@@ -90,6 +94,7 @@ impl Decode {
         let stream = &gpu.stream;
         let args = SampleArgs {
             logits,
+            chunks: self.chunks.device_ptr(stream).0,
             temperature: self.temperature.device_ptr(stream).0,
             uniform: self.uniform.device_ptr(stream).0,
             token: self.token.device_ptr(stream).0,

@@ -3,7 +3,9 @@
 //! Addresses are plain numbers here, because a captured graph keeps them anyway. Who calls sees to it that they name
 //! buffers of the shapes that the kernel's comment gives.
 
-use cudarc::driver::{CudaFunction, DeviceRepr, LaunchConfig, PushKernelArg};
+use std::ffi::c_void;
+
+use cudarc::driver::{CudaFunction, sys};
 
 use super::{CudaError, device::Gpu};
 
@@ -30,24 +32,29 @@ pub(super) struct Attention {
     pub(super) scale: f32,
 }
 
-// SAFETY: a C struct of plain numbers in the kernel's order.
-unsafe impl DeviceRepr for Attention {}
+/// Grid, threads of a block and bytes of shared memory.
+#[derive(Clone, Copy, Debug)]
+struct Launch {
+    grid: (usize, usize, usize),
+    threads: u32,
+    shared: usize,
+}
 
-/// Queues one kernel.
+impl Launch {
+    fn of(blocks: usize, threads: u32) -> Self {
+        Self {
+            grid: (blocks, 1, 1),
+            threads,
+            shared: 0,
+        }
+    }
+}
+
+/// Queues one kernel with these arguments.
 macro_rules! launch {
-    ($gpu:expr, $kernel:expr, $grid:expr, $block:expr, $shared:expr, $($arg:expr),+ $(,)?) => {{
-        let kernel: &CudaFunction = $kernel;
-        let mut builder = $gpu.stream.launch_builder(kernel);
-        $(builder.arg($arg);)+
-        let config = LaunchConfig {
-            grid_dim: $grid,
-            block_dim: ($block, 1, 1),
-            shared_mem_bytes: $shared,
-        };
-        // SAFETY: types and number of the arguments are those of the kernel; the addresses name live buffers of the
-        // shapes it works on (file header).
-        unsafe { builder.launch(config) }?;
-        Ok(())
+    ($gpu:expr, $kernel:expr, $launch:expr, $($arg:expr),+ $(,)?) => {{
+        let arguments = [$(std::ptr::from_ref($arg).cast_mut().cast::<c_void>()),+];
+        $gpu.queue($kernel, $launch, &arguments)
     }};
 }
 
@@ -100,10 +107,18 @@ pub(super) struct QkvArgs {
     pub(super) eps: f32,
 }
 
+/// Tokens of a chunk in sample.cu.
+pub(super) const CHUNK: usize = 512;
+
+/// Words of a chunk's result there.
+pub(super) const CHUNK_WORDS: usize = 3;
+
 /// Arguments of sample.cu.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SampleArgs {
     pub(super) logits: u64,
+    /// Room for what [`CHUNK`] tokens of a row come to.
+    pub(super) chunks: u64,
     pub(super) temperature: u64,
     pub(super) uniform: u64,
     pub(super) token: u64,
@@ -114,6 +129,47 @@ pub(super) struct SampleArgs {
 }
 
 impl Gpu {
+    /// Where the GPU can, a kernel is launched while the one before it ends (common.cu says how they keep order).
+    fn queue(
+        &self,
+        kernel: &CudaFunction,
+        launch: Launch,
+        arguments: &[*mut c_void],
+    ) -> Result<(), CudaError> {
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let (x, y, z) = launch.grid;
+        let config = sys::CUlaunchConfig {
+            gridDimX: x as u32,
+            gridDimY: y as u32,
+            gridDimZ: z as u32,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared as u32,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.overlaps),
+        };
+        self.stream.context().bind_to_thread()?;
+        // SAFETY: number and types of the arguments are those of the kernel, and they live until the call returns,
+        // which copies them; the addresses among them name live buffers of the shapes it works on (file header).
+        let status = unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                kernel.cu_function(),
+                arguments.as_ptr().cast_mut(),
+                std::ptr::null_mut(),
+            )
+        };
+        Ok(status.result()?)
+    }
+
     pub(super) fn embed(
         &self,
         ids: u64,
@@ -126,9 +182,7 @@ impl Gpu {
         launch!(
             self,
             &self.kernels.embed,
-            (tokens as u32, 1, 1),
-            256,
-            0,
+            Launch::of(tokens, 256),
             &ids,
             &table,
             &x,
@@ -150,9 +204,7 @@ impl Gpu {
         launch!(
             self,
             kernel,
-            (n as u32, 1, 1),
-            256,
-            0,
+            Launch::of(n, 256),
             &x,
             &weight,
             &out,
@@ -169,31 +221,28 @@ impl Gpu {
         tokens: usize,
         width: usize,
     ) -> Result<(), CudaError> {
-        let (half, total) = ((width / 2) as i32, (tokens * width / 2) as i32);
-        let grid = (total as u32).div_ceil(256);
+        let eighth = (width / 8) as i32;
+        let launch = Launch {
+            grid: ((width / 8).div_ceil(256), tokens, 1),
+            ..Launch::of(1, 256)
+        };
         launch!(
             self,
             &self.kernels.silu_mul,
-            (grid, 1, 1),
-            256,
-            0,
+            launch,
             &gate_up,
             &out,
-            &half,
-            &total
+            &eighth
         )
     }
 
     pub(super) fn qkv_rope_cache(&self, a: &QkvArgs) -> Result<(), CudaError> {
         let tokens = a.tokens as i32;
-        let warps = tokens * (a.q_heads + 2 * a.kv_heads);
-        let grid = (warps as u32).div_ceil(4);
+        let warps = a.tokens * (a.q_heads + 2 * a.kv_heads) as usize;
         launch!(
             self,
             &self.kernels.qkv_rope_cache,
-            (grid, 1, 1),
-            128,
-            0,
+            Launch::of(warps.div_ceil(4), 128),
             &a.qkv,
             &a.bias,
             &a.q_norm,
@@ -215,8 +264,11 @@ impl Gpu {
     }
 
     pub(super) fn attention(&self, args: &Attention, tiles: usize) -> Result<(), CudaError> {
-        let grid = (tiles as u32, args.kv_heads as u32, args.splits as u32);
-        launch!(self, &self.kernels.attention, grid, 128, 0, args)
+        let launch = Launch {
+            grid: (tiles, args.kv_heads as usize, args.splits as usize),
+            ..Launch::of(1, self.kernels.attention_threads)
+        };
+        launch!(self, &self.kernels.attention, launch, args)
     }
 
     pub(super) fn skinny(&self, kind: Skinny, a: &SkinnyArgs) -> Result<(), CudaError> {
@@ -229,36 +281,39 @@ impl Gpu {
         };
         let shared = match kind {
             Skinny::Add => 0,
-            _ => (8 * (a.inputs + 8) * 2) as u32,
+            _ => 8 * (a.inputs + 8) * 2,
         };
-        let grid = (a.outputs as u32).div_ceil(per_block);
+        let launch = Launch {
+            shared,
+            ..Launch::of(a.outputs.div_ceil(per_block), 256)
+        };
         let (tokens, n, k) = (a.tokens as i32, a.outputs as i32, a.inputs as i32);
         launch!(
-            self,
-            kernel,
-            (grid, 1, 1),
-            256,
-            shared,
-            &a.w,
-            &a.x,
-            &a.norm,
-            &a.y,
-            &tokens,
-            &n,
-            &k,
-            &a.eps,
+            self, kernel, launch, &a.w, &a.x, &a.norm, &a.y, &tokens, &n, &k, &a.eps,
         )
     }
 
     pub(super) fn sample(&self, a: &SampleArgs, rows: usize) -> Result<(), CudaError> {
-        let shared = (a.vocab as u32).div_ceil(512) * 12;
+        let count = (a.vocab as usize).div_ceil(CHUNK);
+        let sums = Launch {
+            grid: (count.div_ceil(8), rows, 1),
+            ..Launch::of(1, 256)
+        };
+        launch!(
+            self,
+            &self.kernels.sum_chunks,
+            sums,
+            &a.logits,
+            &a.temperature,
+            &a.chunks,
+            &a.vocab
+        )?;
         launch!(
             self,
             &self.kernels.sample,
-            (rows as u32, 1, 1),
-            1024,
-            shared,
+            Launch::of(rows, 32),
             &a.logits,
+            &a.chunks,
             &a.temperature,
             &a.uniform,
             &a.token,
@@ -282,9 +337,7 @@ impl Gpu {
         launch!(
             self,
             &self.kernels.advance,
-            (1, 1, 1),
-            threads,
-            0,
+            Launch::of(1, threads),
             ids,
             positions,
             kv_len,
@@ -305,13 +358,14 @@ impl Gpu {
         (layers, layer_bytes, block_bytes): (usize, usize, usize),
     ) -> Result<(), CudaError> {
         let (layer_words, block_words) = ((layer_bytes / 16) as u64, (block_bytes / 16) as i32);
-        let grid = (2 * layers as u32, n as u32, 1);
+        let launch = Launch {
+            grid: (2 * layers, n, 1),
+            ..Launch::of(1, 128)
+        };
         launch!(
             self,
             &self.kernels.copy_blocks,
-            grid,
-            128,
-            0,
+            launch,
             &pool,
             &pairs,
             &layer_words,

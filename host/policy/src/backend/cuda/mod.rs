@@ -96,6 +96,14 @@ fn check(spec: &ModelSpec) -> Result<(), CudaError> {
             spec.hidden_size, spec.intermediate_size
         ));
     }
+    if spec.hidden_size > 8192 || spec.vocab_size > 320 * 1024 {
+        return refuse(format!(
+            "hidden_size {} is above 8192 or vocab_size {} above {}",
+            spec.hidden_size,
+            spec.vocab_size,
+            320 * 1024
+        ));
+    }
     if spec.o_bias {
         return refuse("o_proj has a bias".to_owned());
     }
@@ -125,7 +133,7 @@ impl CudaBackend {
             gemm: Gemm::new(&gpu.stream)?,
             work: Work::new(&gpu, &spec, &sizes)?,
             inputs: Inputs::new(&gpu.stream, layout)?,
-            decode: Decode::new(&gpu, layout)?,
+            decode: Decode::new(&gpu, layout, spec.vocab_size)?,
             graphs: HashMap::new(),
             scratch: sampler::Scratch::default(),
             kv: None,
@@ -200,11 +208,7 @@ impl Backend for CudaBackend {
         self.mixed_step(rows)
     }
 
-    fn propose(
-        &mut self,
-        rows: &[StepRow<'_>],
-        exit: Exit,
-    ) -> Result<Vec<Vec<f32>>, PolicyError> {
+    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Vec<f32>>, PolicyError> {
         match exit {
             Exit::Final => self.propose_rows(rows),
             Exit::Early => Err(CudaError::NotYet("drafting with the first layers").into()),

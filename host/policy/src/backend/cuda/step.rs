@@ -84,10 +84,7 @@ impl CudaBackend {
         Ok(out)
     }
 
-    fn run_rows(
-        &mut self,
-        rows: &[StepRow<'_>],
-    ) -> Result<(Addresses, PassArgs), PolicyError> {
+    fn run_rows(&mut self, rows: &[StepRow<'_>]) -> Result<(Addresses, PassArgs), PolicyError> {
         let group = self.group();
         let counts = self.inputs.fill(&self.gpu.stream, rows, 0, group)?;
         let pass = PassArgs {

@@ -8,8 +8,6 @@
 // reads 8 neighbours in one load and takes them for k = 2t, 2t+1, 2t+8, 2t+9 of two products. Keys are numbered so
 // that the scores a lane holds are those of 8 neighbours too, which is what values, stored transposed, need.
 
-#define WARPS 4
-
 struct Attention {
     const bf16* q;          // [T, Q, D]
     const bf16* keys;       // [blocks, K, BLOCK, D]
@@ -21,20 +19,26 @@ struct Attention {
     const int* q_len;       // [S] its tokens
     const int* kv_len;      // [S] keys, those of its tokens included; 0: padding
     const int* tables;      // [S, table_width]
-    float* partial;         // [tiles, K, splits, 16, D + 2]
+    float* partial;         // [tiles, K, splits, 16, D + 2]; splits > 1 only
     u32* tickets;           // [tiles, K], zero before and after
-    int table_width, q_heads, kv_heads, splits;
+    int table_width, q_heads, kv_heads;
+    int splits;             // most parts of a sequence; a short one is not divided
     float scale;            // log2(e) / √D
 };
 
-// Grid: (tiles, key heads, splits), 128 threads.
-template <int D> static __device__ __forceinline__ void attend(const Attention& p) {
+// Blocks of keys that a warp reads before another split takes part: a merge costs about as much as reading three.
+#define BLOCKS_PER_WARP 4
+
+// Grid: (tiles, key heads, splits), WARPS warps.
+template <int D, int WARPS> static __device__ __forceinline__ void attend(const Attention& p) {
     constexpr int CHUNKS = D / 32, TILES = D / 8;
     __shared__ float acc[WARPS][16][D + 2];
     __shared__ bool last;
     int tile = blockIdx.x, kv_head = blockIdx.y, split = blockIdx.z;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int group = p.q_heads / p.kv_heads;
+    let_next_start();
+    wait_for_previous();
     int seq = p.tile_seq[tile], first = p.tile_first[tile];
     int kv_len = p.kv_len[seq], q_len = p.q_len[seq];
     if (kv_len == 0) return;
@@ -43,6 +47,8 @@ template <int D> static __device__ __forceinline__ void attend(const Attention& 
     // Keys that the last query of the tile may see.
     int visible = kv_len - q_len + first + tile_tokens;
     int blocks = (visible + BLOCK - 1) / BLOCK;
+    int splits = min(p.splits, (blocks + WARPS * BLOCKS_PER_WARP - 1) / (WARPS * BLOCKS_PER_WARP));
+    if (split >= splits) return;
     int limit[2];
     u32 qa[CHUNKS][8];
 #pragma unroll
@@ -63,7 +69,7 @@ template <int D> static __device__ __forceinline__ void attend(const Attention& 
         for (int i = 0; i < 4; i++) o[d][i] = 0.f;
     const int* table = p.tables + (size_t)seq * p.table_width;
     size_t block_size = (size_t)p.kv_heads * BLOCK * D;
-    for (int b = split * WARPS + warp; b < blocks; b += WARPS * p.splits) {
+    for (int b = split * WARPS + warp; b < blocks; b += WARPS * splits) {
         size_t base = table[b] * block_size + (size_t)kv_head * BLOCK * D;
         const bf16* k = p.keys + base;
         const bf16* v = p.values + base;
@@ -151,17 +157,17 @@ template <int D> static __device__ __forceinline__ void attend(const Attention& 
             sum += acc[w][r][D + 1] * weight;
             value += acc[w][r][d] * weight;
         }
-        if (p.splits == 1) {
+        if (splits == 1) {
             p.out[((size_t)(token0 + r / group) * p.q_heads + kv_head * group + r % group) * D + d] = to_bf16(value / sum);
         } else {
             mine[r * (D + 2) + d] = value;
             if (d == 0) mine[r * (D + 2) + D] = top, mine[r * (D + 2) + D + 1] = sum;
         }
     }
-    if (p.splits == 1) return;
+    if (splits == 1) return;
     __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(p.tickets + cell, 1u) == (u32)p.splits - 1;
+    if (threadIdx.x == 0) last = atomicAdd(p.tickets + cell, 1u) == (u32)splits - 1;
     __syncthreads();
     if (!last) return;
     __threadfence();
@@ -169,8 +175,8 @@ template <int D> static __device__ __forceinline__ void attend(const Attention& 
     for (int i = threadIdx.x; i < rows * D; i += 32 * WARPS) {
         int r = i / D, d = i % D;
         float top = NEG_INF, sum = 0.f, value = 0.f;
-        for (int s = 0; s < p.splits; s++) top = fmaxf(top, __ldcg(all + (s * 16 + r) * (D + 2) + D));
-        for (int s = 0; s < p.splits; s++) {
+        for (int s = 0; s < splits; s++) top = fmaxf(top, __ldcg(all + (s * 16 + r) * (D + 2) + D));
+        for (int s = 0; s < splits; s++) {
             const float* row = all + (s * 16 + r) * (D + 2);
             float weight = exp2_fast(__ldcg(row + D) - top);
             sum += __ldcg(row + D + 1) * weight;
@@ -181,9 +187,11 @@ template <int D> static __device__ __forceinline__ void attend(const Attention& 
     if (threadIdx.x == 0) p.tickets[cell] = 0;
 }
 
-#define ATTENTION(D) \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_##D(const __grid_constant__ Attention p) { attend<D>(p); }
-ATTENTION(32)
-ATTENTION(64)
-ATTENTION(96)
-ATTENTION(128)
+#define ATTENTION(D, WARPS)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_##D(const __grid_constant__ Attention p) { \
+        attend<D, WARPS>(p);                                                                                      \
+    }
+ATTENTION(32, 8)
+ATTENTION(64, 8)
+ATTENTION(96, 4)
+ATTENTION(128, 4)

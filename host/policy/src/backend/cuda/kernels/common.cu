@@ -48,6 +48,20 @@ static __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
+// A kernel may be launched while the one before it still runs (programmatic dependent launch). What that one writes is
+// there after `wait_for_previous`, which every kernel calls before it reads or writes anything but weights;
+// `let_next_start` says that all of this one is running.
+static __device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+static __device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // 16 bytes past the L1: weights and keys are read once.
 static __device__ __forceinline__ uint4 stream16(const void* p) {
     uint4 r;

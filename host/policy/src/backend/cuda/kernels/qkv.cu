@@ -11,6 +11,8 @@ extern "C" __global__ void __launch_bounds__(128) qkv_rope_cache(
     int heads = q_heads + 2 * kv_heads;
     int item = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
     int token = item / heads, head = item % heads;
+    let_next_start();
+    wait_for_previous();
     if (token >= tokens) return;
     int position = positions[token];
     if (position < 0) return;
@@ -59,6 +61,8 @@ extern "C" __global__ void __launch_bounds__(128) qkv_rope_cache(
 
 // Copies whole blocks of keys and values, all layers: pairs: [n, 2] from and to. Grid: (layers · 2, n).
 extern "C" __global__ void copy_blocks(uint4* pool, const int* pairs, size_t layer_words, int block_words) {
+    let_next_start();
+    wait_for_previous();
     uint4* layer = pool + (size_t)blockIdx.x * layer_words;
     const uint4* from = layer + (size_t)pairs[2 * blockIdx.y] * block_words;
     uint4* to = layer + (size_t)pairs[2 * blockIdx.y + 1] * block_words;

@@ -1,126 +1,149 @@
 // Drawing a token from logits with one pass over them, and getting ready for the next step on the device.
 
 #define CHUNK 512
+// Chunks that a lane has of a row: vocabularies up to 320 thousand.
+#define RUN 20
+
+// Drawing has two kernels: the first goes over the logits and is divided as finely as fills the GPU, the second, a warp
+// per row, sees only what the first found in each chunk.
+
+// What a chunk of a row holds: largest logit, its lowest id, and the sum of exp((logit - largest) / temperature), NaN
+// where a logit is not finite.
+struct Chunk {
+    float top, sum;
+    int first;
+};
+
+// One warp per chunk and row. logits: [R, V]; temperature: [R]; chunks: [R, ⌈V / CHUNK⌉]. Grid: (⌈chunks / 8⌉, R), 8 warps.
+extern "C" __global__ void __launch_bounds__(256) sum_chunks(const float* logits, const float* temperature, Chunk* chunks,
+                                                             int vocab) {
+    int count = (vocab + CHUNK - 1) / CHUNK;
+    int row = blockIdx.y, c = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    let_next_start();
+    wait_for_previous();
+    if (c >= count) return;
+    const float* x = logits + (size_t)row * vocab;
+    float degree = temperature[row];
+    float scale = 1.4426950408889634f / (degree == 0.f ? 1.f : degree);
+    float v[CHUNK / 32];
+    float top = NEG_INF;
+    int first = 0x7fffffff;
+    bool bad = false;
+#pragma unroll
+    for (int k = 0; k < CHUNK / 32; k++) {
+        int i = c * CHUNK + k * 32 + lane;
+        v[k] = i < vocab ? __ldcs(x + i) : NEG_INF;
+    }
+#pragma unroll
+    for (int k = 0; k < CHUNK / 32; k++) {
+        int i = c * CHUNK + k * 32 + lane;
+        bad |= i < vocab && !(fabsf(v[k]) < __uint_as_float(0x7f800000u));
+        if (v[k] > top) top = v[k], first = i;
+    }
+    float most = warp_max(top);
+    int candidate = top == most ? first : 0x7fffffff;
+#pragma unroll
+    for (int o = 16; o; o >>= 1) candidate = min(candidate, __shfl_xor_sync(FULL, candidate, o));
+    float sum = 0.f;
+#pragma unroll
+    for (int k = 0; k < CHUNK / 32; k++) sum += exp2_fast((v[k] - most) * scale);
+    sum = warp_sum(sum);
+    if (__any_sync(FULL, bad)) sum = __uint_as_float(0x7fc00000u);
+    if (lane == 0) chunks[(size_t)row * count + c] = {most, sum, candidate};
+}
 
 // Softmax at the row's temperature and the token at `uniform` of its cumulated mass, in the order of the vocabulary,
 // as on the CPU (engine/sampler): the same random number gives the same token. Temperature 0: the most likely token of
-// lowest id, log-prob at temperature 1. One block of 32 warps per row. logits: [R, V]; temperature, uniform: [R];
-// token, logprob: [R]. A logit that is not finite makes the log-prob NaN. `uniform`, `token` and `logprob` are of step
-// *step: those of step n stand `n · stride` further on.
-extern "C" __global__ void __launch_bounds__(1024) sample(const float* logits, const float* temperature,
-                                                          const double* uniform, int* token, float* logprob,
-                                                          const int* step, int stride, int vocab) {
-    extern __shared__ float shared[];
-    int chunks = (vocab + CHUNK - 1) / CHUNK;
-    float* tops = shared;
-    float* sums = tops + chunks;
-    int* firsts = (int*)(sums + chunks);
-    __shared__ float best;
-    __shared__ double total, before;
-    __shared__ int chosen;
-    int row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// lowest id, log-prob at temperature 1. One warp per row. logits: [R, V]; temperature, uniform: [R]; token, logprob: [R].
+// A logit that is not finite makes the log-prob NaN. `uniform`, `token` and `logprob` are of step *step: those of step n
+// stand `n · stride` further on.
+extern "C" __global__ void __launch_bounds__(32) sample(const float* logits, const Chunk* chunks, const float* temperature,
+                                                        const double* uniform, int* token, float* logprob,
+                                                        const int* step, int stride, int vocab) {
+    int count = (vocab + CHUNK - 1) / CHUNK;
+    int row = blockIdx.x, lane = threadIdx.x;
+    let_next_start();
+    wait_for_previous();
     int at = *step * stride + row;
     const float* x = logits + (size_t)row * vocab;
+    const Chunk* mine = chunks + (size_t)row * count;
     float degree = temperature[row];
     bool greedy = degree == 0.f;
     float scale = 1.4426950408889634f / (greedy ? 1.f : degree);
-    for (int c = warp; c < chunks; c += 32) {
-        float v[CHUNK / 32];
-        float top = NEG_INF;
-        int first = 0x7fffffff;
-        bool bad = false;
+    // Each lane has a run of neighbouring chunks; the masses before it come from a scan over the lanes.
+    int run = (count + 31) / 32, from = min(count, lane * run), to = min(count, from + run);
+    Chunk own[RUN];
+    float top = NEG_INF;
 #pragma unroll
-        for (int k = 0; k < CHUNK / 32; k++) {
-            int i = c * CHUNK + k * 32 + lane;
-            v[k] = i < vocab ? x[i] : NEG_INF;
-            bad |= i < vocab && !(fabsf(v[k]) < __uint_as_float(0x7f800000u));
-            if (v[k] > top) top = v[k], first = i;
+    for (int j = 0; j < RUN; j++)
+        if (from + j < to) own[j] = mine[from + j];
+#pragma unroll
+    for (int j = 0; j < RUN; j++)
+        if (from + j < to) top = fmaxf(top, own[j].top);
+    top = warp_max(top);
+    int first = 0x7fffffff;
+    double mass = 0.0;
+#pragma unroll
+    for (int j = 0; j < RUN; j++)
+        if (from + j < to) {
+            if (own[j].top == top) first = min(first, own[j].first);
+            own[j].sum *= exp2_fast((own[j].top - top) * scale);
+            mass += (double)own[j].sum;
         }
-        float most = warp_max(top);
-        int candidate = top == most ? first : 0x7fffffff;
 #pragma unroll
-        for (int o = 16; o; o >>= 1) candidate = min(candidate, __shfl_xor_sync(FULL, candidate, o));
-        float sum = 0.f;
+    for (int o = 16; o; o >>= 1) first = min(first, __shfl_xor_sync(FULL, first, o));
+    double upto = mass;
 #pragma unroll
-        for (int k = 0; k < CHUNK / 32; k++) sum += exp2_fast((v[k] - most) * scale);
-        sum = warp_sum(sum);
-        if (__any_sync(FULL, bad)) sum = __uint_as_float(0x7fc00000u);
-        if (lane == 0) tops[c] = most, sums[c] = sum, firsts[c] = candidate;
+    for (int o = 1; o < 32; o <<= 1) {
+        double other = __shfl_up_sync(FULL, upto, o);
+        if (lane >= o) upto += other;
     }
-    __syncthreads();
-    if (warp == 0) {
-        float top = NEG_INF;
-        for (int c = lane; c < chunks; c += 32) top = fmaxf(top, tops[c]);
-        top = warp_max(top);
-        int first = 0x7fffffff;
-        for (int c = lane; c < chunks; c += 32)
-            if (tops[c] == top) first = min(first, firsts[c]);
+    double total = __shfl_sync(FULL, upto, 31), low = upto - mass;
+    int picked = first;
+    if (!greedy) {
+        double target = uniform[at] * total;
+        bool here = target >= low && target < upto && from < to;
+        // Rounding may leave a gap: then the last lane that has chunks.
+        u32 claims = __ballot_sync(FULL, here), any = __ballot_sync(FULL, from < to);
+        int owner = claims ? __ffs(claims) - 1 : 31 - __clz(any), chosen = from;
+        bool passed = true;
 #pragma unroll
-        for (int o = 16; o; o >>= 1) first = min(first, __shfl_xor_sync(FULL, first, o));
-        // Each lane has a run of neighbouring chunks; the masses before it come from a scan over the lanes.
-        int run = (chunks + 31) / 32, from = lane * run, to = min(chunks, from + run);
-        double mine = 0.0;
-        for (int c = from; c < to; c++) mine += (double)(sums[c] * exp2_fast((tops[c] - top) * scale));
-        double upto = mine;
-#pragma unroll
-        for (int o = 1; o < 32; o <<= 1) {
-            double other = __shfl_up_sync(FULL, upto, o);
-            if (lane >= o) upto += other;
-        }
-        double all = __shfl_sync(FULL, upto, 31), target = uniform[at] * all, low = upto - mine;
-        bool here = target >= low && (target < upto || lane == 31) && from < chunks;
-        // Rounding may leave a gap between two lanes, or the last lane without chunks: the last lane with any.
-        u32 claims = __ballot_sync(FULL, here), any = __ballot_sync(FULL, from < chunks);
-        int owner = claims ? __ffs(claims) - 1 : 31 - __clz(any);
-        if (lane == owner) {
-            int c = from;
-            for (; c + 1 < to; c++) {
-                double mass = (double)(sums[c] * exp2_fast((tops[c] - top) * scale));
-                if (target < low + mass) break;
-                low += mass;
+        for (int j = 0; j < RUN; j++) {
+            // The last chunk of the run takes what rounding leaves.
+            if (from + j + 1 < to && passed && target >= low + (double)own[j].sum) {
+                low += (double)own[j].sum;
+                chosen++;
+            } else {
+                passed = false;
             }
-            chosen = c;
-            before = low;
         }
-        if (lane == 0) {
-            best = top;
-            total = all;
-            if (greedy) chosen = -1 - first;
-        }
-    }
-    __syncthreads();
-    if (warp != 0) return;
-    float top = best;
-    int picked;
-    if (chosen < 0) {
-        picked = -1 - chosen;
-    } else {
+        chosen = __shfl_sync(FULL, chosen, owner);
+        double before = __shfl_sync(FULL, low, owner);
         // Sixteen neighbours a lane.
-        double target = uniform[at] * total, mine = 0.0;
-        int from = chosen * CHUNK + lane * (CHUNK / 32);
-        float mass[CHUNK / 32];
+        float part[CHUNK / 32];
+        int start = chosen * CHUNK + lane * (CHUNK / 32);
+        mass = 0.0;
 #pragma unroll
         for (int k = 0; k < CHUNK / 32; k++) {
-            int i = from + k;
-            mass[k] = i < vocab ? exp2_fast((x[i] - top) * scale) : 0.f;
-            mine += (double)mass[k];
+            part[k] = start + k < vocab ? exp2_fast((x[start + k] - top) * scale) : 0.f;
+            mass += (double)part[k];
         }
-        double upto = mine;
+        upto = mass;
 #pragma unroll
         for (int o = 1; o < 32; o <<= 1) {
             double other = __shfl_up_sync(FULL, upto, o);
             if (lane >= o) upto += other;
         }
-        double low = before + upto - mine;
+        low = before + upto - mass;
         int found = -1;
 #pragma unroll
         for (int k = 0; k < CHUNK / 32; k++) {
-            low += (double)mass[k];
-            if (found < 0 && target < low && mass[k] > 0.f) found = from + k;
+            low += (double)part[k];
+            if (found < 0 && target < low && part[k] > 0.f) found = start + k;
         }
-        u32 claims = __ballot_sync(FULL, found >= 0);
+        claims = __ballot_sync(FULL, found >= 0);
         // Rounding: the most likely token of the chunk, which is one that may be drawn.
-        picked = claims ? __shfl_sync(FULL, found, __ffs(claims) - 1) : firsts[chosen];
+        picked = claims ? __shfl_sync(FULL, found, __ffs(claims) - 1) : mine[chosen].first;
     }
     if (lane == 0) {
         token[at] = picked;
@@ -134,6 +157,8 @@ extern "C" __global__ void __launch_bounds__(1024) sample(const float* logits, c
 extern "C" __global__ void advance(int* ids, int* positions, int* kv_len, int* left, const int* token, int* step,
                                    int stride, int rows) {
     int row = threadIdx.x;
+    let_next_start();
+    wait_for_previous();
     int now = *step;
     __syncthreads();
     if (row == 0) *step = now + 1;

@@ -12,7 +12,8 @@
 // NORM: x is f32 [T, K] and normalised on the way: the weights of the norm go into x before the product, the scale of
 // each token, known only when all of x has been seen, after it. Otherwise x is bf16 [T, K]. SPLIT: all 8 warps share
 // 16 rows and divide k, for few rows; otherwise each warp has 16 rows. K is a multiple of 32, N of 16 (8 outputs of
-// SWIGLU). Loads go out in batches of DEPTH before anything waits for one, the first batch even before the norm.
+// SWIGLU). Loads go out in batches of DEPTH before anything waits for one, the first
+// batch of weights even before the kernel before this one has ended.
 template <bool NORM, bool SPLIT, int FORM>
 static __device__ __forceinline__ void skinny(const bf16* w, const void* x, const float* norm, void* y, int tokens,
                                               int n, int k, float eps) {
@@ -32,17 +33,26 @@ static __device__ __forceinline__ void skinny(const bf16* w, const void* x, cons
     const uint4 zero = make_uint4(0, 0, 0, 0);
     int start = SPLIT ? warp * 32 : 0, step = SPLIT ? 32 * SKINNY_WARPS : 32;
     uint4 a[DEPTH], b[DEPTH], c[DEPTH];
-    auto load = [&](int i) {
+    auto load_w = [&](int i) {
 #pragma unroll
         for (int j = 0; j < DEPTH; j++) {
             int at = i + j * step;
             bool inside = at < k && !idle;
             a[j] = inside ? stream16(w0 + at) : zero;
             b[j] = inside ? stream16(w1 + at) : zero;
-            if (!NORM) c[j] = inside && g < tokens ? *(const uint4*)(xg + at) : zero;
         }
     };
-    load(start);
+    auto load_x = [&](int i) {
+#pragma unroll
+        for (int j = 0; j < DEPTH; j++) {
+            int at = i + j * step;
+            c[j] = at < k && g < tokens ? *(const uint4*)(xg + at) : zero;
+        }
+    };
+    let_next_start();
+    load_w(start);
+    wait_for_previous();
+    if (!NORM) load_x(start);
     if (NORM) {
         float sum[8];
 #pragma unroll
@@ -69,7 +79,10 @@ static __device__ __forceinline__ void skinny(const bf16* w, const void* x, cons
         uint4 was_a[DEPTH], was_b[DEPTH], was_c[DEPTH];
 #pragma unroll
         for (int j = 0; j < DEPTH; j++) was_a[j] = a[j], was_b[j] = b[j], was_c[j] = c[j];
-        if (i + DEPTH * step < k) load(i + DEPTH * step);
+        if (i + DEPTH * step < k) {
+            load_w(i + DEPTH * step);
+            if (!NORM) load_x(i + DEPTH * step);
+        }
 #pragma unroll
         for (int j = 0; j < DEPTH; j++) {
             int at = i + j * step;
