@@ -10,10 +10,15 @@ use super::CudaError;
 const COMMON: &str = include_str!("kernels/common.cu");
 
 /// The kernel files: name, and text without [`COMMON`].
-pub const SOURCES: [(&str, &str); 5] = [
+pub const SOURCES: [(&str, &str); 4] = [
     ("norm.cu", include_str!("kernels/norm.cu")),
-    ("qkv.cu", include_str!("kernels/qkv.cu")),
-    ("attention.cu", include_str!("kernels/attention.cu")),
+    (
+        "attention.cu",
+        concat!(
+            include_str!("kernels/qkv.cu"),
+            include_str!("kernels/attention.cu")
+        ),
+    ),
     ("skinny.cu", include_str!("kernels/skinny.cu")),
     ("sample.cu", include_str!("kernels/sample.cu")),
 ];

@@ -30,6 +30,8 @@ pub(super) struct Kernels {
     pub(super) copy_blocks: CudaFunction,
     /// Of the model's head dimension.
     pub(super) attention: CudaFunction,
+    /// The same for sequences of one token, straight from the projection.
+    pub(super) decode: CudaFunction,
     pub(super) attention_threads: u32,
     pub(super) skinny_qkv: CudaFunction,
     pub(super) skinny_add: CudaFunction,
@@ -112,6 +114,7 @@ impl Kernels {
             qkv_rope_cache: get("qkv_rope_cache")?,
             copy_blocks: get("copy_blocks")?,
             attention: get(&format!("attention_{head_dim}"))?,
+            decode: get(&format!("decode_{head_dim}"))?,
             // Wider heads leave registers and shared memory for half as many warps.
             attention_threads: if head_dim <= 64 { 256 } else { 128 },
             skinny_qkv: roomy("skinny_qkv")?,

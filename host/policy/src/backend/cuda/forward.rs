@@ -9,7 +9,7 @@ use super::{
     device::Gpu,
     gemm::{Operands, Out, Shape},
     inputs::{Counts, Field, Inputs},
-    launch::{Attention, QkvArgs, Skinny, SkinnyArgs},
+    launch::{Attention, Places, Projection, Skinny, SkinnyArgs},
     weights::Layer,
 };
 use crate::{error::PolicyError, spec::ModelSpec};
@@ -76,6 +76,8 @@ pub(super) struct PassArgs {
     pub(super) counts: Counts,
     /// Parts that a sequence's keys are divided into.
     pub(super) splits: usize,
+    /// Every sequence has one token.
+    pub(super) decode: bool,
     /// Choose the fastest algorithm of each product on the way.
     pub(super) tune: bool,
 }
@@ -161,27 +163,27 @@ impl CudaBackend {
                 work.qkv,
             )?;
         }
-        self.gpu.qkv_rope_cache(&QkvArgs {
+        let projection = Projection {
             qkv: work.qkv,
             bias: layer.qkv_bias,
             q_norm: layer.q_norm,
             k_norm: layer.k_norm,
             rope: self.weights.rope.device_ptr(&stream).0,
-            positions: at.positions,
-            sequences: at.sequences,
-            tables: at.tables,
-            table_width: at.table_width,
-            q: work.q,
             keys,
             values,
-            tokens,
             q_heads: spec.num_attention_heads as i32,
             kv_heads: spec.num_key_value_heads as i32,
             dim: spec.head_dim as i32,
             eps,
-        })?;
+        };
+        if !pass.decode {
+            let places = at.places();
+            self.gpu
+                .qkv_rope_cache(&projection, &places, work.q, tokens)?;
+        }
         let attention = at.attention(&work, (keys, values), &spec, pass.splits);
-        self.gpu.attention(&attention, pass.counts.tiles)?;
+        self.gpu
+            .attention(&attention, &projection, pass.counts.tiles, pass.decode)?;
         if skinny {
             self.gpu.skinny(
                 Skinny::Add,
@@ -422,6 +424,15 @@ impl Addresses {
             sampled: inputs.at(Field::Sampled),
             tables: inputs.at(Field::Tables),
             table_width: inputs.width() as i32,
+        }
+    }
+
+    fn places(&self) -> Places {
+        Places {
+            positions: self.positions,
+            sequences: self.sequences,
+            tables: self.tables,
+            table_width: self.table_width,
         }
     }
 

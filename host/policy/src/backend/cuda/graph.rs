@@ -224,6 +224,7 @@ impl CudaBackend {
         let pass = PassArgs {
             counts,
             splits: self.splits(counts.tiles),
+            decode: true,
             tune: true,
         };
         self.queue_step(&pass)?;

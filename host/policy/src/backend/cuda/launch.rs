@@ -85,26 +85,30 @@ pub(super) struct SkinnyArgs {
     pub(super) eps: f32,
 }
 
-/// Arguments of qkv.cu.
+/// `qkv.cu`'s parameters, field by field; 0 for what a model does not have.
+#[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(super) struct QkvArgs {
+pub(super) struct Projection {
     pub(super) qkv: u64,
     pub(super) bias: u64,
     pub(super) q_norm: u64,
     pub(super) k_norm: u64,
     pub(super) rope: u64,
-    pub(super) positions: u64,
-    pub(super) sequences: u64,
-    pub(super) tables: u64,
-    pub(super) table_width: i32,
-    pub(super) q: u64,
     pub(super) keys: u64,
     pub(super) values: u64,
-    pub(super) tokens: usize,
     pub(super) q_heads: i32,
     pub(super) kv_heads: i32,
     pub(super) dim: i32,
     pub(super) eps: f32,
+}
+
+/// Where the tokens of a projection belong.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Places {
+    pub(super) positions: u64,
+    pub(super) sequences: u64,
+    pub(super) tables: u64,
+    pub(super) table_width: i32,
 }
 
 /// Tokens of a chunk in sample.cu.
@@ -236,48 +240,56 @@ impl Gpu {
         )
     }
 
-    pub(super) fn qkv_rope_cache(&self, a: &QkvArgs) -> Result<(), CudaError> {
-        let tokens = a.tokens as i32;
-        let warps = a.tokens * (a.q_heads + 2 * a.kv_heads) as usize;
+    /// Queries to `q`, keys and values to the cache.
+    pub(super) fn qkv_rope_cache(
+        &self,
+        from: &Projection,
+        at: &Places,
+        q: u64,
+        tokens: usize,
+    ) -> Result<(), CudaError> {
+        let warps = tokens * (from.q_heads + 2 * from.kv_heads) as usize;
+        let count = tokens as i32;
         launch!(
             self,
             &self.kernels.qkv_rope_cache,
             Launch::of(warps.div_ceil(4), 128),
-            &a.qkv,
-            &a.bias,
-            &a.q_norm,
-            &a.k_norm,
-            &a.rope,
-            &a.positions,
-            &a.sequences,
-            &a.tables,
-            &a.table_width,
-            &a.q,
-            &a.keys,
-            &a.values,
-            &tokens,
-            &a.q_heads,
-            &a.kv_heads,
-            &a.dim,
-            &a.eps,
+            from,
+            &at.positions,
+            &at.sequences,
+            &at.tables,
+            &at.table_width,
+            &q,
+            &count,
         )
     }
 
-    pub(super) fn attention(&self, args: &Attention, tiles: usize) -> Result<(), CudaError> {
+    /// `decode`: sequences of one token, which comes straight from the projection.
+    pub(super) fn attention(
+        &self,
+        args: &Attention,
+        from: &Projection,
+        tiles: usize,
+        decode: bool,
+    ) -> Result<(), CudaError> {
         let launch = Launch {
             grid: (tiles, args.kv_heads as usize, args.splits as usize),
             ..Launch::of(1, self.kernels.attention_threads)
         };
-        launch!(self, &self.kernels.attention, launch, args)
+        let kernel = match decode {
+            true => &self.kernels.decode,
+            false => &self.kernels.attention,
+        };
+        launch!(self, kernel, launch, args, from)
     }
 
     pub(super) fn skinny(&self, kind: Skinny, a: &SkinnyArgs) -> Result<(), CudaError> {
         let kernels = &self.kernels;
-        let (kernel, per_block) = match kind {
-            Skinny::Project => (&kernels.skinny_qkv, 16),
-            Skinny::Add => (&kernels.skinny_add, 16),
-            Skinny::Swiglu => (&kernels.skinny_swiglu, 16),
-            Skinny::Head => (&kernels.skinny_head, 128),
+        let (kernel, per_block, warps) = match kind {
+            Skinny::Project => (&kernels.skinny_qkv, 16, 8),
+            Skinny::Add => (&kernels.skinny_add, 16, 16),
+            Skinny::Swiglu => (&kernels.skinny_swiglu, 16, 4),
+            Skinny::Head => (&kernels.skinny_head, 128, 8),
         };
         let shared = match kind {
             Skinny::Add => 0,
@@ -285,7 +297,7 @@ impl Gpu {
         };
         let launch = Launch {
             shared,
-            ..Launch::of(a.outputs.div_ceil(per_block), 256)
+            ..Launch::of(a.outputs.div_ceil(per_block), 32 * warps)
         };
         let (tokens, n, k) = (a.tokens as i32, a.outputs as i32, a.inputs as i32);
         launch!(

@@ -90,6 +90,7 @@ impl CudaBackend {
         let pass = PassArgs {
             counts,
             splits: self.splits(counts.tiles),
+            decode: false,
             tune: false,
         };
         let at = Addresses::of(&self.inputs);

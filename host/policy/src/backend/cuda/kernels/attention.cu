@@ -29,8 +29,11 @@ struct Attention {
 // Blocks of keys that a warp reads before another split takes part: a merge costs about as much as reading three.
 #define BLOCKS_PER_WARP 4
 
-// Grid: (tiles, key heads, splits), WARPS warps.
-template <int D, int WARPS> static __device__ __forceinline__ void attend(const Attention& p) {
+// Grid: (tiles, key heads, splits), WARPS warps. DECODE: every sequence has one token, which is taken from the projection
+// here: a warp per head, then the queries wait in shared memory, and the new key and value are in the cache before the
+// block reads it. Each split of a sequence writes them, all the same.
+template <int D, int WARPS, bool DECODE>
+static __device__ __forceinline__ void attend(const Attention& p, const Projection& from) {
     constexpr int CHUNKS = D / 32, TILES = D / 8;
     __shared__ float acc[WARPS][16][D + 2];
     __shared__ bool last;
@@ -49,16 +52,31 @@ template <int D, int WARPS> static __device__ __forceinline__ void attend(const 
     int blocks = (visible + BLOCK - 1) / BLOCK;
     int splits = min(p.splits, (blocks + WARPS * BLOCKS_PER_WARP - 1) / (WARPS * BLOCKS_PER_WARP));
     if (split >= splits) return;
+    const bf16* queries = p.q + ((size_t)token0 * p.q_heads + kv_head * group) * D;
+    if (DECODE) {
+        __shared__ __align__(16) bf16 own[16 * D];
+        int position = kv_len - 1;
+        for (int i = warp; i < group + 2; i += WARPS) {
+            int index = i < group ? kv_head * group + i : p.q_heads + (i - group) * p.kv_heads + kv_head;
+            Head h = from.head(token0, position, index);
+            if (i < group)
+                put_head(h, own + i * D, D, 1);
+            else
+                from.store(h, index, p.tables[(size_t)seq * p.table_width + position / BLOCK], position % BLOCK);
+        }
+        queries = own;
+        __syncthreads();
+    }
     int limit[2];
     u32 qa[CHUNKS][8];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         int row = g + 8 * h;
         limit[h] = kv_len - q_len + first + row / group;
-        const bf16* from = p.q + ((size_t)(token0 + row / group) * p.q_heads + kv_head * group + row % group) * D;
+        const bf16* query = queries + ((size_t)(row / group) * p.q_heads + row % group) * D;
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
-            uint4 x = row < rows ? *(const uint4*)(from + c * 32 + 8 * t) : make_uint4(0, 0, 0, 0);
+            uint4 x = row < rows ? *(const uint4*)(query + c * 32 + 8 * t) : make_uint4(0, 0, 0, 0);
             qa[c][h] = x.x, qa[c][2 + h] = x.y, qa[c][4 + h] = x.z, qa[c][6 + h] = x.w;
         }
     }
@@ -78,10 +96,10 @@ template <int D, int WARPS> static __device__ __forceinline__ void attend(const 
         for (int j = 0; j < 4; j++) {
             const bf16* key = k + (8 * (g >> 1) + 2 * j + (g & 1)) * D + 8 * t;
 #pragma unroll
-            for (int c = 0; c < CHUNKS; c++) kk[j][c] = stream16(key + c * 32);
+            for (int c = 0; c < CHUNKS; c++) kk[j][c] = load16(key + c * 32);
         }
 #pragma unroll
-        for (int d = 0; d < TILES; d++) vv[d] = stream16(v + (8 * d + g) * BLOCK + 8 * t);
+        for (int d = 0; d < TILES; d++) vv[d] = load16(v + (8 * d + g) * BLOCK + 8 * t);
         float s[4][4];
         float top[2] = {NEG_INF, NEG_INF};
 #pragma unroll
@@ -187,9 +205,14 @@ template <int D, int WARPS> static __device__ __forceinline__ void attend(const 
     if (threadIdx.x == 0) p.tickets[cell] = 0;
 }
 
-#define ATTENTION(D, WARPS)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS) attention_##D(const __grid_constant__ Attention p) { \
-        attend<D, WARPS>(p);                                                                                      \
+#define ATTENTION(D, WARPS)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                        \
+        attention_##D(const __grid_constant__ Attention p, const __grid_constant__ Projection from) {               \
+        attend<D, WARPS, false>(p, from);                                                                           \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                        \
+        decode_##D(const __grid_constant__ Attention p, const __grid_constant__ Projection from) {                  \
+        attend<D, WARPS, true>(p, from);                                                                            \
     }
 ATTENTION(32, 8)
 ATTENTION(64, 8)

@@ -62,7 +62,15 @@ static __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-// 16 bytes past the L1: weights and keys are read once.
+// 16 bytes past the L1, which what is read once would only fill: of keys and values, some of which the same kernel writes.
+static __device__ __forceinline__ uint4 load16(const void* p) {
+    uint4 r;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "l"(p) : "memory");
+    return r;
+}
+
+// The same of weights, which nobody writes.
 static __device__ __forceinline__ uint4 stream16(const void* p) {
     uint4 r;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"

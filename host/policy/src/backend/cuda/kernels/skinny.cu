@@ -3,35 +3,34 @@
 // 16 rows of W are the rows of a tensor-core tile, the tokens its 8 columns. As in attention.cu, lane (g, t) loads 8
 // neighbours in k at once and both sides sum over k in that order, so W goes from memory to registers directly.
 
-#define SKINNY_WARPS 8
 #define STORE 0     // y: bf16 [T, N]
 #define RESIDUAL 1  // y: f32 [T, N], added to
 #define SWIGLU 2    // y: bf16 [T, N/2]: silu of the first half of the rows of W times the second half
 #define LOGITS 3    // y: f32 [T, N]
 
 // NORM: x is f32 [T, K] and normalised on the way: the weights of the norm go into x before the product, the scale of
-// each token, known only when all of x has been seen, after it. Otherwise x is bf16 [T, K]. SPLIT: all 8 warps share
+// each token, known only when all of x has been seen, after it. Otherwise x is bf16 [T, K]. SPLIT: all warps share
 // 16 rows and divide k, for few rows; otherwise each warp has 16 rows. K is a multiple of 32, N of 16 (8 outputs of
 // SWIGLU). Loads go out in batches of DEPTH before anything waits for one, the first
 // batch of weights even before the kernel before this one has ended.
-template <bool NORM, bool SPLIT, int FORM>
+template <int WARPS, bool NORM, bool SPLIT, int FORM>
 static __device__ __forceinline__ void skinny(const bf16* w, const void* x, const float* norm, void* y, int tokens,
                                               int n, int k, float eps) {
     constexpr int DEPTH = 4;
     extern __shared__ uint4 space[];
-    __shared__ float squares[SKINNY_WARPS][8];
+    __shared__ float squares[WARPS][8];
     // Rows of x end with 16 bytes that keep them out of each other's banks.
     bf16* xs = (bf16*)space;
     int stride = k + 8;
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    int tile = SPLIT ? blockIdx.x : blockIdx.x * SKINNY_WARPS + warp;
+    int tile = SPLIT ? blockIdx.x : blockIdx.x * WARPS + warp;
     int outputs = FORM == SWIGLU ? 8 : 16, all = FORM == SWIGLU ? n / 2 : n;
     bool idle = !SPLIT && tile * outputs >= all;
     int row0 = tile * outputs + g, row1 = FORM == SWIGLU ? n / 2 + row0 : row0 + 8;
     const bf16 *w0 = w + (size_t)row0 * k + 8 * t, *w1 = w + (size_t)row1 * k + 8 * t;
     const bf16* xg = (const bf16*)x + (size_t)g * k + 8 * t;
     const uint4 zero = make_uint4(0, 0, 0, 0);
-    int start = SPLIT ? warp * 32 : 0, step = SPLIT ? 32 * SKINNY_WARPS : 32;
+    int start = SPLIT ? warp * 32 : 0, step = SPLIT ? 32 * WARPS : 32;
     uint4 a[DEPTH], b[DEPTH], c[DEPTH];
     auto load_w = [&](int i) {
 #pragma unroll
@@ -57,7 +56,7 @@ static __device__ __forceinline__ void skinny(const bf16* w, const void* x, cons
         float sum[8];
 #pragma unroll
         for (int j = 0; j < 8; j++) sum[j] = 0.f;
-        for (int i = threadIdx.x * 4; i < k; i += 128 * SKINNY_WARPS) {
+        for (int i = threadIdx.x * 4; i < k; i += 128 * WARPS) {
             float4 m = *(const float4*)(norm + i);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
@@ -95,7 +94,7 @@ static __device__ __forceinline__ void skinny(const bf16* w, const void* x, cons
         }
     }
     if (SPLIT) {
-        __shared__ float part[SKINNY_WARPS][32][4];
+        __shared__ float part[WARPS][32][4];
 #pragma unroll
         for (int i = 0; i < 4; i++) part[warp][lane][i] = d[i];
         __syncthreads();
@@ -104,7 +103,7 @@ static __device__ __forceinline__ void skinny(const bf16* w, const void* x, cons
         for (int i = 0; i < 4; i++) {
             d[i] = 0.f;
 #pragma unroll
-            for (int v = 0; v < SKINNY_WARPS; v++) d[i] += part[v][lane][i];
+            for (int v = 0; v < WARPS; v++) d[i] += part[v][lane][i];
         }
     }
     if (NORM) {
@@ -112,7 +111,7 @@ static __device__ __forceinline__ void skinny(const bf16* w, const void* x, cons
         for (int j = 0; j < 2; j++) {
             float sum = 0.f;
 #pragma unroll
-            for (int v = 0; v < SKINNY_WARPS; v++) sum += squares[v][2 * t + j];
+            for (int v = 0; v < WARPS; v++) sum += squares[v][2 * t + j];
             float scale = rsqrtf(sum / k + eps);
             d[j] *= scale, d[2 + j] *= scale;
         }
@@ -136,12 +135,14 @@ static __device__ __forceinline__ void skinny(const bf16* w, const void* x, cons
     }
 }
 
-#define SKINNY(NAME, NORM, SPLIT, FORM)                                                                              \
-    extern "C" __global__ void __launch_bounds__(32 * SKINNY_WARPS)                                                  \
+// Few rows need many warps to a row, so that enough loads are under way; many rows need small blocks, so that all of them
+// are.
+#define SKINNY(NAME, WARPS, NORM, SPLIT, FORM)                                                                       \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                         \
         NAME(const bf16* w, const void* x, const float* norm, void* y, int tokens, int n, int k, float eps) {        \
-        skinny<NORM, SPLIT, FORM>(w, x, norm, y, tokens, n, k, eps);                                                 \
+        skinny<WARPS, NORM, SPLIT, FORM>(w, x, norm, y, tokens, n, k, eps);                                          \
     }
-SKINNY(skinny_qkv, true, true, STORE)
-SKINNY(skinny_add, false, true, RESIDUAL)
-SKINNY(skinny_swiglu, true, true, SWIGLU)
-SKINNY(skinny_head, true, false, LOGITS)
+SKINNY(skinny_qkv, 8, true, true, STORE)
+SKINNY(skinny_add, 16, false, true, RESIDUAL)
+SKINNY(skinny_swiglu, 4, true, true, SWIGLU)
+SKINNY(skinny_head, 8, true, false, LOGITS)
