@@ -9,7 +9,8 @@ use super::{
     device::Gpu,
     gemm::{Operands, Out, Shape},
     inputs::{Counts, Field, Inputs},
-    launch::{Attention, Places, Projection, Skinny, SkinnyArgs},
+    launch::{Attention, Places, Skinny, SkinnyArgs},
+    layer::WorkPointers,
     weights::Layer,
 };
 use crate::{error::PolicyError, spec::ModelSpec};
@@ -23,22 +24,24 @@ const MAX_SPLITS: usize = 8;
 /// Activations, made once for the largest pass.
 pub(super) struct Work {
     /// Residual stream, f32 `[T, H]`.
-    x: CudaSlice<f32>,
+    pub(super) x: CudaSlice<f32>,
     /// Normalised, `[T, H]`.
-    h: CudaSlice<bf16>,
+    pub(super) h: CudaSlice<bf16>,
     /// `[T, (Q + 2K)·D]`.
-    qkv: CudaSlice<bf16>,
-    q: CudaSlice<bf16>,
-    attended: CudaSlice<bf16>,
+    pub(super) qkv: CudaSlice<bf16>,
+    pub(super) q: CudaSlice<bf16>,
+    pub(super) attended: CudaSlice<bf16>,
     /// `[T, 2F]`.
-    gate_up: CudaSlice<bf16>,
-    act: CudaSlice<bf16>,
+    pub(super) gate_up: CudaSlice<bf16>,
+    pub(super) act: CudaSlice<bf16>,
+    /// What a layer adds to the residual stream, `[T, H]`.
+    pub(super) delta: CudaSlice<bf16>,
     /// Hidden states that are sampled from, `[R, H]`.
     picked: CudaSlice<bf16>,
     /// `[R, V]`.
     pub(super) logits: CudaSlice<f32>,
-    partial: CudaSlice<f32>,
-    tickets: CudaSlice<u32>,
+    pub(super) partial: CudaSlice<f32>,
+    pub(super) tickets: CudaSlice<u32>,
     /// Rows of `logits`.
     pub(super) max_rows: usize,
     /// Tiles that may be split; a pass with more has work enough.
@@ -60,6 +63,7 @@ impl Work {
             attended: stream.alloc_zeros(t * q)?,
             gate_up: stream.alloc_zeros(t * 2 * f)?,
             act: stream.alloc_zeros(t * f)?,
+            delta: stream.alloc_zeros(t * h)?,
             picked: stream.alloc_zeros(r * h)?,
             logits: stream.alloc_zeros(r * spec.vocab_size)?,
             partial: stream.alloc_zeros(cells * MAX_SPLITS * 16 * (spec.head_dim + 2))?,
@@ -109,6 +113,12 @@ impl CudaBackend {
             .ok_or(PolicyError::Misuse("step before init_kv"))?;
         let (base, blocks) = (kv.base, kv.blocks);
         let layer_bytes = (blocks * BLOCK_SIZE * self.spec.kv_dim() * size_of::<bf16>()) as u64;
+        let few = self.is_few(tokens);
+        if !few {
+            let (norm, out) = (self.norm_before(0), self.work.h.device_ptr(&stream).0);
+            let eps = self.spec.rms_norm_eps as f32;
+            self.gpu.rms_norm((x, 0, norm, out), 0, tokens, h, eps)?;
+        }
         for index in 0..self.spec.num_hidden_layers {
             let keys = base + 2 * index as u64 * layer_bytes;
             self.run_layer(index, at, pass, (keys, keys + layer_bytes))?;
@@ -116,110 +126,26 @@ impl CudaBackend {
         Ok(())
     }
 
-    fn run_layer(
-        &mut self,
-        index: usize,
-        at: &Addresses,
-        pass: &PassArgs,
-        (keys, values): (u64, u64),
-    ) -> Result<(), PolicyError> {
-        let (spec, stream) = (self.spec.clone(), self.gpu.stream.clone());
-        let tokens = pass.counts.tokens;
-        let (h, q, f) = (spec.hidden_size, spec.q_dim(), spec.intermediate_size);
-        let eps = spec.rms_norm_eps as f32;
-        let layer = Pointers::of(&self.weights.layers[index], &stream);
-        let work = WorkPointers::of(&self.work, &stream);
-        let qkv_width = q + 2 * spec.kv_dim();
-        let skinny =
-            tokens <= SKINNY_TOKENS && qkv_width.is_multiple_of(16) && h.is_multiple_of(16);
-        let at_layer = Some(index);
-        let shape = |outputs, inputs, out| Shape {
-            tokens,
-            outputs,
-            inputs,
-            out,
-        };
-        let product = |w, x, norm, y, outputs, inputs| SkinnyArgs {
-            w,
-            x,
-            norm,
-            y,
-            tokens,
-            outputs,
-            inputs,
-            eps,
-        };
-        if skinny {
-            let args = product(layer.qkv, work.x, layer.input_norm, work.qkv, qkv_width, h);
-            self.gpu.skinny(Skinny::Project, &args)?;
-        } else {
-            self.gpu
-                .rms_norm((work.x, layer.input_norm, work.h), 0, tokens, h, eps)?;
-            self.matmul(
-                pass,
-                Matrix::Qkv(at_layer),
-                shape(qkv_width, h, Out::Bf16),
-                work.h,
-                work.qkv,
-            )?;
-        }
-        let projection = Projection {
-            qkv: work.qkv,
-            bias: layer.qkv_bias,
-            q_norm: layer.q_norm,
-            k_norm: layer.k_norm,
-            rope: self.weights.rope.device_ptr(&stream).0,
-            keys,
-            values,
-            q_heads: spec.num_attention_heads as i32,
-            kv_heads: spec.num_key_value_heads as i32,
-            dim: spec.head_dim as i32,
-            eps,
-        };
-        if !pass.decode {
-            let places = at.places();
-            self.gpu
-                .qkv_rope_cache(&projection, &places, work.q, tokens)?;
-        }
-        let attention = at.attention(&work, (keys, values), &spec, pass.splits);
-        self.gpu
-            .attention(&attention, &projection, pass.counts.tiles, pass.decode)?;
-        if skinny {
-            self.gpu.skinny(
-                Skinny::Add,
-                &product(layer.o, work.attended, 0, work.x, h, q),
-            )?;
-            let args = product(layer.gate_up, work.x, layer.mlp_norm, work.act, 2 * f, h);
-            self.gpu.skinny(Skinny::Swiglu, &args)?;
-            self.gpu
-                .skinny(Skinny::Add, &product(layer.down, work.act, 0, work.x, h, f))?;
-            return Ok(());
-        }
-        self.matmul(
-            pass,
-            Matrix::O(at_layer),
-            shape(h, q, Out::AddF32),
-            work.attended,
-            work.x,
-        )?;
-        self.gpu
-            .rms_norm((work.x, layer.mlp_norm, work.h), 0, tokens, h, eps)?;
-        self.matmul(
-            pass,
-            Matrix::GateUp(at_layer),
-            shape(2 * f, h, Out::Bf16),
-            work.h,
-            work.gate_up,
-        )?;
-        self.gpu.silu_mul(work.gate_up, work.act, tokens, f)?;
-        self.matmul(
-            pass,
-            Matrix::Down(at_layer),
-            shape(h, f, Out::AddF32),
-            work.act,
-            work.x,
-        )?;
-        Ok(())
+    /// Whether the hand-written products serve so many tokens.
+    pub(super) fn is_few(&self, tokens: usize) -> bool {
+        let widths = [
+            self.spec.q_dim() + 2 * self.spec.kv_dim(),
+            self.spec.hidden_size,
+        ];
+        tokens <= SKINNY_TOKENS && widths.iter().all(|width| width.is_multiple_of(16))
+    }
+
+    /// Weights of the norm before layer `index`, or before the head.
+    pub(super) fn norm_before(&self, index: usize) -> u64 {
+        let layer = self
+            .weights
+            .layers
+            .get(index)
+            .map(|layer| &layer.input_norm);
+        layer
+            .unwrap_or(&self.weights.norm)
+            .device_ptr(&self.gpu.stream)
+            .0
     }
 
     /// Logits of `n` sampled tokens from the `first` on.
@@ -242,7 +168,8 @@ impl CudaBackend {
         );
         // Where every token is sampled from, they lie in order.
         let in_order = n == pass.counts.tokens;
-        if in_order && n <= SKINNY_TOKENS && v.is_multiple_of(16) {
+        let few = self.is_few(pass.counts.tokens);
+        if in_order && few && v.is_multiple_of(16) {
             self.gpu.skinny(
                 Skinny::Head,
                 &SkinnyArgs {
@@ -258,8 +185,17 @@ impl CudaBackend {
             )?;
             return Ok(());
         }
-        let rows = at.sampled + (first * size_of::<i32>()) as u64;
-        self.gpu.rms_norm((x, norm, picked), rows, n, h, eps)?;
+        // The last layer has left them normalised.
+        let ready = in_order && !few;
+        if !ready {
+            let rows = at.sampled + (first * size_of::<i32>()) as u64;
+            self.gpu.rms_norm((x, 0, norm, picked), rows, n, h, eps)?;
+        }
+        let picked = if ready {
+            self.work.h.device_ptr(&stream).0
+        } else {
+            picked
+        };
         let shape = Shape {
             tokens: n,
             outputs: v,
@@ -269,7 +205,7 @@ impl CudaBackend {
         self.matmul(pass, Matrix::Head, shape, picked, logits)
     }
 
-    fn matmul(
+    pub(super) fn matmul(
         &mut self,
         pass: &PassArgs,
         matrix: Matrix,
@@ -312,7 +248,7 @@ impl CudaBackend {
 
 /// A matrix of the decoder; `None` stands for all layers.
 #[derive(Clone, Copy, Debug)]
-enum Matrix {
+pub(super) enum Matrix {
     Qkv(Option<usize>),
     O(Option<usize>),
     GateUp(Option<usize>),
@@ -328,68 +264,6 @@ impl Matrix {
             Self::GateUp(_) => Self::GateUp(None),
             Self::Down(_) => Self::Down(None),
             Self::Head => Self::Head,
-        }
-    }
-}
-
-/// Device addresses of a layer's weights; 0 for one it does not have.
-struct Pointers {
-    input_norm: u64,
-    qkv: u64,
-    qkv_bias: u64,
-    q_norm: u64,
-    k_norm: u64,
-    o: u64,
-    mlp_norm: u64,
-    gate_up: u64,
-    down: u64,
-}
-
-impl Pointers {
-    fn of(layer: &Layer, stream: &std::sync::Arc<cudarc::driver::CudaStream>) -> Self {
-        let floats = |s: &CudaSlice<f32>| s.device_ptr(stream).0;
-        let matrix = |s: &CudaSlice<bf16>| s.device_ptr(stream).0;
-        let norms = layer.head_norms.as_ref();
-        Self {
-            input_norm: floats(&layer.input_norm),
-            qkv: matrix(&layer.qkv),
-            qkv_bias: layer.qkv_bias.as_ref().map_or(0, floats),
-            q_norm: norms.map_or(0, |(q, _)| floats(q)),
-            k_norm: norms.map_or(0, |(_, k)| floats(k)),
-            o: matrix(&layer.o),
-            mlp_norm: floats(&layer.mlp_norm),
-            gate_up: matrix(&layer.gate_up),
-            down: matrix(&layer.down),
-        }
-    }
-}
-
-/// Device addresses of the activations.
-struct WorkPointers {
-    x: u64,
-    h: u64,
-    qkv: u64,
-    q: u64,
-    attended: u64,
-    gate_up: u64,
-    act: u64,
-    partial: u64,
-    tickets: u64,
-}
-
-impl WorkPointers {
-    fn of(work: &Work, stream: &std::sync::Arc<cudarc::driver::CudaStream>) -> Self {
-        let matrix = |s: &CudaSlice<bf16>| s.device_ptr(stream).0;
-        Self {
-            x: work.x.device_ptr(stream).0,
-            h: matrix(&work.h),
-            qkv: matrix(&work.qkv),
-            q: matrix(&work.q),
-            attended: matrix(&work.attended),
-            gate_up: matrix(&work.gate_up),
-            act: matrix(&work.act),
-            partial: work.partial.device_ptr(stream).0,
-            tickets: work.tickets.device_ptr(stream).0,
         }
     }
 }
@@ -427,7 +301,7 @@ impl Addresses {
         }
     }
 
-    fn places(&self) -> Places {
+    pub(super) fn places(&self) -> Places {
         Places {
             positions: self.positions,
             sequences: self.sequences,
@@ -436,7 +310,7 @@ impl Addresses {
         }
     }
 
-    fn attention(
+    pub(super) fn attention(
         &self,
         work: &WorkPointers,
         (keys, values): (u64, u64),

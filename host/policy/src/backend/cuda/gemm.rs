@@ -22,8 +22,6 @@ pub(super) enum Out {
     Bf16,
     /// f32, overwritten.
     F32,
-    /// f32, added to.
-    AddF32,
 }
 
 /// `y[tokens, outputs] = x[tokens, inputs] · w[outputs, inputs]ᵀ`; x and w are bf16, all row-major.
@@ -82,7 +80,7 @@ impl Gemm {
             self.plans.insert(shape, plan);
         }
         let plan = &self.plans[&shape];
-        self.launch(plan, &plan.algo, shape.out, at)
+        self.launch(plan, &plan.algo, at)
     }
 
     /// Times the likely algorithms and keeps the fastest. It goes around `all`, which are several matrices of the shape,
@@ -96,10 +94,10 @@ impl Gemm {
         let mut best = f64::INFINITY;
         for algo in self.candidates(&plan, CANDIDATES)? {
             // Some of what cublasLt proposes it then refuses to run.
-            if self.launch(&plan, &algo, shape.out, all[0]).is_err() {
+            if self.launch(&plan, &algo, all[0]).is_err() {
                 continue;
             }
-            let seconds = self.time(&plan, &algo, shape.out, all)?;
+            let seconds = self.time(&plan, &algo, all)?;
             if seconds < best {
                 best = seconds;
                 plan.algo = algo;
@@ -116,7 +114,6 @@ impl Gemm {
         &self,
         plan: &Plan,
         algo: &sys::cublasLtMatmulAlgo_t,
-        out: Out,
         all: &[Operands],
     ) -> Result<f64, CudaError> {
         let mut fastest = f64::INFINITY;
@@ -124,7 +121,7 @@ impl Gemm {
             self.stream.synchronize()?;
             let start = Instant::now();
             for at in all {
-                self.launch(plan, algo, out, *at)?;
+                self.launch(plan, algo, *at)?;
             }
             self.stream.synchronize()?;
             fastest = fastest.min(start.elapsed().as_secs_f64());
@@ -142,7 +139,7 @@ impl Gemm {
         } = shape;
         let y_type = match out {
             Out::Bf16 => CUDA_R_16BF,
-            Out::F32 | Out::AddF32 => CUDA_R_32F,
+            Out::F32 => CUDA_R_32F,
         };
         let (m, n, k) = (outputs as u64, tokens as u64, inputs as u64);
         // cublasLt is column-major: it sees w as [inputs, outputs] to be transposed, x as [inputs, tokens] and y as
@@ -222,11 +219,10 @@ impl Gemm {
         &self,
         plan: &Plan,
         algo: &sys::cublasLtMatmulAlgo_t,
-        out: Out,
         at: Operands,
     ) -> Result<(), CudaError> {
         let alpha = 1f32;
-        let beta = if out == Out::AddF32 { 1f32 } else { 0f32 };
+        let beta = 0f32;
         let (workspace, _guard) = self.workspace.device_ptr(&self.stream);
         // SAFETY: the descriptors are alive; the caller's operands have the shapes of the plan; the workspace has
         // WORKSPACE bytes and is used by one stream only.

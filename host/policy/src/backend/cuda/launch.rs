@@ -194,10 +194,10 @@ impl Gpu {
         )
     }
 
-    /// `rows`: address of the rows to take, 0 for all in order.
+    /// `delta`: address of what is added to x first, 0 for nothing; `rows`: address of the rows to take, 0 for all.
     pub(super) fn rms_norm(
         &self,
-        (x, weight, out): (u64, u64, u64),
+        (x, delta, weight, out): (u64, u64, u64, u64),
         rows: u64,
         n: usize,
         hidden: usize,
@@ -210,6 +210,7 @@ impl Gpu {
             kernel,
             Launch::of(n, 256),
             &x,
+            &delta,
             &weight,
             &out,
             &rows,

@@ -14,6 +14,7 @@ mod gemm;
 mod graph;
 mod inputs;
 mod launch;
+mod layer;
 mod step;
 mod weights;
 

@@ -56,13 +56,24 @@ static __device__ __forceinline__ void attend(const Attention& p, const Projecti
     if (DECODE) {
         __shared__ __align__(16) bf16 own[16 * D];
         int position = kv_len - 1;
-        for (int i = warp; i < group + 2; i += WARPS) {
-            int index = i < group ? kv_head * group + i : p.q_heads + (i - group) * p.kv_heads + kv_head;
-            Head h = from.head(token0, position, index);
-            if (i < group)
-                put_head(h, own + i * D, D, 1);
-            else
-                from.store(h, index, p.tables[(size_t)seq * p.table_width + position / BLOCK], position % BLOCK);
+        int block = p.tables[(size_t)seq * p.table_width + position / BLOCK];
+        // Two heads at a time, so that the loads of both are under way together.
+        for (int i = warp; i < group + 2; i += 2 * WARPS) {
+            Head h[2];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                int item = i + j * WARPS;
+                int index = item < group ? kv_head * group + item : p.q_heads + (item - group) * p.kv_heads + kv_head;
+                if (item < group + 2) h[j] = from.head(token0, position, index);
+            }
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                int item = i + j * WARPS;
+                if (item < group)
+                    put_head(h[j], own + item * D, D, 1);
+                else if (item < group + 2)
+                    from.store(h[j], p.q_heads + (item - group) * p.kv_heads + kv_head, block, position % BLOCK);
+            }
         }
         queries = own;
         __syncthreads();

@@ -12,16 +12,17 @@ extern "C" __global__ void embed(const int* ids, const bf16* table, float* x, in
     }
 }
 
-// RMSNorm (Zhang & Sennrich 2019): out = x / sqrt(mean(x²) + eps) · weight. One block of 8 warps per row; `rows`
-// names the rows of x to take, or is null for all in order. x: [T, H], out: [rows, H]; H is a multiple of 4 and at most
-// 8192: a thread keeps what it has read.
-extern "C" __global__ void __launch_bounds__(256) rms_norm(const float* x, const float* weight, bf16* out,
+// RMSNorm (Zhang & Sennrich 2019): out = x / sqrt(mean(x²) + eps) · weight, after x += delta where there is one. One block
+// of 8 warps per row; `rows` names the rows of x to take, or is null for all in order. x: [T, H], delta: [T, H] or null,
+// out: [rows, H]; H is a multiple of 4 and at most 8192: a thread keeps what it has read.
+extern "C" __global__ void __launch_bounds__(256) rms_norm(float* x, const bf16* delta, const float* weight, bf16* out,
                                                            const int* rows, int hidden, float eps) {
     __shared__ float part[8];
     let_next_start();
     wait_for_previous();
     int row = rows ? rows[blockIdx.x] : blockIdx.x;
-    const float4* from = (const float4*)(x + (size_t)row * hidden);
+    float4* from = (float4*)(x + (size_t)row * hidden);
+    const uint2* add = delta ? (const uint2*)(delta + (size_t)row * hidden) : (const uint2*)0;
     uint2* to = (uint2*)(out + (size_t)blockIdx.x * hidden);
     int quarter = hidden / 4;
     float4 v[8], w[8];
@@ -32,6 +33,11 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(const float* x, const
         if (i < quarter) {
             v[j] = from[i];
             w[j] = ((const float4*)weight)[i];
+            if (add) {
+                uint2 d = add[i];
+                v[j].x += low(d.x), v[j].y += high(d.x), v[j].z += low(d.y), v[j].w += high(d.y);
+                from[i] = v[j];
+            }
             sum += v[j].x * v[j].x + v[j].y * v[j].y + v[j].z * v[j].z + v[j].w * v[j].w;
         }
     }

@@ -13,10 +13,9 @@
 // 16 rows and divide k, for few rows; otherwise each warp has 16 rows. K is a multiple of 32, N of 16 (8 outputs of
 // SWIGLU). Loads go out in batches of DEPTH before anything waits for one, the first
 // batch of weights even before the kernel before this one has ended.
-template <int WARPS, bool NORM, bool SPLIT, int FORM>
+template <int WARPS, int DEPTH, bool NORM, bool SPLIT, int FORM>
 static __device__ __forceinline__ void skinny(const bf16* w, const void* x, const float* norm, void* y, int tokens,
                                               int n, int k, float eps) {
-    constexpr int DEPTH = 4;
     extern __shared__ uint4 space[];
     __shared__ float squares[WARPS][8];
     // Rows of x end with 16 bytes that keep them out of each other's banks.
@@ -75,10 +74,13 @@ static __device__ __forceinline__ void skinny(const bf16* w, const void* x, cons
     if (idle) return;
     float d[4] = {0.f, 0.f, 0.f, 0.f};
     for (int i = start; i < k; i += DEPTH * step) {
+        // A deep batch is nearly the whole row and leaves no registers for the next one beside it.
+        constexpr bool AHEAD = DEPTH <= 4;
         uint4 was_a[DEPTH], was_b[DEPTH], was_c[DEPTH];
 #pragma unroll
         for (int j = 0; j < DEPTH; j++) was_a[j] = a[j], was_b[j] = b[j], was_c[j] = c[j];
-        if (i + DEPTH * step < k) {
+        bool more = i + DEPTH * step < k;
+        if (AHEAD && more) {
             load_w(i + DEPTH * step);
             if (!NORM) load_x(i + DEPTH * step);
         }
@@ -91,6 +93,10 @@ static __device__ __forceinline__ void skinny(const bf16* w, const void* x, cons
             uint4 p = was_a[j], q = was_b[j];
             mma(d, p.x, q.x, p.y, q.y, v.x, v.y);
             mma(d, p.z, q.z, p.w, q.w, v.z, v.w);
+        }
+        if (!AHEAD && more) {
+            load_w(i + DEPTH * step);
+            if (!NORM) load_x(i + DEPTH * step);
         }
     }
     if (SPLIT) {
@@ -137,12 +143,12 @@ static __device__ __forceinline__ void skinny(const bf16* w, const void* x, cons
 
 // Few rows need many warps to a row, so that enough loads are under way; many rows need small blocks, so that all of them
 // are.
-#define SKINNY(NAME, WARPS, NORM, SPLIT, FORM)                                                                       \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                         \
+#define SKINNY(NAME, WARPS, DEPTH, MORE, NORM, SPLIT, FORM)                                                                   \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, MORE)                                                   \
         NAME(const bf16* w, const void* x, const float* norm, void* y, int tokens, int n, int k, float eps) {        \
-        skinny<WARPS, NORM, SPLIT, FORM>(w, x, norm, y, tokens, n, k, eps);                                          \
+        skinny<WARPS, DEPTH, NORM, SPLIT, FORM>(w, x, norm, y, tokens, n, k, eps);                                          \
     }
-SKINNY(skinny_qkv, 8, true, true, STORE)
-SKINNY(skinny_add, 16, false, true, RESIDUAL)
-SKINNY(skinny_swiglu, 4, true, true, SWIGLU)
-SKINNY(skinny_head, 8, true, false, LOGITS)
+SKINNY(skinny_qkv, 8, 4, 1, true, true, STORE)
+SKINNY(skinny_add, 16, 4, 1, false, true, RESIDUAL)
+SKINNY(skinny_swiglu, 4, 8, 5, true, true, SWIGLU)
+SKINNY(skinny_head, 8, 4, 2, true, false, LOGITS)
