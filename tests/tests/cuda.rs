@@ -98,6 +98,25 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
     (apart / a.iter().map(|x| square(*x)).sum::<f64>()).sqrt()
 }
 
+/// Prompts in which blocks are empty, just full and just begun.
+const LENGTHS: [usize; 8] = [1, 2, 31, 32, 33, 64, 97, 200];
+
+/// Tokens and first position of every sequence: the prompts, two single tokens, then several at once, as verification
+/// brings them.
+fn round_of(round: usize, vocab: usize) -> (Vec<Vec<u32>>, Vec<usize>) {
+    let text = |s: usize, from: usize, n: usize| -> Vec<u32> {
+        (from..from + n)
+            .map(|i| ((i * 7919 + s * 131) % vocab) as u32)
+            .collect()
+    };
+    let of_sequence = |(s, n): (usize, &usize)| match round {
+        0 => (text(s, 0, *n), 0),
+        3 => (text(s, n + 2, 5), n + 2),
+        _ => (text(s, n + round - 1, 1), n + round - 1),
+    };
+    LENGTHS.iter().enumerate().map(of_sequence).unzip()
+}
+
 /// Prompts of awkward lengths, then single tokens after them, on scattered blocks.
 #[test]
 #[ignore = "needs a GPU"]
@@ -105,45 +124,23 @@ fn distributions_are_those_of_the_cpu() {
     for spec in shapes() {
         let tensors = weights(&spec, 7);
         let mut cpu = CpuBackend::new(spec.clone(), &tensors, &Trainable::Nothing, false).unwrap();
-        let mut gpu = CudaBackend::new(0, spec.clone(), &tensors, SIZES).unwrap();
+        let mut gpu = CudaBackend::new(0, spec.clone(), &tensors, SIZES, None).unwrap();
         cpu.init_kv(128, BLOCK_SIZE).unwrap();
         gpu.init_kv(128, BLOCK_SIZE).unwrap();
         let params = SamplingParams::default();
-        let lengths = [1usize, 2, 31, 32, 33, 64, 97, 200];
-        let text = |s: usize, from: usize, n: usize| -> Vec<u32> {
-            (from..from + n)
-                .map(|i| ((i * 7919 + s * 131) % spec.vocab_size) as u32)
-                .collect()
-        };
         // Every 11th block from a different start: no two sequences share one and none is in order.
-        let blocks: Vec<Vec<u32>> = (0..lengths.len())
+        let blocks: Vec<Vec<u32>> = (0..LENGTHS.len())
             .map(|s| (0..10).map(|b| ((s * 10 + b) * 11 % 127) as u32).collect())
             .collect();
         let mut worst = 0f64;
         for round in 0..4 {
-            let tokens: Vec<Vec<u32>> = lengths
-                .iter()
-                .enumerate()
-                .map(|(s, n)| match round {
-                    0 => text(s, 0, *n),
-                    // The last round brings several at once, as verification does.
-                    3 => text(s, n + 2, 5),
-                    _ => text(s, n + round - 1, 1),
-                })
-                .collect();
-            let position = |s: usize| {
-                if round == 0 {
-                    0
-                } else {
-                    lengths[s] + round - 1
-                }
-            };
+            let (tokens, positions) = round_of(round, spec.vocab_size);
             let rows: Vec<StepRow<'_>> = tokens
                 .iter()
                 .enumerate()
                 .map(|(s, tokens)| StepRow {
                     tokens,
-                    position: position(s),
+                    position: positions[s],
                     blocks: &blocks[s],
                     sample: Some(SampleArgs {
                         params: &params,
@@ -228,7 +225,7 @@ fn log_probs_of_completions_are_those_of_the_cpu() {
     for spec in shapes() {
         let tensors = weights(&spec, 3);
         let mut cpu = CpuBackend::new(spec.clone(), &tensors, &Trainable::Nothing, false).unwrap();
-        let mut gpu = CudaBackend::new(0, spec.clone(), &tensors, SIZES).unwrap();
+        let mut gpu = CudaBackend::new(0, spec.clone(), &tensors, SIZES, None).unwrap();
         let work = requests(&spec, 6, 7, 70);
         let completions = generate(&mut gpu, work.clone(), 40);
         let mut batch = PackedBatch::default();
@@ -270,7 +267,7 @@ fn draws_are_those_of_the_cpu_sampler() {
     const ROWS: usize = 60;
     for (vocab, temperature) in [(17, 1.0), (600, 0.7), (5003, 1.0), (5004, 1.3), (700, 0.0)] {
         let spec = spec(Family::Qwen2, (4, 2, 32), vocab);
-        let mut gpu = CudaBackend::new(0, spec.clone(), &weights(&spec, 5), SIZES).unwrap();
+        let mut gpu = CudaBackend::new(0, spec.clone(), &weights(&spec, 5), SIZES, None).unwrap();
         gpu.init_kv(ROWS, BLOCK_SIZE).unwrap();
         let params = SamplingParams {
             temperature,

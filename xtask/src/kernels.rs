@@ -11,6 +11,10 @@ use anyhow::{Context, bail};
 
 const PACKAGE: &str = "nvidia-cuda-nvrtc==13.0.*";
 
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a path to put something in front of"
+)]
 /// Runs the ignored tests of `tests/tests/kernels.rs` with NVRTC on the library path.
 pub(crate) fn run() -> anyhow::Result<()> {
     let root = xtask::tidy::workspace_root();

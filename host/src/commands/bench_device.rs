@@ -1,5 +1,7 @@
 //! The device that `bench rollout` measures: the policy's engine on the CPU, or on a GPU.
 
+use std::path::Path;
+
 use grpo_policy::{
     backend::cuda::{BLOCK_SIZE, CudaBackend, CudaSizes},
     engine::{Engine, EngineConfig},
@@ -35,8 +37,8 @@ impl Runner {
         device: Device,
         model: LoadedModel,
         name: &str,
-        sequences: usize,
-        total: usize,
+        (sequences, total): (usize, usize),
+        cache: Option<&Path>,
     ) -> anyhow::Result<Self> {
         let Device::Cuda(ordinal) = device else {
             let capacity = Capacity {
@@ -61,7 +63,7 @@ impl Runner {
             max_model_len: total,
         })?;
         Ok(Self::Cuda(Box::new(OnGpu {
-            backend: CudaBackend::new(ordinal, model.spec, &model.tensors, sizes)?,
+            backend: CudaBackend::new(ordinal, model.spec, &model.tensors, sizes, cache)?,
             engine,
             tokenizer: model.tokenizer,
         })))

@@ -40,7 +40,13 @@ pub(super) fn run(args: &BenchRolloutArgs, environment: &Environment) -> anyhow:
     } = measured;
     let device = config.hardware.device;
     let sequences = (args.prompts * args.n) as usize;
-    let mut runner = Runner::new(device, model, &name, sequences, total)?;
+    let mut runner = Runner::new(
+        device,
+        model,
+        &name,
+        (sequences, total),
+        environment.cache.as_deref(),
+    )?;
     let whole = timed(args.repeats, || {
         work.generate(&mut runner, work.new_tokens as u32)
     })?;

@@ -83,7 +83,7 @@ fn set_threads(threads: Option<u32>) -> anyhow::Result<()> {
     Ok(grpo_policy::backend::cpu::set_threads(threads as usize)?)
 }
 
-/// This build computes on the CPU only.
+/// Only rollouts of `bench rollout` are done on a GPU so far.
 fn require_cpu(device: Device) -> Result<(), NoSuchDevice> {
     match device {
         Device::Auto | Device::Cpu => Ok(()),
@@ -107,9 +107,9 @@ fn attach_draft(
     Ok(())
 }
 
-/// A device that this build cannot use.
+/// A device that a command cannot use.
 #[derive(Debug, thiserror::Error)]
-#[error("device `{device}` cannot be used: this build computes on the CPU only")]
+#[error("device `{device}` cannot be used here: only `bench rollout` runs on a GPU so far")]
 pub struct NoSuchDevice {
     device: Device,
 }

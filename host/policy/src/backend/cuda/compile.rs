@@ -1,6 +1,6 @@
 //! Kernels from source text to machine code for the GPU at hand: NVRTC, and a cache on disk.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use cudarc::nvrtc::{CompileOptions, Ptx, compile_ptx_with_opts};
 
@@ -62,16 +62,18 @@ pub fn compile(name: &str, source: &str, architecture: &'static str) -> Result<S
     }
 }
 
-/// [`compile`], or what it gave the last time.
+/// [`compile`], or what it gave the last time, kept in the folder `cache`.
 pub(super) fn cached(
     name: &str,
     source: &str,
     architecture: &'static str,
+    cache: Option<&Path>,
 ) -> Result<Ptx, CudaError> {
     let text = format!("{architecture}\n{COMMON}\n{source}");
-    let file = cache_folder().map(|folder| {
+    let file = cache.map(|folder| {
         let digest = content_hash(text.as_bytes());
-        folder.join(format!("{name}-{architecture}-{digest:016x}.ptx"))
+        let file = format!("{name}-{architecture}-{digest:016x}.ptx");
+        folder.join("kernels").join(file)
     });
     if let Some(text) = file.as_ref().and_then(|f| std::fs::read_to_string(f).ok()) {
         return Ok(Ptx::from_src(text));
@@ -86,13 +88,6 @@ pub(super) fn cached(
         }
     }
     Ok(Ptx::from_src(ptx))
-}
-
-/// `$XDG_CACHE_HOME/grpo-host/kernels`, or the same under `~/.cache`.
-pub fn cache_folder() -> Option<PathBuf> {
-    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
-    Some(cache.or_else(home)?.join("grpo-host/kernels"))
 }
 
 /// FNV-1a (Fowler, Noll, Vo 1991): names a cache file, guards nothing.

@@ -1,6 +1,6 @@
 //! The GPU: its context, the one stream everything runs on, and the loaded kernels.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc};
 
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaStream, sys::CUdevice_attribute as Attribute,
@@ -43,8 +43,12 @@ pub(super) struct Kernels {
 }
 
 impl Gpu {
-    /// Opens GPU `ordinal` and compiles what is not in the cache, for heads of `head_dim`.
-    pub(super) fn open(ordinal: usize, head_dim: usize) -> Result<Self, CudaError> {
+    /// Opens GPU `ordinal` and compiles what is not in the folder `cache`, for heads of `head_dim`.
+    pub(super) fn open(
+        ordinal: usize,
+        head_dim: usize,
+        cache: Option<&Path>,
+    ) -> Result<Self, CudaError> {
         let context = context(ordinal)?;
         let (major, minor) = context.compute_capability()?;
         if major < 8 {
@@ -59,7 +63,7 @@ impl Gpu {
         let modules = compile::SOURCES
             .iter()
             .map(|(name, source)| {
-                let ptx = compile::cached(name, source, architecture)?;
+                let ptx = compile::cached(name, source, architecture, cache)?;
                 Ok(context.load_module(ptx)?)
             })
             .collect::<Result<Vec<_>, CudaError>>()?;

@@ -16,16 +16,21 @@ mod inputs;
 mod launch;
 mod layer;
 mod step;
+mod survey;
 mod weights;
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+};
 
 use candle_core::Tensor;
 use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
 use half::bf16;
 
-pub use compile::{SOURCES, architecture, cache_folder, compile};
+pub use compile::{SOURCES, architecture, compile};
 pub use error::CudaError;
+pub use survey::{GpuFacts, Survey, survey};
 
 use crate::{
     backend::{Backend, BlockId, Exit, OptimStep, Pass, Sampled, StepRow},
@@ -112,7 +117,8 @@ fn check(spec: &ModelSpec) -> Result<(), CudaError> {
 }
 
 impl CudaBackend {
-    /// Uploads the weights by their checkpoint names (see [`crate::weights`]) to GPU `ordinal`, rounded to bf16.
+    /// Uploads the weights by their checkpoint names (see [`crate::weights`]) to GPU `ordinal`, rounded to bf16. Compiled
+    /// kernels are kept in the folder `cache`.
     ///
     /// # Errors
     /// A weight that is missing or of another shape; [`CudaError`] for everything about the GPU.
@@ -121,9 +127,10 @@ impl CudaBackend {
         spec: ModelSpec,
         tensors: &BTreeMap<String, Tensor>,
         sizes: CudaSizes,
+        cache: Option<&Path>,
     ) -> Result<Self, PolicyError> {
         check(&spec)?;
-        let gpu = Gpu::open(ordinal, spec.head_dim)?;
+        let gpu = Gpu::open(ordinal, spec.head_dim, cache)?;
         let weights = Weights::new(&gpu.stream, &spec, tensors, sizes.max_model_len)?;
         let layout = Layout {
             tokens: sizes.max_step_tokens,
