@@ -4,7 +4,7 @@
     python3 docs/experiments/experiments.py run NAME --binary target/release/grpo-host --out DIR
     python3 docs/experiments/experiments.py plot NAME --out DIR          # needs matplotlib
 
-NAME is `acceptance`, `distillation` or `curriculum`. A run that is already in DIR is not done again.
+NAME is `acceptance`, `acceptance-fixed` (the draft does not learn), `distillation` or `curriculum`. A run that is already in DIR is not done again.
 """
 import argparse
 import json
@@ -20,8 +20,9 @@ SEEDS = (1, 2, 3)
 ACCEPT = "accept_weight: 0.1"
 FIXED = ("draft_learning_rate: 1.0e-3", "draft_learning_rate: 0")
 EXPERIMENTS = {
-    "acceptance": {
-        f"weight {weight}": ([(ACCEPT, f"accept_weight: {weight}"), FIXED], 100) for weight in ("0", "0.1", "1.0")
+    "acceptance": {f"weight {weight}": ([(ACCEPT, f"accept_weight: {weight}")], 100) for weight in ("0", "1.0", "5.0")},
+    "acceptance-fixed": {
+        f"weight {weight}": ([(ACCEPT, f"accept_weight: {weight}"), FIXED], 100) for weight in ("0", "1.0", "5.0")
     },
     "distillation": {"distilled": ([], 200), "fixed": ([FIXED], 200)},
     "curriculum": {
@@ -35,6 +36,10 @@ EXPERIMENTS = {
 # What is drawn: title → metric.
 PLOTS = {
     "acceptance": {"acceptance rate": "spec_decode/acceptance_rate", "task reward": "rewards/reward-math/mean"},
+    "acceptance-fixed": {
+        "acceptance rate": "spec_decode/acceptance_rate",
+        "task reward": "rewards/reward-math/mean",
+    },
     "distillation": {"acceptance rate": "spec_decode/acceptance_rate", "draft loss (nats)": "draft/loss"},
     "curriculum": {"held-out accuracy": "eval_accuracy_strict", "task reward": "rewards/reward-math/mean"},
 }

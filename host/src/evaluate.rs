@@ -9,6 +9,7 @@ use crate::{
     plugin::{FormatterPlugin, RewardPlugin, RewardSet},
     policy::Policy,
     rollout::{Job, Rollouts, roll},
+    speculation::Speculation,
     types::{Row, Sample, SamplingParams, Score},
 };
 
@@ -67,6 +68,8 @@ pub struct EvalReport {
     pub too_long: usize,
     /// Rows that accuracy is over: those with an answer.
     pub answered: usize,
+    /// What was drafted for the completions, all of them.
+    pub speculation: Speculation,
 }
 
 impl EvalReport {
@@ -96,12 +99,10 @@ pub fn evaluate(
         too_long: rolled.too_long.len(),
         ..EvalReport::default()
     };
-    let lengths = rolled
-        .rollouts
-        .iter()
-        .flat_map(|r| &r.completions)
-        .map(|c| c.tokens.len());
-    report.mean_length = mean(lengths.map(|n| n as f64)).unwrap_or(0.0);
+    let completions = rolled.rollouts.iter().flat_map(|r| &r.completions);
+    report.speculation = Speculation::of(completions.clone());
+    let lengths = completions.map(|c| c.tokens.len() as f64);
+    report.mean_length = mean(lengths).unwrap_or(0.0);
     let samples: Vec<Sample<'_>> = rolled.rollouts.iter().flat_map(samples_of).collect();
     let scores = judges.rewards.score(&samples)?.scores;
     report.skipped = scores

@@ -19,6 +19,7 @@ pub mod rollout;
 pub mod run;
 pub mod setup;
 pub mod sft;
+pub mod speculation;
 pub mod trainer;
 pub mod types;
 pub mod update;

@@ -17,8 +17,9 @@ pub struct Metrics(pub Map<String, Value>);
 
 impl Metrics {
     fn put(&mut self, name: &str, value: f64) {
-        // JSON has no NaN; a metric that is not a number is left out rather than written as null.
-        if let Some(number) = serde_json::Number::from_f64(value) {
+        // JSON has no NaN; a metric that is not a number is left out rather than written as null. Adding 0
+        // makes a 0 of the -0 that an empty sum is.
+        if let Some(number) = serde_json::Number::from_f64(value + 0.0) {
             self.0.insert(name.to_owned(), Value::Number(number));
         }
     }
@@ -33,9 +34,13 @@ impl Metrics {
             ("eval_completions/mean_length", Some(eval.mean_length)),
         ];
         for (name, value) in named {
-            if let Some(value) = value {
-                self.put(name, value);
-            }
+            self.put_known(name, value);
+        }
+    }
+
+    fn put_known(&mut self, name: &str, value: Option<f64>) {
+        if let Some(value) = value {
+            self.put(name, value);
         }
     }
 }
@@ -57,18 +62,21 @@ pub fn headline(line: &Map<String, Value>) -> Option<f64> {
     accuracy.or_else(|| line.get("eval_reward"))?.as_f64()
 }
 
-/// The metrics line of a step.
+/// The metrics line of a step. What is undefined is not in it: without a group there is neither reward nor
+/// loss.
 pub fn metrics(report: &StepReport, total_tokens: u64) -> Metrics {
     let mut out = Metrics::default();
     let stats = &report.advantages.stats;
-    out.put("loss", report.update.loss);
-    out.put("grad_norm", report.update.grad_norm);
+    if !report.groups.is_empty() {
+        out.put("loss", report.update.loss);
+        out.put("grad_norm", report.update.grad_norm);
+    }
     out.put("learning_rate", report.learning_rate);
     out.put("epoch", report.plan.epoch);
     out.put("num_tokens", total_tokens as f64);
-    out.put("reward", stats.reward);
-    out.put("reward_std", stats.reward_std);
-    out.put("frac_reward_zero_std", stats.frac_reward_zero_std);
+    out.put_known("reward", stats.reward);
+    out.put_known("reward_std", stats.reward_std);
+    out.put_known("frac_reward_zero_std", stats.frac_reward_zero_std);
     add_reward_parts(&mut out, &report.groups);
     add_lengths(&mut out, &report.groups);
     for (name, value) in report.update.stats.metrics() {
@@ -87,8 +95,12 @@ pub fn metrics(report: &StepReport, total_tokens: u64) -> Metrics {
     for (name, value) in &report.plan.metrics {
         out.put(&format!("curriculum/{name}"), *value);
     }
+    // A plugin knows its own plan only, and a step may ask for several.
+    out.put("curriculum/completions", report.sampling.planned as f64);
     add_telemetry(&mut out, &report.groups);
-    add_speculation(&mut out, &report.groups);
+    for (name, value) in report.sampling.speculation.metrics() {
+        out.put(&name, value);
+    }
     if let Some(lesson) = &report.draft {
         out.put("draft/loss", lesson.loss);
         out.put("draft/grad_norm", lesson.grad_norm);
@@ -97,18 +109,16 @@ pub fn metrics(report: &StepReport, total_tokens: u64) -> Metrics {
     out
 }
 
-/// What the step's completions were spent on. A group teaches if not all of its advantages are 0.
+/// What the step's completions were spent on.
 fn add_budget(out: &mut Metrics, report: &StepReport) {
-    let teaches = |g: &&Group| g.advantages.iter().any(|a| *a != 0.0);
-    let teaching = || report.groups.iter().filter(teaches);
-    let taught: usize = teaching().map(|g| g.advantages.len()).sum();
+    let taught: usize = report.teaching().map(|g| g.advantages.len()).sum();
     let drawn = report.sampling.completions as f64;
     out.put("sampling/completions", drawn);
     out.put(
         "sampling/respent_completions",
         report.sampling.respent as f64,
     );
-    out.put("sampling/teaching_groups", teaching().count() as f64);
+    out.put("sampling/teaching_groups", report.teaching().count() as f64);
     out.put("sampling/teaching_fraction", taught as f64 / drawn);
 }
 
@@ -154,7 +164,7 @@ fn add_lengths(out: &mut Metrics, groups: &[Group]) {
             out.put(&format!("completions/max_{kind}"), max);
         }
     }
-    let clipped = 1.0 - terminated.len() as f64 / (all.len() as f64).max(1.0);
+    let clipped = (all.len() - terminated.len()) as f64 / all.len() as f64;
     out.put("completions/clipped_ratio", clipped);
 }
 
@@ -178,33 +188,6 @@ fn add_telemetry(out: &mut Metrics, groups: &[Group]) {
         f64::from(t.cached_prompt_tokens)
     });
     put("kv_bytes", &|t| t.kv_bytes as f64);
-}
-
-/// Speculation under vLLM's names; nothing where nothing was drafted, because a rate of it is undefined.
-fn add_speculation(out: &mut Metrics, groups: &[Group]) {
-    let completions = || groups.iter().flat_map(|g| &g.rollouts.completions);
-    let total = |of: fn(&Completion) -> u32| completions().map(|c| f64::from(of(c))).sum::<f64>();
-    let drafts = total(|c| c.drafts);
-    if drafts == 0.0 {
-        return;
-    }
-    let drafted = total(|c| c.telemetry.draft_tokens);
-    let accepted = total(|c| c.telemetry.accepted_tokens);
-    out.put("spec_decode/num_drafts", drafts);
-    out.put("spec_decode/num_draft_tokens", drafted);
-    out.put("spec_decode/num_accepted_tokens", accepted);
-    out.put("spec_decode/acceptance_rate", accepted / drafted);
-    // The token that every verification yields counts, as in vLLM.
-    out.put("spec_decode/mean_accepted_length", 1.0 + accepted / drafts);
-    let longest = completions().map(|c| c.accepted_per_pos.len()).max();
-    for position in 0..longest.unwrap_or(0) {
-        let at = |c: &Completion| c.accepted_per_pos.get(position).copied().unwrap_or(0);
-        let accepted: f64 = completions().map(|c| f64::from(at(c))).sum();
-        out.put(
-            &format!("spec_decode/accepted_per_pos/{position}"),
-            accepted / drafts,
-        );
-    }
 }
 
 fn add_times(out: &mut Metrics, report: &StepReport) {

@@ -98,14 +98,22 @@ fn names(scored: &Scored) -> Vec<&str> {
     scored.parts.iter().map(|(name, _)| name.as_str()).collect()
 }
 
+/// Of two groups in one call: only the first has a rate, which is the mean that its other samples count with.
 #[test]
-fn an_undefined_acceptance_is_left_out_with_one_warning() {
+fn an_undefined_acceptance_counts_as_its_groups_mean_with_one_warning() {
     let (host, lines) = host();
     let plugin = shipped(&host, "reward-inference", json!({}));
-    let samples = [USAGE, UNDRAFTED, UNDRAFTED].map(|t| sample(RIGHT, t));
+    let quarter = Telemetry {
+        accepted_tokens: 2,
+        ..USAGE
+    };
+    let mut samples = [USAGE, UNDRAFTED, quarter, UNDRAFTED].map(|t| sample(RIGHT, t));
+    samples[3].prompt = "q";
     let found = scored(&plugin, &samples);
     close(found[0].total, 0.58);
-    close(found[1].total, 0.08);
+    close(found[1].total, 0.08 + 0.375);
+    close(found[2].total, 0.33);
+    close(found[3].total, 0.08);
     let part = |name: &str, value| (name.to_owned(), value);
     let parts = [
         part("latency_ms", 250.0),
@@ -116,8 +124,7 @@ fn an_undefined_acceptance_is_left_out_with_one_warning() {
     ];
     assert_eq!(found[0].parts, parts);
     assert!(!names(&found[1]).contains(&"accept_rate"));
-    let text =
-        "accept_rate is undefined for some samples, no token was drafted: left out of their totals";
+    let text = "accept_rate is undefined for some samples, no token was drafted: the mean of their group stands in";
     let warning = (LogLevel::Warn, text.to_owned());
     assert_eq!(*lines.lock().unwrap(), [warning]);
     // Nothing drafted, nothing asked: no warning.
@@ -132,8 +139,37 @@ fn an_undefined_acceptance_is_left_out_with_one_warning() {
     let found = scored(&off, &[sample(RIGHT, UNDRAFTED), sample(RIGHT, empty)]);
     close(found[0].total, -10.0 - 0.025 + 0.375);
     assert_eq!(names(&found[1]), ["generated_tokens", "kv_mb"]);
-    let text = "cache_reuse is undefined for some samples, the prompt has no tokens: left out of their totals";
+    let text = "cache_reuse is undefined for some samples, the prompt has no tokens: the mean of their group stands in";
     assert_eq!(*lines.lock().unwrap(), [(LogLevel::Warn, text.to_owned())]);
+}
+
+/// A group of which nothing is defined is all alike and reports no rate.
+#[test]
+fn a_group_without_any_term_is_neutral() {
+    let (host, _) = host();
+    let only = json!({"latency_weight": 0, "token_weight": 0, "kv_weight": 0, "reuse_weight": 0});
+    let plugin = shipped(&host, "reward-inference", only.clone());
+    let mut samples = [UNDRAFTED, UNDRAFTED, USAGE].map(|t| sample(RIGHT, t));
+    samples[2].prompt = "q";
+    let scoring = plugin.score(&samples).unwrap();
+    let [
+        Score::Value(first),
+        Score::Value(second),
+        Score::Value(other),
+    ] = scoring.scores.as_slice()
+    else {
+        panic!("{scoring:?}")
+    };
+    assert_eq!((first.total, second.total), (0.0, 0.0));
+    assert!(first.parts.is_empty() && second.parts.is_empty());
+    close(other.total, 0.5);
+    // Around a task reward the task is what remains.
+    let around = json!({"inference": only});
+    let bytes = defaults::component("reward-math-inference").unwrap();
+    let plugin = load(&host, bytes, &around).unwrap();
+    let found = scored(&plugin, &samples[..2]);
+    close(found[0].total, 1.0);
+    assert_eq!(names(&found[0]), ["task", "strict", "flexible"]);
 }
 
 #[test]
@@ -194,9 +230,11 @@ fn around_a_task_reward_it_is_one_component() {
     );
     let config = json!({"inner": {"correct": 2}, "inference": {"reuse_weight": 0}});
     let plugin = load(&host, bytes, &config).unwrap();
+    // The host tells by its address that two samples share a row.
+    let row = RIGHT.0;
     let samples = [
-        sample(RIGHT, USAGE),
-        sample(WRONG, UNDRAFTED),
+        sample((row, RIGHT.1), USAGE),
+        sample((row, WRONG.1), UNDRAFTED),
         sample(NO_NUMBER, UNDRAFTED),
     ];
     let scoring = plugin.score(&samples).unwrap();
@@ -209,14 +247,13 @@ fn around_a_task_reward_it_is_one_component() {
         panic!("{scoring:?}")
     };
     close(right.total, 2.0 + 0.205);
-    close(wrong.total, -0.295);
+    close(wrong.total, -0.295 + 0.5);
     assert_eq!(reason, "column `answer` holds no number");
     let terms = ["task", "latency_ms", "generated_tokens", "kv_mb"];
     assert_eq!(names(wrong), [&terms[..], &["strict", "flexible"]].concat());
     assert_eq!(right.parts[0], ("task".to_owned(), 2.0));
     // The skipped sample has no term to lack.
-    let text =
-        "accept_rate is undefined for some samples, no token was drafted: left out of their totals";
+    let text = "accept_rate is undefined for some samples, no token was drafted: the mean of their group stands in";
     assert_eq!(*lines.lock().unwrap(), [(LogLevel::Warn, text.to_owned())]);
 }
 

@@ -57,6 +57,11 @@ fn json_of(report: &EvalReport, samples: u32) -> serde_json::Value {
         "skipped": report.skipped,
         "mean_length": report.mean_length,
         "too_long": report.too_long,
+        "draft_tokens": report.speculation.draft_tokens,
+        "accepted_tokens": report.speculation.accepted_tokens,
+        "acceptance_rate": report.speculation.acceptance_rate(),
+        "drafts": report.speculation.drafts,
+        "accepted_per_pos": report.speculation.accepted_per_pos,
     })
 }
 
@@ -76,6 +81,7 @@ fn table(report: &EvalReport, samples: u32) -> String {
     let reward = report.reward.map_or("–".to_owned(), |r| format!("{r:.3}"));
     rows.push(("reward", reward));
     rows.push(("length", format!("{:.1} tokens", report.mean_length)));
+    rows.extend(report.speculation.acceptance().map(|text| ("draft", text)));
     if report.skipped + report.too_long > 0 {
         let text = format!(
             "{} not scored, {} prompts too long",

@@ -68,13 +68,17 @@ impl Bar {
     pub(super) fn step(&mut self, report: &StepReport) {
         let speed = report.sampling.tokens as f64 / report.seconds.total.max(1e-9);
         let reward = report.advantages.stats.reward;
-        self.message = format!("reward {reward:.3} · {speed:.0} tok/s");
+        let reward = reward.map_or("–".to_owned(), |r| format!("{r:.3}"));
+        self.message = format!("reward {reward} · {speed:.0} tok/s");
         self.bar.set_message(self.message.clone());
         self.bar.set_position(report.step);
         if self.tables {
             for line in report.plan.report.iter().flat_map(table::lines) {
                 self.print(&line);
             }
+        }
+        if let Some(line) = report.nothing_learnt() {
+            self.print(&line);
         }
         if self.lines && (self.last_line.elapsed() >= LINE_EVERY || report.step == self.total) {
             eprintln!("step {}/{} · {}", report.step, self.total, self.message);

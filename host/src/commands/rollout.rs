@@ -8,6 +8,7 @@ use crate::{
     cli::{Environment, RolloutArgs},
     policy::{Mode, Policy},
     setup,
+    speculation::Speculation,
     types::{Completion, Message, PromptBody},
 };
 
@@ -55,14 +56,8 @@ pub(super) fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Resu
 
 fn cost(c: &Completion) -> String {
     let t = &c.telemetry;
-    let speculation = match t.draft_tokens {
-        0 => String::new(),
-        n => format!(
-            ", accept_rate={:.1}% ({}/{n} draft tokens accepted)",
-            100.0 * f64::from(t.accepted_tokens) / f64::from(n),
-            t.accepted_tokens,
-        ),
-    };
+    let speculation = Speculation::of(std::iter::once(c)).acceptance();
+    let speculation = speculation.map_or_else(String::new, |text| format!(", {text}"));
     format!(
         "[{} tokens, {:?}, {:.0} ms ({:.0} prefill, {:.0} decode), {:.1} tokens/s, prompt {} ({} cached), KV {:.1} KiB{speculation}]",
         t.generated_tokens,

@@ -32,6 +32,9 @@ pub(super) fn run(args: &TrainArgs, environment: &Environment) -> anyhow::Result
     super::set_threads(config.hardware.threads)?;
     super::require_cpu(config.hardware.device)?;
     let mut run = Run::prepare(&config, place, environment, quiet)?;
+    if let Some(odd) = config.idle_patience() {
+        eprintln!("warning: {odd}");
+    }
     let outcome = run.train(&interrupt, &args.output)?;
     let summary = run.finish(&outcome)?;
     if args.output.json {
@@ -82,6 +85,10 @@ fn open(args: &TrainArgs) -> anyhow::Result<(RunConfig, Place)> {
         let config = args.over(saved)?.validate()?;
         loss_config(&config.loss).validate()?;
         refuse_changes(&before, &config)?;
+        let step = resumed.checkpoint.as_ref().map_or(0, |c| c.state.step);
+        for damage in &resumed.damages {
+            eprintln!("warning: {damage}: going back to the checkpoint of step {step}");
+        }
         return Ok((config, Place::Resumed(Box::new(resumed))));
     }
     let config = super::config_over_defaults(|base| args.over(base))?;

@@ -73,7 +73,7 @@ impl DraftTokens {
 
 /// YAML writes a number without quotes, the command line only text.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "a draft length is auto or 1 to 16")]
 enum Written {
     Number(usize),
     Text(String),

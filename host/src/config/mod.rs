@@ -55,6 +55,25 @@ impl RunConfig {
     pub fn to_yaml(&self) -> Result<String, ConfigError> {
         serde_norway::to_string(self).map_err(|source| ConfigError::Write { source })
     }
+
+    /// What is wrong with a patience that cannot end the run; `None` if it can, or if there is none.
+    ///
+    /// The first evaluation is the best so far, and only those before the last step can end anything.
+    pub fn idle_patience(&self) -> Option<String> {
+        let patience = u64::from(self.eval.early_stopping_patience?);
+        let (every, steps) = (self.eval.eval_steps, self.training.max_steps);
+        let during = steps.saturating_sub(1).checked_div(every).unwrap_or(0);
+        let without_gain = match self.eval.eval_on_start {
+            true => during,
+            false => during.saturating_sub(1),
+        };
+        (without_gain < patience).then(|| {
+            format!(
+                "early_stopping_patience {patience} cannot end this run: with eval_steps {every} it has \
+                 {during} evaluations before its last step"
+            )
+        })
+    }
 }
 
 /// Keys as given, each with its origin. A key given again replaces the earlier value as a whole.

@@ -353,3 +353,40 @@ fn dynamic_sampling_is_a_flag_or_a_word() {
         assert!(hint.is_some());
     }
 }
+
+#[test]
+fn a_patience_that_never_runs_out_is_found() {
+    let odd = |yaml: &str| run(&format!("max_steps: 10\n{yaml}")).idle_patience();
+    assert_eq!(odd("eval_steps: 0"), None);
+    // Steps 3, 6 and 9 against the start.
+    for (patience, fine) in [(3, true), (4, false)] {
+        let yaml = format!("eval_steps: 3\nearly_stopping_patience: {patience}");
+        assert_eq!(odd(&yaml).is_none(), fine, "{patience}");
+        // Without one at the start the first of them is the best.
+        let yaml =
+            format!("eval_steps: 2\neval_on_start: false\nearly_stopping_patience: {patience}");
+        assert_eq!(odd(&yaml).is_none(), fine, "{patience}");
+    }
+    for every in [0, 10, 11] {
+        let expected = format!(
+            "early_stopping_patience 1 cannot end this run: with eval_steps {every} it has 0 evaluations \
+             before its last step"
+        );
+        let found = odd(&format!("eval_steps: {every}\nearly_stopping_patience: 1"));
+        assert_eq!(found, Some(expected));
+    }
+}
+
+#[test]
+fn values_of_another_type_are_refused_with_what_is_allowed() {
+    for yaml in ["true", "-1", "2.5", "[3]"] {
+        let (error, _) = refusal(&format!("draft_tokens: {yaml}"));
+        let text = "`draft_tokens`: a draft length is auto or 1 to 16";
+        assert!(error.ends_with(text), "{yaml}: {error}");
+    }
+    for yaml in ["1", "[]", "{a: 1}"] {
+        let (error, _) = refusal(&format!("dynamic_sampling: {yaml}"));
+        let text = "`dynamic_sampling`: dynamic sampling is false, refill (or true) or respend";
+        assert!(error.ends_with(text), "{yaml}: {error}");
+    }
+}

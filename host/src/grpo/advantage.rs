@@ -33,16 +33,16 @@ pub struct Advantages {
     pub stats: RewardStats,
 }
 
-/// Reward statistics under TRL's names.
+/// Reward statistics under TRL's names; the first three are `None` without a scored sample.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RewardStats {
     /// `reward`: mean over groups of the group mean. Groups without a scored sample do not count.
-    pub reward: f64,
+    pub reward: Option<f64>,
     /// `reward_std`: mean over groups of the group's standard deviation.
-    pub reward_std: f64,
+    pub reward_std: Option<f64>,
     /// `frac_reward_zero_std`: share of groups whose rewards are all equal. Always per group, also with
     /// [`ScaleRewards::Batch`], because it says how much of the batch teaches nothing.
-    pub frac_reward_zero_std: f64,
+    pub frac_reward_zero_std: Option<f64>,
     /// Groups with at least one scored sample.
     pub groups: usize,
     /// Groups in which every sample was skipped.
@@ -124,8 +124,10 @@ fn reward_stats(groups: &[Vec<Option<f64>>], moments: &[Moments]) -> RewardStats
     let n_groups = filled.clone().count();
     let scored = moments.iter().map(|m| m.n).sum();
     let total: usize = groups.iter().map(Vec::len).sum();
-    let over_groups =
-        |f: fn(&Moments) -> f64| filled.clone().map(f).sum::<f64>() / n_groups.max(1) as f64;
+    let over_groups = |f: fn(&Moments) -> f64| {
+        let sum: f64 = filled.clone().map(f).sum();
+        (n_groups > 0).then(|| sum / n_groups as f64)
+    };
     RewardStats {
         reward: over_groups(|m| m.mean),
         reward_std: over_groups(|m| m.std),

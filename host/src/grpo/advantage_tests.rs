@@ -22,8 +22,8 @@ fn a_group_worked_by_hand() {
         "{}",
         out.values[0][0]
     );
-    close(out.stats.reward, 0.5);
-    close(out.stats.reward_std, std);
+    close(out.stats.reward.unwrap(), 0.5);
+    close(out.stats.reward_std.unwrap(), std);
 }
 
 #[test]
@@ -35,7 +35,7 @@ fn batch_scale_divides_by_the_deviation_of_all_samples() {
     close(out.values[0][0], -1.0 / d);
     close(out.values[1][1], 1.0 / d);
     // The logged deviation stays the group's: √2 for both.
-    close(out.stats.reward_std, 2.0_f64.sqrt());
+    close(out.stats.reward_std.unwrap(), 2.0_f64.sqrt());
 }
 
 #[test]
@@ -59,8 +59,8 @@ fn skipped_samples_do_not_count() {
         (s.groups, s.empty_groups, s.scored, s.skipped),
         (1, 1, 2, 3)
     );
-    close(s.reward, 0.5);
-    close(s.frac_reward_zero_std, 0.0);
+    close(s.reward.unwrap(), 0.5);
+    close(s.frac_reward_zero_std.unwrap(), 0.0);
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn groups_of_different_sizes() {
     close(out.values[1][2], 3.0 / (3.0 + 1e-4));
     assert_eq!(out.values[1][1], 0.0);
     // Mean over groups of the means 0 and 3, not over the five samples.
-    close(out.stats.reward, 1.5);
+    close(out.stats.reward.unwrap(), 1.5);
 }
 
 #[test]
@@ -91,7 +91,7 @@ fn equal_rewards_give_exactly_zero_and_are_counted() {
         let out = advantages(&groups, scale);
         assert_eq!(out.values[0], [0.0; 3]);
         assert_eq!(out.values[2], [0.0]);
-        close(out.stats.frac_reward_zero_std, 2.0 / 3.0);
+        close(out.stats.frac_reward_zero_std.unwrap(), 2.0 / 3.0);
     }
     assert!(is_flat(&groups[0]) && !is_flat(&groups[1]) && is_flat(&groups[2]));
     assert!(!is_flat(&[None, None]));
@@ -101,4 +101,13 @@ fn equal_rewards_give_exactly_zero_and_are_counted() {
 fn large_rewards_keep_their_differences() {
     let out = advantages(&[vec![Some(1e8), Some(1e8 + 1.0)]], ScaleRewards::Group);
     close(out.values[0][1], 0.5 / (0.5_f64.sqrt() + 1e-4));
+}
+
+#[test]
+fn without_a_scored_sample_there_are_no_statistics() {
+    for groups in [vec![], vec![vec![None, None]]] {
+        let stats = advantages(&groups, ScaleRewards::Group).stats;
+        let found = (stats.reward, stats.reward_std, stats.frac_reward_zero_std);
+        assert_eq!(found, (None, None, None), "{groups:?}");
+    }
 }

@@ -24,7 +24,10 @@ pub enum DynamicSampling {
 
 /// YAML knows `true` and `false`, and everything else is a word.
 #[derive(Clone, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "dynamic sampling is false, refill (or true) or respend"
+)]
 enum Written {
     Flag(bool),
     Word(String),

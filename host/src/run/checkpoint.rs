@@ -1,6 +1,7 @@
-//! Checkpoints: `checkpoints/step-N/` with `state.json`, `curriculum.bin` and whatever the policy wrote.
+//! Checkpoints: `checkpoints/step-N/` with `state.json`, `curriculum.bin`, whatever the policy wrote, and the
+//! manifest of them all.
 //!
-//! A checkpoint is built in `.tmp-step-N`, synced, and renamed. So a folder named `step-N` is whole, a
+//! A checkpoint is built in `.tmp-step-N`, synced, and renamed. So a folder named `step-N` was whole once, a
 //! crash or a full disk leaves the previous one valid, and readers never look at temporaries.
 
 use std::{
@@ -10,12 +11,15 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use super::{RunError, atomic};
+use super::{
+    RunError, atomic,
+    manifest::{self, Damage, Look},
+};
 use crate::types::Outcome;
 
-const FORMAT: u32 = 1;
+/// 2: with a manifest.
+const FORMAT: u32 = 2;
 
 /// Everything of a run that is not weights, optimizer or configuration.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -69,8 +73,6 @@ pub struct Keep {
 #[derive(Serialize, Deserialize)]
 struct StateFile {
     format: u32,
-    /// SHA-256 of `curriculum.bin`.
-    curriculum_sha256: String,
     #[serde(flatten)]
     state: TrainState,
 }
@@ -106,13 +108,14 @@ impl CheckpointWriter {
         &self.temporary
     }
 
-    /// Writes the state, syncs everything, gives the checkpoint its name and removes the ones that `keep`
+    /// Writes the state and the manifest, syncs everything, gives the checkpoint its name and removes the ones that `keep`
     /// does not cover. Returns the final folder.
     ///
     /// # Errors
     /// [`RunError::Write`], with earlier checkpoints untouched and the temporary removed.
     pub fn commit(mut self, state: &TrainState, keep: Keep) -> Result<PathBuf, RunError> {
         self.write_state(state)?;
+        manifest::write(&self.temporary)?;
         sync_tree(&self.temporary)?;
         let folder = self.temporary.parent().unwrap_or(Path::new(".")).to_owned();
         let path = folder.join(format!("step-{}", self.step));
@@ -137,7 +140,6 @@ impl CheckpointWriter {
     fn write_state(&self, state: &TrainState) -> Result<(), RunError> {
         let file = StateFile {
             format: FORMAT,
-            curriculum_sha256: hex_digest(&state.curriculum),
             state: TrainState {
                 step: self.step,
                 ..state.clone()
@@ -167,28 +169,40 @@ impl Drop for CheckpointWriter {
     }
 }
 
-/// All valid checkpoints of a run, oldest first. Temporaries and folders without a readable state are
-/// passed over.
+/// All valid checkpoints of a run, oldest first. Temporaries and damaged ones are passed over; of weights
+/// only the size is looked at, because reading all of them takes its time. [`newest_whole`] reads.
 pub fn checkpoints(root: &Path) -> Result<Vec<Checkpoint>, RunError> {
-    let mut found: Vec<Checkpoint> = atomic::entries(&root.join("checkpoints"))?
+    let valid = |(step, path): (u64, PathBuf)| read(path, step, Look::Sizes).ok();
+    Ok(folders(&root.join("checkpoints"))?
         .into_iter()
+        .filter_map(valid)
+        .collect())
+}
+
+/// The newest checkpoint of which every byte is as it was written, and what is wrong with each of the later
+/// ones, the newest first.
+pub(super) fn newest_whole(root: &Path) -> Result<(Option<Checkpoint>, Vec<Damage>), RunError> {
+    let mut damages = Vec::new();
+    for (step, path) in folders(&root.join("checkpoints"))?.into_iter().rev() {
+        match read(path, step, Look::Bytes) {
+            Ok(checkpoint) => return Ok((Some(checkpoint), damages)),
+            Err(damage) => damages.push(damage),
+        }
+    }
+    Ok((None, damages))
+}
+
+/// Folders that are named as checkpoints, by rising step.
+fn folders(checkpoints: &Path) -> Result<Vec<(u64, PathBuf)>, RunError> {
+    let entries = atomic::entries(checkpoints)?.into_iter();
+    let mut found: Vec<_> = entries
         .filter_map(|path| Some((step_of(&path)?, path)))
-        .filter_map(|(step, path)| read_state(&path, step).map(|state| Checkpoint { path, state }))
         .collect();
-    found.sort_by_key(|c| c.state.step);
+    found.sort();
     Ok(found)
 }
 
-/// How many complete checkpoints there seem to be, valid or not.
-pub(super) fn folders(root: &Path) -> Result<usize, RunError> {
-    let entries = atomic::entries(&root.join("checkpoints"))?;
-    Ok(entries
-        .iter()
-        .filter(|path| step_of(path).is_some())
-        .count())
-}
-
-/// The newest valid checkpoint.
+/// The newest valid checkpoint, as [`checkpoints`] sees it.
 pub fn latest(root: &Path) -> Result<Option<Checkpoint>, RunError> {
     Ok(checkpoints(root)?.pop())
 }
@@ -214,30 +228,37 @@ fn step_of(path: &Path) -> Option<u64> {
         .ok()
 }
 
-/// `None` for anything but a state of this format, of that step, with the curriculum's bytes it had.
-fn read_state(path: &Path, step: u64) -> Option<TrainState> {
-    let text = fs::read(path.join("state.json")).ok()?;
-    let file: StateFile = serde_json::from_slice(&text).ok()?;
-    let curriculum = fs::read(path.join("curriculum.bin")).ok()?;
-    let valid = file.format == FORMAT
-        && file.state.step == step
-        && file.curriculum_sha256 == hex_digest(&curriculum);
-    valid.then_some(TrainState {
+/// The checkpoint in a folder, if it is one of that step and of this format, with all of its files.
+fn read(path: PathBuf, step: u64, look: Look) -> Result<Checkpoint, Damage> {
+    manifest::check(&path, look)?;
+    let fail = |name: &str, reason: String| Damage {
+        path: path.join(name),
+        reason,
+    };
+    let bytes = |name: &str| {
+        fs::read(path.join(name)).map_err(|e| fail(name, format!("cannot be read: {e}")))
+    };
+    let (name, text) = ("state.json", bytes("state.json")?);
+    let file: StateFile =
+        serde_json::from_slice(&text).map_err(|e| fail(name, format!("is no state: {e}")))?;
+    if file.format != FORMAT {
+        let reason = format!("has format {} instead of {FORMAT}", file.format);
+        return Err(fail(name, reason));
+    }
+    if file.state.step != step {
+        let reason = format!("is of step {}", file.state.step);
+        return Err(fail(name, reason));
+    }
+    let curriculum = bytes("curriculum.bin")?;
+    let state = TrainState {
         curriculum,
         ..file.state
-    })
-}
-
-fn hex_digest(bytes: &[u8]) -> String {
-    format!("{:x}", Sha256::digest(bytes))
+    };
+    Ok(Checkpoint { path, state })
 }
 
 fn prune(folder: &Path, state: &TrainState, keep: Keep) -> Result<(), RunError> {
-    let mut steps: Vec<(u64, PathBuf)> = atomic::entries(folder)?
-        .into_iter()
-        .filter_map(|path| Some((step_of(&path)?, path)))
-        .collect();
-    steps.sort();
+    let steps = folders(folder)?;
     let best = state.best.filter(|_| keep.best).map(|best| best.step);
     let surplus = steps.len().saturating_sub(keep.last.max(1));
     for (_, path) in steps

@@ -5,6 +5,8 @@ use std::{
     path::PathBuf,
 };
 
+use super::manifest::Damage;
+
 /// Variants carry operands, hints say what to do. Lines count from 1.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
@@ -12,8 +14,13 @@ pub enum RunError {
     Exists { path: PathBuf },
     #[error("{path} is not a run directory: it has no config.yaml")]
     NotARun { path: PathBuf },
-    #[error("{path} has {found} checkpoints and none of them can be read")]
-    NoCheckpoint { path: PathBuf, found: usize },
+    #[error("{path} has {found} checkpoints and none of them is whole: {damage}")]
+    NoCheckpoint {
+        path: PathBuf,
+        found: usize,
+        /// Of the newest one.
+        damage: Damage,
+    },
     #[error("{path} is in use by another process")]
     Locked { path: PathBuf },
     #[error("cannot write {path}: {source}")]
@@ -50,8 +57,8 @@ impl RunError {
             }
             Self::NotARun { .. } => "give the folder that `--out` named".to_owned(),
             Self::NoCheckpoint { .. } => {
-                "nothing was changed; bring state.json and curriculum.bin of one back, or remove \
-                 `checkpoints/` to begin again from step 0"
+                "nothing was changed; bring the files of one back, or remove `checkpoints/` to begin \
+                 again from step 0"
                     .to_owned()
             }
             Self::Locked { .. } => "wait for that process, or end it, before resuming".to_owned(),

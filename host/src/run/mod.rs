@@ -10,6 +10,7 @@ mod checkpoint;
 mod columns;
 mod error;
 mod lock;
+mod manifest;
 mod report;
 mod results;
 mod rollouts;
@@ -24,6 +25,7 @@ use std::{
 pub use checkpoint::{Best, Checkpoint, CheckpointWriter, Keep, TrainState, checkpoints, latest};
 pub use error::RunError;
 pub use lock::{LockedPlugin, read_plugins_lock};
+pub use manifest::Damage;
 pub use report::write_report;
 pub use results::{MetricRow, Summary, summarise};
 pub use rollouts::{Rollout, read_rollouts, rollout_files, write_rollouts};
@@ -43,6 +45,8 @@ pub struct Resumed {
     pub dir: RunDir,
     /// Where to go on; `None` when the run was ended before its first checkpoint, so from step 0.
     pub checkpoint: Option<Checkpoint>,
+    /// What is wrong with the later checkpoints, the newest first.
+    pub damages: Vec<Damage>,
 }
 
 impl RunDir {
@@ -72,7 +76,7 @@ impl RunDir {
         Ok(())
     }
 
-    /// Takes a run up at its latest valid checkpoint and removes what lies after it: lines of
+    /// Takes a run up at its latest whole checkpoint and removes what lies after it: lines of
     /// metrics and of the curriculum, rollout files, damaged or half-written checkpoints, later plugin swaps.
     pub fn resume(root: &Path) -> Result<Resumed, RunError> {
         if !root.join("config.yaml").exists() {
@@ -81,13 +85,13 @@ impl RunDir {
             });
         }
         let dir = Self::locked(root)?;
-        let checkpoint = latest(root)?;
-        let found = checkpoint::folders(root)?;
-        if checkpoint.is_none() && found > 0 {
+        let (checkpoint, damages) = checkpoint::newest_whole(root)?;
+        if let (None, Some(damage)) = (&checkpoint, damages.first()) {
             // Going on from step 0 would delete what may still be saved.
             return Err(RunError::NoCheckpoint {
                 path: root.to_owned(),
-                found,
+                found: damages.len(),
+                damage: damage.clone(),
             });
         }
         let step = checkpoint.as_ref().map_or(0, |c| c.state.step);
@@ -96,7 +100,11 @@ impl RunDir {
         step_log::cut_after(root, step_log::CURRICULUM, step)?;
         rollouts::remove_after(root, step)?;
         lock::cut_after(root, step)?;
-        Ok(Resumed { dir, checkpoint })
+        Ok(Resumed {
+            dir,
+            checkpoint,
+            damages,
+        })
     }
 
     fn locked(root: &Path) -> Result<Self, RunError> {

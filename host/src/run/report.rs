@@ -11,7 +11,7 @@ use super::{
 };
 
 /// Charts and the metrics they show; a chart without any of them is left out.
-const CHARTS: [(&str, &[&str]); 10] = [
+const CHARTS: [(&str, &[&str]); 11] = [
     ("Reward", &["reward", "reward_std"]),
     (
         "Evaluation accuracy",
@@ -34,6 +34,10 @@ const CHARTS: [(&str, &[&str]); 10] = [
     ("Gradient norm", &["grad_norm"]),
     ("Loss", &["loss"]),
     ("Groups of equal reward (share)", &["frac_reward_zero_std"]),
+    (
+        "Draft tokens accepted (share)",
+        &["spec_decode/acceptance_rate"],
+    ),
     ("Step time (s)", &["step_time"]),
 ];
 

@@ -116,7 +116,12 @@ fn state_comes_back_bit_for_bit() {
     let path = save(&run, &state(4));
     assert_eq!(
         names(&path),
-        ["curriculum.bin", "model.safetensors", "state.json"]
+        [
+            "curriculum.bin",
+            "manifest.json",
+            "model.safetensors",
+            "state.json"
+        ]
     );
     let found = latest(run.root()).unwrap().unwrap();
     assert_eq!((found.path, found.state), (path, state(4)));
@@ -301,7 +306,7 @@ fn damaged_checkpoints_are_passed_over() {
     // The curriculum of another time, a cut state, a folder under a false name.
     fs::write(second.join("curriculum.bin"), b"other").unwrap();
     assert_eq!(newest(&run), 1);
-    fs::write(second.join("state.json"), "{\"format\": 1,").unwrap();
+    fs::write(second.join("state.json"), "{\"format\": 2,").unwrap();
     assert_eq!(newest(&run), 1);
     let first = second.with_file_name("step-1");
     fs::create_dir(second.with_file_name("step-9")).unwrap();
@@ -313,6 +318,50 @@ fn damaged_checkpoints_are_passed_over() {
         .unwrap();
     }
     assert_eq!(newest(&run), 1);
+}
+
+/// One rule for every file: a checkpoint is as it was written or it is not used.
+#[test]
+fn a_resumed_run_goes_back_behind_any_damage() {
+    for (file, bytes, reason) in [
+        ("curriculum.bin", Some("\0\0\0"), "is not what was written"),
+        (
+            "model.safetensors",
+            Some("weight"),
+            "has 6 bytes instead of 7",
+        ),
+        (
+            "model.safetensors",
+            Some("wejghts"),
+            "is not what was written",
+        ),
+        ("model.safetensors", None, "cannot be read"),
+        ("state.json", Some("{"), "has 1 bytes instead of "),
+        ("manifest.json", Some("{"), "is not what was written"),
+        ("manifest.json", None, "is missing"),
+    ] {
+        let (_folder, run) = start();
+        save(&run, &state(1));
+        let path = save(&run, &state(2)).join(file);
+        match bytes {
+            Some(bytes) => fs::write(&path, bytes).unwrap(),
+            None => fs::remove_file(&path).unwrap(),
+        }
+        let root = run.root().to_owned();
+        drop(run);
+        let Resumed {
+            checkpoint,
+            damages,
+            ..
+        } = RunDir::resume(&root).unwrap();
+        assert_eq!(checkpoint.unwrap().state, state(1), "{file}");
+        let [damage] = &damages[..] else {
+            panic!("{damages:?}")
+        };
+        assert_eq!(damage.path, path);
+        assert!(damage.reason.starts_with(reason), "{damage}");
+        assert_eq!(names(&root.join("checkpoints")), ["step-1"]);
+    }
 }
 
 #[test]
@@ -412,6 +461,7 @@ fn results_and_report() {
     }
     let extra = [
         ("eval_accuracy_strict".to_owned(), json!(0.5)),
+        ("spec_decode/acceptance_rate".to_owned(), json!(0.75)),
         ("nan".to_owned(), json!(null)),
     ];
     metrics.append(4, &extra.into_iter().collect()).unwrap();
@@ -429,7 +479,12 @@ fn results_and_report() {
     write_report(root).unwrap();
     let html = fs::read_to_string(root.join("report.html")).unwrap();
     assert!(!html.contains("<script") && html.contains("&lt;script&gt;alert(1)&lt;/script&gt;"));
-    assert_eq!(html.matches("<svg").count(), 2, "reward and evaluation");
+    assert_eq!(
+        html.matches("<svg").count(),
+        3,
+        "reward, evaluation, acceptance"
+    );
+    assert!(html.contains("<figcaption>Draft tokens accepted (share)"));
     assert!(html.contains("skipped: deadline"));
     assert!(html.contains("<pre>seed: 7\n</pre>"));
     // Self-contained: nothing is fetched from anywhere.

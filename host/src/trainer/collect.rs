@@ -114,6 +114,8 @@ impl Trainer<'_> {
             .plan(&self.state.curriculum, &outcomes, &budget)?;
         self.state.curriculum.clone_from(&plan.state);
         let picks = plan.picks.clone();
+        let planned: u64 = picks.iter().map(|pick| u64::from(pick.rollouts)).sum();
+        collected.sampling.planned += planned;
         // An epoch may begin in any of a step's plans.
         let earlier = std::mem::take(&mut collected.plan.report);
         plan.report.splice(0..0, earlier);
@@ -153,6 +155,8 @@ impl Trainer<'_> {
         }
         let completions = rolled.rollouts.iter().flat_map(|r| &r.completions);
         collected.sampling.completions += completions.clone().count();
+        let speculation = &mut collected.sampling.speculation;
+        completions.clone().for_each(|c| speculation.add(c));
         collected.sampling.tokens += completions.map(|c| c.tokens.len()).sum::<usize>();
         collected.sampling.too_long += rolled.too_long.len();
         collected.seconds.rollout += started.elapsed().as_secs_f64();

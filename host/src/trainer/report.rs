@@ -4,6 +4,7 @@ use crate::{
     draft::Lesson,
     grpo::advantage::Advantages,
     rollout::Rollouts,
+    speculation::Speculation,
     types::{Plan, Score},
     update::UpdateReport,
 };
@@ -56,7 +57,7 @@ pub struct StepReport {
     /// What the draft learnt, if it does.
     pub draft: Option<Lesson>,
     pub learning_rate: f64,
-    /// The curriculum's epoch and named numbers.
+    /// The curriculum's epoch and named numbers, of the step's last plan; its reports are those of all.
     pub plan: Plan,
     /// Samples each reward left out, and failures that its policy dealt with.
     pub skipped: Vec<(String, u32)>,
@@ -65,8 +66,31 @@ pub struct StepReport {
     pub seconds: StepSeconds,
 }
 
+impl StepReport {
+    /// Groups with an advantage other than 0.
+    pub fn teaching(&self) -> impl Iterator<Item = &Group> {
+        let teaches = |g: &&Group| g.advantages.iter().any(|a| *a != 0.0);
+        self.groups.iter().filter(teaches)
+    }
+
+    /// The step in words where it had nothing to learn from.
+    pub fn nothing_learnt(&self) -> Option<String> {
+        if self.teaching().next().is_some() {
+            return None;
+        }
+        let (step, drawn) = (self.step, self.groups.len() + self.sampling.dropped_groups);
+        let or_none = match self.skipped.iter().any(|(_, count)| *count > 0) {
+            true => " or none",
+            false => "",
+        };
+        Some(format!(
+            "step {step}: no group teaches: all {drawn} drawn have equal rewards{or_none}"
+        ))
+    }
+}
+
 /// Work that dynamic sampling and length limits threw away.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct SamplingReport {
     pub too_long: usize,
     pub dropped_groups: usize,
@@ -78,6 +102,10 @@ pub struct SamplingReport {
     pub respent: usize,
     /// Tokens of all completions, dropped ones included.
     pub tokens: usize,
+    /// Drafts of all completions, dropped ones included.
+    pub speculation: Speculation,
+    /// Completions that the curriculum planned, over all plans of the step.
+    pub planned: u64,
 }
 
 /// Where the time of a step went.

@@ -128,6 +128,98 @@ fn refilling_costs_more_and_nothing_costs_what_it_says() {
     );
 }
 
+/// What a step draws in vain is counted where the metric says all that is drawn, and nowhere else.
+#[test]
+fn drafts_and_plans_are_those_of_every_draw_of_a_step() {
+    let lab = Lab::new();
+    let draft = format!("--draft model:{} --draft-tokens 2", lab.model().display());
+    let args = RESPEND.replace("respend", "refill");
+    lab.run(&format!("{args} {draft}")).fine();
+    let mut dropped = 0.0;
+    for line in &lab.metrics("a")[1..] {
+        let drawn = number(line, "sampling/completions");
+        assert_eq!(number(line, "curriculum/completions"), drawn);
+        let kept = groups(&lab, line["step"].as_u64().unwrap());
+        let kept = || kept.iter().flatten().map(|r| &r.completion);
+        let logged: u32 = kept().map(|c| c.telemetry.draft_tokens).sum();
+        let counted = number(line, "spec_decode/num_draft_tokens");
+        let all_are_kept = drawn == kept().count() as f64;
+        assert_eq!(counted == f64::from(logged), all_are_kept, "{line:?}");
+        assert!(counted >= f64::from(logged), "{line:?}");
+        let at = |i: u32| {
+            number(
+                line,
+                &format!("spec_decode/num_accepted_tokens_per_pos/{i}"),
+            )
+        };
+        assert_eq!(
+            at(0) + at(1),
+            number(line, "spec_decode/num_accepted_tokens")
+        );
+        dropped += number(line, "sampling/dropped_groups");
+    }
+    assert!(dropped > 0.0);
+}
+
+/// A reward that asks for nothing gives every completion the same.
+#[test]
+fn a_step_without_a_group_has_no_reward_and_says_so() {
+    let plugins = r#"[{"source":"reward-format","config":{"tags":[],"answer":false}}]"#;
+    for (mode, drawn) in [("respend", 7), ("refill", 16), ("false", 4)] {
+        let lab = Lab::new();
+        let mode_flag = format!("--set dynamic_sampling={mode}");
+        let args =
+            format!("--config run.yaml --out a --steps 2 --set plugins={plugins} {mode_flag}");
+        let ended = lab.run(&args).fine();
+        let text = std::fs::read_to_string(lab.path("a/metrics.jsonl")).unwrap();
+        assert!(!text.contains("-0.0,") && !text.contains("-0,"), "{text}");
+        let undefined = [
+            "reward",
+            "reward_std",
+            "frac_reward_zero_std",
+            "completions/clipped_ratio",
+            "loss",
+            "grad_norm",
+        ];
+        for line in &lab.metrics("a")[1..] {
+            for key in undefined {
+                assert_eq!(line.contains_key(key), mode == "false", "{mode} {key}");
+            }
+            assert_eq!(number(line, "sampling/teaching_fraction"), 0.0);
+            let groups = number(line, "sampling/dropped_groups");
+            assert_eq!(groups == 0.0, mode == "false");
+        }
+        for step in [1, 2] {
+            let line =
+                format!("step {step}: no group teaches: all {drawn} drawn have equal rewards\n");
+            assert!(ended.stderr.contains(&line), "{line}: {ended:?}");
+        }
+        let steps = "    steps  2, 2 of them with nothing to learn from\n";
+        assert!(ended.stdout.contains(steps), "{ended:?}");
+        let best = "     best  0.0 % at step 0: the model it started from\n";
+        assert!(ended.stdout.contains(best), "{ended:?}");
+        let results = lab.run("results a --json").fine().json();
+        let metrics = results["metrics"].as_array().unwrap();
+        let has = metrics.iter().any(|m| m["name"] == "reward");
+        assert_eq!(has, mode == "false");
+    }
+}
+
+#[test]
+fn a_bucket_without_rows_does_not_count_them() {
+    let lab = Lab::new();
+    lab.with_kde();
+    let run = |flags: &str| {
+        lab.run(&format!("--config run.yaml --quiet --steps 1 {flags}"))
+            .fine()
+    };
+    let table = run("--out a").stdout;
+    assert!(table.contains("\n rollouts  all 4 each\n"), "{table}");
+    let json = run("--out b --json").json();
+    let expected = serde_json::json!([{"rows": null, "rollouts": 4.0}]);
+    assert_eq!(json["buckets"], expected);
+}
+
 #[test]
 fn an_epoch_is_shown_kept_and_quiet_in_json() {
     let lab = Lab::new();
@@ -179,4 +271,14 @@ fn a_warning_is_said_once_a_run() {
     // Six steps and three evaluations.
     let lines: Vec<&str> = stderr.lines().collect();
     assert_eq!(lines, [warning, &format!("{warning} (said 9 times)")]);
+}
+
+#[test]
+fn a_patience_that_cannot_run_out_is_warned_of() {
+    let lab = Lab::new();
+    let args = "--config run.yaml --quiet --out a --set eval_steps=0";
+    let ended = lab.run(&format!("{args} --set early_stopping_patience=1"));
+    let warning = "warning: early_stopping_patience 1 cannot end this run: with eval_steps 0 it has 0 \
+                   evaluations before its last step\n";
+    assert_eq!(ended.fine().stderr, warning);
 }

@@ -156,7 +156,27 @@ fn a_run_whose_checkpoints_are_damaged_is_left_alone() {
     }
     let ended = lab.run("--resume a");
     let (error, hint) = ended.refused(1);
-    assert_eq!(error, "a has 2 checkpoints and none of them can be read");
+    let expected = "a has 2 checkpoints and none of them is whole: \
+                    a/checkpoints/step-6/state.json has 1 bytes instead of ";
+    assert!(error.starts_with(expected), "{error}");
     assert!(hint.starts_with("nothing was changed"), "{hint}");
     assert_eq!((lab.metrics("a"), lab.checkpoints("a")), (metrics, saved));
+}
+
+#[test]
+fn cut_weights_cost_the_steps_since_the_checkpoint_before_them_and_no_more() {
+    let lab = Lab::new();
+    lab.run("--config run.yaml --out a --quiet").fine();
+    let before = (lab.metrics("a"), lab.completions("a"));
+    let weights = "a/checkpoints/step-6/model/model.safetensors";
+    let bytes = std::fs::read(lab.path(weights)).unwrap();
+    lab.write(weights, &bytes[..1000]);
+    let stderr = lab.run("--quiet --resume a").fine().stderr;
+    let warning = format!(
+        "warning: {weights} has 1000 bytes instead of {}: going back to the checkpoint of step 4\n",
+        bytes.len()
+    );
+    assert_eq!(stderr, warning);
+    assert_eq!((lab.metrics("a"), lab.completions("a")), before);
+    assert_eq!(std::fs::read(lab.path(weights)).unwrap(), bytes);
 }

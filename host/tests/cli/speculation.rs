@@ -54,6 +54,32 @@ fn acceptance_is_printed_where_something_was_drafted() {
 }
 
 #[test]
+fn evaluation_says_what_was_accepted() {
+    let lab = Lab::new();
+    let model = lab.model();
+    let eval = "eval --config run.yaml --data rows.jsonl --draft-tokens 2";
+    let draft = format!("{eval} --draft model:{}", model.display());
+    let json = lab.run(&format!("{draft} --json")).fine().json();
+    let number = |key: &str| json[key].as_u64().unwrap();
+    let (accepted, drafted) = (number("accepted_tokens"), number("draft_tokens"));
+    assert!(accepted > 0 && drafted <= 2 * number("drafts"), "{json}");
+    let rate = accepted as f64 / drafted as f64;
+    assert_eq!(json["acceptance_rate"].as_f64(), Some(rate));
+    let per_pos: Vec<u64> = serde_json::from_value(json["accepted_per_pos"].clone()).unwrap();
+    assert_eq!(per_pos.iter().sum::<u64>(), accepted);
+    let table = lab.run(&draft).fine().stdout;
+    let percent = 100.0 * rate;
+    let line =
+        format!("draft  accept_rate={percent:.1}% ({accepted}/{drafted} draft tokens accepted)\n");
+    assert!(table.contains(&line), "{table}");
+    // Nothing drafted, no rate.
+    let json = lab.run(&format!("{eval} --json")).fine().json();
+    assert!(json["acceptance_rate"].is_null(), "{json}");
+    let table = lab.run(eval).fine().stdout;
+    assert!(!table.contains("accept"), "{table}");
+}
+
+#[test]
 fn training_logs_acceptance_and_resumes_exactly() {
     let lab = Lab::new();
     let flags = "--draft suffix --draft-tokens 2 --set save_steps=1 --set temperature=0.05";
@@ -63,8 +89,20 @@ fn training_logs_acceptance_and_resumes_exactly() {
         "{\"question\": \"1\", \"answer\": \"2\"}\n".repeat(9),
     );
     let whole = format!("train --config run.yaml --data few.jsonl --quiet {flags}");
-    lab.run(&format!("{whole} --out a")).fine();
+    let table = lab.run(&format!("{whole} --out a")).fine().stdout;
     let lines = lab.metrics("a");
+    let total = |key: &str| -> f64 {
+        lines
+            .iter()
+            .filter_map(|line| line.get(key)?.as_f64())
+            .sum()
+    };
+    let (accepted, drafted) = (
+        total("spec_decode/num_accepted_tokens"),
+        total("spec_decode/num_draft_tokens"),
+    );
+    let counts = format!("({accepted} of {drafted} tokens; suffix, 2 tokens at a time)\n");
+    assert!(table.contains(&counts), "{table}");
     let last = lines.last().unwrap();
     let number = |key: &str| last[key].as_f64().unwrap();
     let rate = number("spec_decode/num_accepted_tokens") / number("spec_decode/num_draft_tokens");

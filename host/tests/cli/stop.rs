@@ -26,6 +26,10 @@ fn ctrl_c_finishes_the_step_and_says_how_to_resume() {
             "{ended:?}"
         );
 
+        // There is no model yet to look for.
+        let run = ended.stdout.lines().last().unwrap();
+        assert_eq!(run, "      run  b (report.html)");
+
         let last = lab.metrics("b").last().unwrap()["step"].as_u64().unwrap();
         assert!((2..24).contains(&last), "stopped at step {last}");
         assert_eq!(lab.checkpoints("b"), [format!("step-{last}")]);

@@ -1,7 +1,7 @@
 //! The component: the inner reward's border on one side, the host's on the other.
 
 use crate::join::Config;
-use inference_cost::{Undefined, Usage};
+use inference_cost::{Priced, Terms, Usage};
 use std::cell::RefCell;
 
 wit_bindgen::generate!({ path: "../../wit/v0.1", world: "reward-wrapper" });
@@ -32,42 +32,44 @@ impl Guest for InferenceWrapper {
             let text = format!("inner: {found} verdicts for {expected} samples");
             return Err(PluginError::Internal(text));
         }
-        let mut undefined = Undefined::default();
-        let joined = CONFIG.with_borrow(|config| {
-            let joined = samples.iter().zip(verdicts);
-            joined
-                .map(|(sample, verdict)| join(config, sample, verdict, &mut undefined))
-                .collect()
-        });
-        for line in undefined.warnings() {
-            log(Level::Warn, &line);
-        }
-        joined
+        // A skipped sample has no total that terms could be part of, so it has no say in its group's mean.
+        let judged = |(sample, verdict): (&Sample, &Verdict)| match verdict {
+            Verdict::Value(_) => Some((sample.question, usage(&sample.telemetry))),
+            Verdict::Skip(_) => None,
+        };
+        let used: Vec<_> = samples.iter().zip(&verdicts).filter_map(judged).collect();
+        CONFIG.with_borrow(|config| {
+            let Priced { terms, undefined } = config
+                .inference
+                .terms(&used)
+                .map_err(|e| PluginError::Input(format!("telemetry: {e}")))?;
+            for line in undefined.warnings() {
+                log(Level::Warn, &line);
+            }
+            let mut terms = terms.into_iter();
+            let joined = verdicts.into_iter().map(|verdict| match verdict {
+                Verdict::Value(scored) => {
+                    // Where no term is defined, the inner reward is all there is to say.
+                    let terms = terms.next().flatten().unwrap_or_default();
+                    Verdict::Value(join(config, scored, terms))
+                }
+                Verdict::Skip(_) => verdict,
+            });
+            Ok(joined.collect())
+        })
     }
 }
 
 /// A sample that the inner reward skips stays skipped: a total of cost terms alone would rank it
 /// against totals that have a task reward in them.
-fn join(
-    config: &Config,
-    sample: &Sample,
-    verdict: Verdict,
-    undefined: &mut Undefined,
-) -> Result<Verdict, PluginError> {
-    let Verdict::Value(scored) = verdict else {
-        return Ok(verdict);
-    };
-    let terms = config
-        .inference
-        .terms(&usage(&sample.telemetry), undefined)
-        .map_err(|e| PluginError::Input(format!("telemetry: {e}")))?;
+fn join(config: &Config, scored: Scored, terms: Terms) -> Scored {
     let parts = scored.parts.into_iter().map(|p| (p.name, p.value));
     let (total, parts) = config.join(scored.total, parts.collect(), terms);
     let parts = parts.into_iter().map(|(name, value)| Part { name, value });
-    Ok(Verdict::Value(Scored {
+    Scored {
         total,
         parts: parts.collect(),
-    }))
+    }
 }
 
 fn of_inner(error: PluginError) -> PluginError {

@@ -1,6 +1,6 @@
 //! The component: config, telemetry and terms across the border.
 
-use inference_cost::{Undefined, Usage, Weights};
+use inference_cost::{Priced, Terms, Usage, Weights};
 use std::cell::RefCell;
 
 wit_bindgen::generate!({ path: "../../wit/v0.1", world: "reward" });
@@ -26,28 +26,33 @@ impl Guest for RewardInference {
 
     fn score(_: Vec<Question>, samples: Vec<Sample>) -> Result<Vec<Verdict>, PluginError> {
         let weights = WEIGHTS.with_borrow(|w| *w);
-        let mut undefined = Undefined::default();
-        let verdicts = samples
+        let used: Vec<(u32, Usage)> = samples
             .iter()
-            .map(|sample| {
-                let terms = weights
-                    .terms(&usage(&sample.telemetry), &mut undefined)
-                    .map_err(|e| PluginError::Input(format!("telemetry: {e}")))?;
-                let part = |(name, value): (&str, f64)| Part {
-                    name: name.to_owned(),
-                    value,
-                };
-                Ok(Verdict::Value(Scored {
-                    total: terms.total,
-                    parts: terms.parts.into_iter().map(part).collect(),
-                }))
-            })
+            .map(|sample| (sample.question, usage(&sample.telemetry)))
             .collect();
+        let Priced { terms, undefined } = weights
+            .terms(&used)
+            .map_err(|e| PluginError::Input(format!("telemetry: {e}")))?;
         for line in undefined.warnings() {
             log(Level::Warn, &line);
         }
-        verdicts
+        Ok(terms.into_iter().map(verdict).collect())
     }
+}
+
+/// Where nothing is defined for a whole question all its samples get 0, which no advantage feels. To skip them was
+/// rejected: it would take the group out of training beside a task reward too, for the sake of a term that has nothing
+/// to say about it.
+fn verdict(terms: Option<Terms>) -> Verdict {
+    let terms = terms.unwrap_or_default();
+    let part = |(name, value): (&str, f64)| Part {
+        name: name.to_owned(),
+        value,
+    };
+    Verdict::Value(Scored {
+        total: terms.total,
+        parts: terms.parts.into_iter().map(part).collect(),
+    })
 }
 
 fn usage(telemetry: &Telemetry) -> Usage {

@@ -1,6 +1,6 @@
 //! What a run comes to: the table at its end, and the JSON object for scripts.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
@@ -21,9 +21,12 @@ pub(super) struct Summary {
     reward: Ends,
     /// Share of drafted tokens that were accepted.
     acceptance: Ends,
+    /// Tokens accepted, and drafted, over the run.
+    drafted: (u64, u64),
     draft: (DraftKind, DraftTokens),
-    /// Rows and completions of each, per bucket of the last step's curriculum, hardest first.
-    buckets: Vec<(f64, f64)>,
+    buckets: Vec<Bucket>,
+    /// Steps of which no group taught anything.
+    idle_steps: usize,
     eval_before: Option<f64>,
     eval_after: Option<f64>,
     eval_rows: usize,
@@ -31,8 +34,27 @@ pub(super) struct Summary {
     tokens_per_second: f64,
     wall_s: f64,
     run_dir: PathBuf,
+    /// What of the deliverables is in it.
+    results: Vec<&'static str>,
     plugins: Vec<PluginId>,
     stopped_early: bool,
+}
+
+/// What a run can leave for its user, and how the table names it.
+const RESULTS: [(&str, &str); 4] = [
+    ("report.html", "report.html"),
+    ("model", "model/"),
+    ("adapter", "adapter/"),
+    ("draft", "draft/"),
+];
+
+/// A bucket of the last step's curriculum; they come hardest first.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Bucket {
+    /// `None` while the curriculum has not put any row into it.
+    rows: Option<f64>,
+    /// Completions of each row.
+    rollouts: f64,
 }
 
 /// Mean of a metric over the first and over the last tenth of the steps that have it.
@@ -72,14 +94,20 @@ impl Summary {
             steps: state.step,
             reward: Ends::of(&lines, "reward"),
             acceptance: Ends::of(&lines, "spec_decode/acceptance_rate"),
+            drafted: (
+                sum(&lines, "spec_decode/num_accepted_tokens") as u64,
+                sum(&lines, "spec_decode/num_draft_tokens") as u64,
+            ),
             draft: (generation.draft.clone(), generation.draft_tokens),
             buckets: lines.last().map(buckets).unwrap_or_default(),
+            idle_steps: lines.iter().filter(|line| is_idle(line)).count(),
             eval_before: state.eval_before,
             eval_after,
             eval_rows: trainer.rows.eval.len(),
             best: state.best.map(|best| (best.step, best.accuracy)),
             tokens_per_second: state.tokens as f64 / wall_s.max(1e-9),
             wall_s,
+            results: results(run.dir.root()),
             run_dir: run.dir.root().to_owned(),
             plugins: trainer
                 .plugins
@@ -92,15 +120,20 @@ impl Summary {
     }
 
     pub(super) fn json(&self) -> Value {
-        let bucket = |(rows, rollouts): &(f64, f64)| json!({"rows": rows, "rollouts": rollouts});
+        let bucket = |b: &Bucket| json!({"rows": b.rows, "rollouts": b.rollouts});
         json!({
             "steps": self.steps,
+            "idle_steps": self.idle_steps,
             "reward_first": self.reward.first,
             "reward_last": self.reward.last,
             "eval_before": self.eval_before,
             "eval_after": self.eval_after,
+            "best_step": self.best.map(|(step, _)| step),
+            "best_accuracy": self.best.map(|(_, accuracy)| accuracy),
             "acceptance_first": self.acceptance.first,
             "acceptance_last": self.acceptance.last,
+            "accepted_tokens": self.drafted.0,
+            "draft_tokens": self.drafted.1,
             "buckets": self.buckets.iter().map(bucket).collect::<Vec<_>>(),
             "tokens_per_second": self.tokens_per_second,
             "wall_s": self.wall_s,
@@ -124,23 +157,42 @@ impl Summary {
             self.tokens_per_second, self.wall_s
         );
         let mut rows = vec![("reward", self.reward.show(number)), ("held-out", held_out)];
-        if let Some((step, accuracy)) = self.best {
-            let best = format!("{} at step {step}", percent(Some(accuracy)));
-            rows.push(("best", best));
-        }
+        rows.extend(self.best().map(|text| ("best", text)));
         rows.extend(self.drafted().map(|text| ("draft", text)));
         rows.extend(self.rollouts().map(|text| ("rollouts", text)));
-        rows.push(("steps", format!("{}{early}", self.steps)));
+        let idle = match self.idle_steps {
+            0 => String::new(),
+            n => format!(", {n} of them with nothing to learn from"),
+        };
+        rows.push(("steps", format!("{}{idle}{early}", self.steps)));
         rows.push(("speed", speed));
         for plugin in &self.plugins {
             let role = format!("{:?}", plugin.role).to_lowercase();
             let text = format!("{role} {} {}", plugin.name, &plugin.digest[..19]);
             rows.push(("plugin", text));
         }
-        let run = format!("{} (report.html, model/)", self.run_dir.display());
+        let run = self.run_dir.display();
+        let run = match self.results.join(", ") {
+            none if none.is_empty() => run.to_string(),
+            results => format!("{run} ({results})"),
+        };
         rows.push(("run", run));
         let line = |(name, value): &(&str, String)| format!("{name:>9}  {value}\n");
         rows.iter().map(line).collect()
+    }
+
+    /// The best evaluation, and where its weights are: `model/` has those of the last step.
+    fn best(&self) -> Option<String> {
+        let (step, accuracy) = self.best?;
+        let accuracy = percent(Some(accuracy));
+        let folder = format!("checkpoints/step-{step}");
+        Some(if step == 0 {
+            format!("{accuracy} at step 0: the model it started from")
+        } else if self.run_dir.join(&folder).is_dir() {
+            format!("{accuracy} at step {step} ({folder})")
+        } else {
+            format!("{accuracy} at step {step}")
+        })
     }
 
     /// What became of drafted tokens; `None` where none were.
@@ -151,23 +203,27 @@ impl Summary {
             DraftTokens::Auto => "as many tokens as pay".to_owned(),
             DraftTokens::Fixed(tokens) => format!("{tokens} tokens"),
         };
-        let accepted = self.acceptance.show(percent);
+        let rates = self.acceptance.show(percent);
+        let (accepted, drafted) = self.drafted;
         Some(format!(
-            "{accepted} accepted   ({kind}, {tokens} at a time)"
+            "{rates} accepted   ({accepted} of {drafted} tokens; {kind}, {tokens} at a time)"
         ))
     }
 
     /// Completions per row of each bucket; `None` for a curriculum that has no buckets.
     fn rollouts(&self) -> Option<String> {
         let last = self.buckets.len().checked_sub(1)?;
-        let show = |(i, (rows, rollouts)): (usize, &(f64, f64))| {
+        let show = |(i, bucket): (usize, &Bucket)| {
             let name = match i {
                 _ if last == 0 => "all",
                 0 => "hard",
                 i if i == last => "easy",
                 _ => "medium",
             };
-            format!("{name} {rollouts} each ({rows} rows)")
+            let rows = bucket
+                .rows
+                .map_or_else(String::new, |rows| format!(" ({rows} rows)"));
+            format!("{name} {} each{rows}", bucket.rollouts)
         };
         let buckets: Vec<String> = self.buckets.iter().enumerate().map(show).collect();
         Some(buckets.join(", "))
@@ -178,12 +234,36 @@ fn percent(share: Option<f64>) -> String {
     share.map_or("–".to_owned(), |share| format!("{:.1} %", 100.0 * share))
 }
 
-/// Rows and completions per row of the buckets that a curriculum reports as `bucket_I/n` and
-/// `bucket_I/rollouts` (docs/plugins.md).
-fn buckets(line: &Map<String, Value>) -> Vec<(f64, f64)> {
+/// The buckets that a curriculum reports as `bucket_I/n` and `bucket_I/rollouts` (docs/plugins.md).
+fn buckets(line: &Map<String, Value>) -> Vec<Bucket> {
     let of = |i: usize, name: &str| line.get(&format!("curriculum/bucket_{i}/{name}"))?.as_f64();
-    let bucket = |i| of(i, "n").zip(of(i, "rollouts"));
+    let bucket = |i| {
+        let (rows, rollouts) = of(i, "n").zip(of(i, "rollouts"))?;
+        let rows = (rows > 0.0).then_some(rows);
+        Some(Bucket { rows, rollouts })
+    };
     (0..).map_while(bucket).collect()
+}
+
+/// Whether no group of a step taught anything; a line before the first step is none.
+fn is_idle(line: &Map<String, Value>) -> bool {
+    let groups = line.get("sampling/teaching_groups").and_then(Value::as_f64);
+    groups == Some(0.0)
+}
+
+fn sum(lines: &[Map<String, Value>], metric: &str) -> f64 {
+    let value = |line: &Map<String, Value>| line.get(metric)?.as_f64();
+    lines.iter().filter_map(value).sum()
+}
+
+/// The [`RESULTS`] that are in the run directory, as the table names them.
+fn results(run: &Path) -> Vec<&'static str> {
+    let there = |(name, _): &(&str, &str)| run.join(name).exists();
+    RESULTS
+        .into_iter()
+        .filter(there)
+        .map(|(_, shown)| shown)
+        .collect()
 }
 
 #[cfg(test)]
@@ -212,6 +292,8 @@ mod tests {
             "curriculum/bucket_1/n": 96, "curriculum/bucket_1/rollouts": 5,
             "curriculum/bucket_3/n": 1, "curriculum/bucket_3/rollouts": 1,
         }));
-        assert_eq!(buckets(&line), [(4.0, 10.0), (96.0, 5.0)]);
+        let bucket = |rows, rollouts| Bucket { rows, rollouts };
+        let expected = [bucket(Some(4.0), 10.0), bucket(Some(96.0), 5.0)];
+        assert_eq!(buckets(&line), expected);
     }
 }
