@@ -1,6 +1,7 @@
 //! `cargo xtask NAME`: the chores of this repository. Owns the dispatch only.
 
 mod bench;
+mod kernels;
 mod plugins;
 mod test;
 
@@ -14,6 +15,7 @@ usage: cargo xtask <command>
   plugins [--check] build the shipped plugins into plugins/dist, or check that dist is up to date
   component IN OUT  make a component of a guest's core module, as `plugins` does for ours
   compose WRAPPER INNER OUT  make one component of two: INNER answers what WRAPPER imports
+  kernels           compile every CUDA kernel for every GPU; needs none
   tidy              the layering, size and naming rules alone";
 
 fn main() -> ExitCode {
@@ -37,6 +39,7 @@ fn run() -> anyhow::Result<()> {
         ["compose", wrapper, inner, out] => {
             plugins::compose(wrapper.as_ref(), inner.as_ref(), out.as_ref())
         }
+        ["kernels"] => kernels::run(),
         ["tidy"] => tidy(),
         ["bench", ref rest @ ..] => bench::run(rest),
         _ => bail!("unknown arguments {args:?}\n{USAGE}\n{}", bench::USAGE),

@@ -90,6 +90,7 @@ fn steps(tally: &mut Tally) -> anyhow::Result<()> {
         ];
         step("tests", &[&all[..], &["--no-fail-fast"]].concat())?;
     }
+    timed("kernels", crate::kernels::run)?;
     step("doc tests", &["test", "--release", "--workspace", "--doc"])?;
     if guests {
         step(

@@ -103,6 +103,8 @@ pub enum PolicyError {
     DraftVocabulary { draft: usize, policy: usize },
     #[error("{0}")]
     Misuse(&'static str),
+    #[error(transparent)]
+    Cuda(#[from] crate::backend::cuda::CudaError),
     #[error("{}", plainly(.0))]
     Tensor(#[from] candle_core::Error),
 }
@@ -170,6 +172,7 @@ impl PolicyError {
                  learning_rate"
                     .to_owned()
             }
+            Self::Cuda(error) => return error.hint(),
             Self::NonFiniteGradient { .. } => {
                 "lower learning_rate, or set max_grad_norm".to_owned()
             }

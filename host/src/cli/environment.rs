@@ -11,6 +11,8 @@ pub struct Environment {
     pub hf_token: Option<String>,
     /// `HF_HOME`, else `huggingface` in `XDG_CACHE_HOME` or `~/.cache`. `None` if there is no home.
     pub hf_home: Option<PathBuf>,
+    /// Where what can be made again is kept: `grpo-host` in `XDG_CACHE_HOME` or `~/.cache`. `None` if there is no home.
+    pub cache: Option<PathBuf>,
     /// `HF_HUB_OFFLINE` is `1`, `on`, `yes` or `true`: use the cache only.
     pub hf_hub_offline: bool,
 }
@@ -39,6 +41,7 @@ impl Environment {
             hf_home: get("HF_HOME")
                 .map(PathBuf::from)
                 .or_else(|| cache().map(|cache| cache.join("huggingface"))),
+            cache: cache().map(|cache| cache.join("grpo-host")),
             hf_hub_offline: get("HF_HUB_OFFLINE").is_some_and(|value| {
                 ["1", "on", "yes", "true"].contains(&value.to_ascii_lowercase().as_str())
             }),

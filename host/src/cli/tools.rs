@@ -35,8 +35,8 @@ pub struct ShapeArgs {
     /// Measure random weights of the shape given by `--shape` instead of `--model`
     #[arg(long, requires = "shape", conflicts_with = "model")]
     pub random_weights: bool,
-    /// The `config.json` of a model
-    #[arg(long, value_name = "FILE", requires = "random_weights")]
+    /// The `config.json` of a model, or one of qwen2.5-0.5b, qwen2.5-1.5b, qwen3-0.6b, smollm2-135m
+    #[arg(long, value_name = "NAME|FILE", requires = "random_weights")]
     pub shape: Option<PathBuf>,
 }
 
@@ -44,9 +44,12 @@ pub struct ShapeArgs {
 pub struct BenchRolloutArgs {
     #[command(flatten)]
     pub model: ModelArgs,
-    /// Sequences decoded together
-    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
-    pub batch: u32,
+    /// Prompts of a call
+    #[arg(long, alias = "batch", value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    pub prompts: u32,
+    /// Completions of each prompt; all are decoded together
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub n: u32,
     /// Tokens of each prompt [default: 128, or half of a shorter context]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub prompt_tokens: Option<u32>,

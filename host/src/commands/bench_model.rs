@@ -1,7 +1,7 @@
 //! What `bench rollout` and `bench train` share: the model they measure, made-up tokens for it, and
 //! timing. Knows neither what is measured nor how it is printed.
 
-use std::time::Instant;
+use std::{path::Path, time::Instant};
 
 use anyhow::Context;
 use grpo_policy::{
@@ -40,12 +40,10 @@ impl Measured {
     ) -> anyhow::Result<Self> {
         let config = super::config_without_draft(command, |base| args.over(base))?;
         super::set_threads(config.hardware.threads)?;
-        super::require_cpu(config.hardware.device)?;
         let cores = std::thread::available_parallelism()?.get();
         let (name, model) = match &shape.shape {
             Some(file) => {
-                let text = std::fs::read(file)
-                    .with_context(|| format!("cannot read {}", file.display()))?;
+                let text = shape_text(file)?;
                 let spec = ModelSpec::from_config_json(&text, file)?;
                 let model = LoadedModel {
                     tensors: random_weights(&spec, config.training.seed)?,
@@ -89,6 +87,29 @@ fn sequences(vocab: u64, seed: u64, count: u32, tokens: usize) -> Vec<Vec<u32>> 
     (0..u64::from(count))
         .map(|row| (0..tokens as u64).map(|at| id(row, at)).collect())
         .collect()
+}
+
+/// Shapes that have a name. Contexts are cut to what a rollout needs.
+const SHAPES: [(&str, &str); 4] = [
+    ("qwen2.5-0.5b", include_str!("shapes/qwen2.5-0.5b.json")),
+    ("qwen2.5-1.5b", include_str!("shapes/qwen2.5-1.5b.json")),
+    ("qwen3-0.6b", include_str!("shapes/qwen3-0.6b.json")),
+    ("smollm2-135m", include_str!("shapes/smollm2-135m.json")),
+];
+
+/// The `config.json` behind a name or a path.
+fn shape_text(file: &Path) -> anyhow::Result<Vec<u8>> {
+    if let Some((_, text)) = SHAPES.iter().find(|(name, _)| file == Path::new(name)) {
+        return Ok(text.as_bytes().to_vec());
+    }
+    let names: Vec<&str> = SHAPES.iter().map(|(name, _)| *name).collect();
+    std::fs::read(file).with_context(|| {
+        format!(
+            "cannot read {} (shapes with a name: {})",
+            file.display(),
+            names.join(", ")
+        )
+    })
 }
 
 /// Refuses sequences that the model does not take.

@@ -5,10 +5,12 @@
 use grpo_policy::types::{Request, SamplingParams};
 use serde_json::json;
 
-use super::bench_model::{Measured, best, check_fits, timed};
+use super::{
+    bench_device::Runner,
+    bench_model::{Measured, best, check_fits, timed},
+};
 use crate::{
     cli::{BenchRolloutArgs, Environment},
-    policy::{Capacity, Mode, Policy},
     rollout::mix,
 };
 
@@ -18,6 +20,8 @@ const NEW_TOKENS: usize = 64;
 /// What is generated in one call.
 struct Workload {
     prompts: Vec<Vec<u32>>,
+    /// Completions of each.
+    n: u32,
     prompt_tokens: usize,
     new_tokens: usize,
     seed: u64,
@@ -38,24 +42,27 @@ pub(super) fn run(args: &BenchRolloutArgs, environment: &Environment) -> anyhow:
         name,
         model,
         threads,
-        ..
+        config,
     } = measured;
-    let capacity = Capacity {
-        max_batch: args.batch as usize,
-        max_model_len: total,
-        kv_tokens: None,
-    };
-    let mut policy = Policy::new(model, &name, Mode::Inference, false, capacity)?;
+    let device = config.hardware.device;
+    let sequences = (args.prompts * args.n) as usize;
+    let mut runner = Runner::new(
+        device,
+        model,
+        &name,
+        (sequences, total),
+        environment.cache.as_deref(),
+    )?;
     let whole = timed(args.repeats, || {
-        work.generate(&mut policy, work.new_tokens as u32)
+        work.generate(&mut runner, work.new_tokens as u32)
     })?;
-    let first = timed(args.repeats, || work.generate(&mut policy, 1))?;
-    let speed = Speed::of(args.batch as usize, &work, &whole, &first);
+    let first = timed(args.repeats, || work.generate(&mut runner, 1))?;
+    let speed = Speed::of(sequences, &work, &whole, &first);
     if args.output.json {
         let object = json!({
             "name": "rollout", "unit": "tokens/s", "value": speed.whole,
             "decode_only": speed.decode, "prefill": speed.prefill,
-            "model": name, "batch": args.batch, "prompt_tokens": work.prompt_tokens,
+            "model": name, "batch": sequences, "n": args.n, "prompt_tokens": work.prompt_tokens,
             "new_tokens": work.new_tokens, "threads": threads, "repeats": args.repeats,
             "seconds": whole, "seconds_first_token": first,
         });
@@ -64,8 +71,9 @@ pub(super) fn run(args: &BenchRolloutArgs, environment: &Environment) -> anyhow:
     }
     outln!("    model  {name}, {threads} threads");
     outln!(
-        "     work  {} × ({} prompt + {} new tokens), best of {}",
-        args.batch,
+        "     work  {} prompts × {} completions × ({} prompt + {} new tokens), best of {}",
+        args.prompts,
+        args.n,
         work.prompt_tokens,
         work.new_tokens,
         args.repeats
@@ -93,7 +101,8 @@ fn workload(args: &BenchRolloutArgs, measured: &Measured) -> anyhow::Result<Work
         "--prompt-tokens and --new-tokens",
     )?;
     Ok(Workload {
-        prompts: measured.sequences(args.batch, prompt_tokens),
+        prompts: measured.sequences(args.prompts, prompt_tokens),
+        n: args.n,
         prompt_tokens,
         new_tokens,
         seed: measured.config.training.seed,
@@ -102,8 +111,7 @@ fn workload(args: &BenchRolloutArgs, measured: &Measured) -> anyhow::Result<Work
 
 impl Workload {
     /// All prompts continued by `tokens` tokens, with no key or value left over from the last call.
-    fn generate(&self, policy: &mut Policy, tokens: u32) -> anyhow::Result<()> {
-        policy.forget_kv();
+    fn generate(&self, runner: &mut Runner, tokens: u32) -> anyhow::Result<()> {
         let sampling = SamplingParams {
             max_tokens: tokens,
             ignore_eos: true,
@@ -112,13 +120,13 @@ impl Workload {
         let requests = self.prompts.iter().zip(0..).map(|(prompt, id)| Request {
             id,
             prompt: prompt.clone(),
-            n: 1,
+            n: self.n,
             sampling: sampling.clone(),
             seed: mix(self.seed, id),
         });
-        let completions = policy.generate(requests.collect(), &mut |_| {})?;
+        let completions = runner.generate(requests.collect())?;
         let made: usize = completions.iter().map(|c| c.tokens.len()).sum();
-        let wanted = self.prompts.len() * tokens as usize;
+        let wanted = self.prompts.len() * self.n as usize * tokens as usize;
         anyhow::ensure!(
             made == wanted,
             "{made} tokens were made instead of {wanted}"
@@ -145,7 +153,7 @@ impl Speed {
         Self {
             whole: per(work.new_tokens, whole),
             decode: per(work.new_tokens - 1, whole - first),
-            prefill: per(work.prompt_tokens, first),
+            prefill: (work.prompts.len() * work.prompt_tokens) as f64 / first,
         }
     }
 }
@@ -157,7 +165,8 @@ mod tests {
     #[test]
     fn phases_by_hand() {
         let work = Workload {
-            prompts: Vec::new(),
+            prompts: vec![Vec::new(); 8],
+            n: 1,
             prompt_tokens: 128,
             new_tokens: 65,
             seed: 0,

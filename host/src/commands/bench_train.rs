@@ -23,6 +23,7 @@ pub(super) fn run(args: &BenchTrainArgs, environment: &Environment) -> anyhow::R
         args.output,
         environment,
     )?;
+    super::require_cpu(measured.config.hardware.device)?;
     let context = measured.context();
     let tokens = args.tokens.map_or(TOKENS.min(context), |n| n as usize);
     check_fits(tokens, context, "--tokens")?;

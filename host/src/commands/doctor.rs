@@ -1,5 +1,6 @@
 //! `grpo-host doctor`: what this build and machine can do. Changes nothing and asks no network.
 
+use grpo_policy::backend::cuda::{CudaError, Survey, survey};
 use serde_json::{Value, json};
 
 use crate::{cli::DoctorArgs, defaults, plugin::digest};
@@ -9,6 +10,7 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
     let cores = std::thread::available_parallelism()?.get();
     let simd = simd();
     let memory = memory_mib();
+    let cuda = survey();
     let plugins = defaults::COMPONENTS.map(|(name, bytes)| (name, digest(bytes), bytes.len()));
     if args.output.json {
         let facts = json!({
@@ -17,8 +19,8 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
             "simd": simd,
             "memory_total_mib": memory.map(|memory| memory.total),
             "memory_available_mib": memory.map(|memory| memory.available),
-            "devices": ["cpu"],
-            "cuda": Value::Null,
+            "devices": devices(cuda.as_ref().ok()),
+            "cuda": cuda_json(&cuda),
             "plugins": plugins.map(|(name, digest, bytes)| json!({ "name": name, "digest": digest, "bytes": bytes })),
         });
         outln!("{facts}");
@@ -32,11 +34,65 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
         }
         None => outln!("memory   unknown"),
     }
-    outln!("devices  cpu (this build has no CUDA)");
+    outln!("devices  {}", devices(cuda.as_ref().ok()).join(", "));
+    print_cuda(&cuda);
     for (name, digest, bytes) in plugins {
         outln!("plugin   {name}, {} KiB, {digest}", bytes.div_ceil(1024));
     }
     Ok(())
+}
+
+/// What `--device` takes here.
+fn devices(cuda: Option<&Survey>) -> Vec<String> {
+    let gpus = cuda.map_or(0, |survey| survey.gpus.len());
+    let all = (0..gpus).map(|ordinal| format!("cuda:{ordinal}"));
+    ["cpu".to_owned()].into_iter().chain(all).collect()
+}
+
+fn cuda_json(cuda: &Result<Survey, CudaError>) -> Value {
+    match cuda {
+        Err(error) => json!({ "error": error.to_string() }),
+        Ok(survey) => json!({
+            "driver": survey.driver,
+            "libraries": survey.libraries.iter().map(|(name, found, package)| {
+                json!({ "name": name, "found": found, "package": package })
+            }).collect::<Vec<_>>(),
+            "gpus": survey.gpus.iter().map(|gpu| json!({
+                "name": gpu.name,
+                "capability": format!("{}.{}", gpu.capability.0, gpu.capability.1),
+                "memory_free": gpu.memory.0,
+                "memory_total": gpu.memory.1,
+            })).collect::<Vec<_>>(),
+        }),
+    }
+}
+
+fn print_cuda(cuda: &Result<Survey, CudaError>) {
+    let survey = match cuda {
+        Ok(survey) => survey,
+        Err(error) => return outln!("cuda     {error}"),
+    };
+    if let Some(version) = survey.driver {
+        outln!("driver   CUDA {}.{}", version / 1000, version % 1000 / 10);
+    }
+    for (name, found, package) in &survey.libraries {
+        let what = match (found, package) {
+            (true, _) => "found".to_owned(),
+            (false, Some(package)) => format!("missing; PyPI's {package} has it"),
+            (false, None) => "missing; it comes with the NVIDIA driver".to_owned(),
+        };
+        outln!("library  {name}: {what}");
+    }
+    for (ordinal, gpu) in survey.gpus.iter().enumerate() {
+        let (free, total) = gpu.memory;
+        let (major, minor) = gpu.capability;
+        outln!(
+            "gpu      cuda:{ordinal} {}, sm_{major}{minor}, {} MiB free of {} MiB",
+            gpu.name,
+            free >> 20,
+            total >> 20
+        );
+    }
 }
 
 /// The instruction sets the CPU kernels make use of, those found here.

@@ -10,6 +10,7 @@ macro_rules! outln {
     ($($text:tt)*) => { $crate::commands::output::write(&format!("{}\n", format_args!($($text)*))) };
 }
 
+mod bench_device;
 mod bench_model;
 mod bench_plugin;
 mod bench_rollout;
@@ -96,7 +97,7 @@ fn set_threads(threads: Option<u32>) -> anyhow::Result<()> {
     Ok(grpo_policy::backend::cpu::set_threads(threads as usize)?)
 }
 
-/// This build computes on the CPU only.
+/// Only rollouts of `bench rollout` are done on a GPU so far.
 fn require_cpu(device: Device) -> Result<(), NoSuchDevice> {
     match device {
         Device::Auto | Device::Cpu => Ok(()),
@@ -137,9 +138,9 @@ fn tell_of_fault(policy: &mut Policy, config: &RunConfig) {
     }
 }
 
-/// A device that this build cannot use.
+/// A device that a command cannot use.
 #[derive(Debug, thiserror::Error)]
-#[error("device `{device}` cannot be used: this build computes on the CPU only")]
+#[error("device `{device}` cannot be used here: only `bench rollout` runs on a GPU so far")]
 pub struct NoSuchDevice {
     device: Device,
 }

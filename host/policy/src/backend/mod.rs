@@ -4,6 +4,7 @@
 //! per-token coefficients; it does not know requests, rewards, losses or files.
 
 pub mod cpu;
+pub mod cuda;
 
 use crate::{
     engine::sampler::Proposal,
@@ -41,6 +42,8 @@ pub struct SampleArgs<'a> {
     pub proposal: Option<&'a Proposal>,
     /// How many of the most likely tokens to report with each one drawn.
     pub top: usize,
+    /// Tokens the backend may draw beyond the one asked for, without a proposal; blocks are there for them.
+    pub ahead: usize,
 }
 
 /// A drawn token with its log-probs (see [`crate::types::Completion`]).
@@ -89,14 +92,19 @@ pub enum Exit {
     /// an optimizer of its own; the layers below do not learn from it.
     Early,
 }
-
-/// A device that runs the policy. Two implementations: [`cpu::CpuBackend`], and a scripted one in the
-/// engine's tests; CUDA is the next.
+/// A device that runs the policy: [`cpu::CpuBackend`], [`cuda::CudaBackend`], and a scripted one in the
+/// engine's tests.
 pub trait Backend {
     fn spec(&self) -> &ModelSpec;
 
     /// Bytes of keys and values of one token over all layers.
     fn kv_bytes_per_token(&self) -> usize;
+
+    /// Tokens the backend likes to draw beyond the one a step asks for, so that it need not wait for the host
+    /// after each ([`SampleArgs::ahead`]).
+    fn max_ahead(&self) -> usize {
+        0
+    }
 
     /// Makes the KV pool: `blocks` blocks of `block_size` tokens. Contents start undefined.
     fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError>;
@@ -107,7 +115,7 @@ pub trait Backend {
 
     /// Runs all rows, writes their keys and values, and samples where asked. Returns one entry per row:
     /// empty where nothing was asked, else the accepted tokens of the proposal and one more
-    /// ([`crate::engine::sampler::verify`]).
+    /// ([`crate::engine::sampler::verify`]), or without a proposal up to `ahead` more.
     fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError>;
 
     /// Runs all rows as [`Backend::step`] does, but only up to `exit`, and returns what the next token of each

@@ -18,7 +18,7 @@ mod telemetry;
 use std::time::Instant;
 
 use crate::{
-    backend::{Backend, Sampled, StepRow},
+    backend::{Backend, SampleArgs, Sampled, StepRow},
     error::PolicyError,
     tokenizer::Tokenizer,
     types::{Completion, Finish, Request},
@@ -239,15 +239,19 @@ impl Engine {
             self.block_bytes = Some(backend.kv_bytes_per_token() * self.config.block_size);
         }
         let (rows, context) = (self.scheduler.running.len(), self.config.max_model_len);
+        let ahead = backend.max_ahead();
         let mut drafts = |sequence: &Sequence, request: &Request| {
-            let Some(draft) = &mut draft else { return 0 };
             // The last token a completion may have is never guessed: it comes with the step itself.
             let tokens = request.sampling.max_tokens as usize - sequence.generated();
             let room = tokens.min(context - sequence.tokens.len());
-            let wanted = draft.length(sequence.drafting.acceptance(), rows);
-            wanted
-                .min(room.saturating_sub(1))
-                .min(draft.room(sequence.tokens.len()))
+            let wanted = match &mut draft {
+                Some(draft) => {
+                    let length = draft.length(sequence.drafting.acceptance(), rows);
+                    length.min(draft.room(sequence.tokens.len()))
+                }
+                None => ahead,
+            };
+            wanted.min(room.saturating_sub(1))
         };
         let plan = self.scheduler.plan(Instant::now(), &mut drafts)?;
         if plan.rows.is_empty() {
@@ -263,7 +267,7 @@ impl Engine {
         };
         let started = Instant::now();
         let top = draft.as_ref().map_or(0, |draft| draft.top());
-        let sampled = self.run(backend, &plan, &proposals, top)?;
+        let sampled = self.run(backend, &plan, &proposals, (draft.is_some(), top))?;
         if let Some(draft) = &mut draft {
             draft.verified(&cost(&plan, &proposals, &sampled, started));
         }
@@ -329,7 +333,7 @@ impl Engine {
         backend: &mut impl Backend,
         plan: &Plan,
         proposals: &[Option<Proposal>],
-        top: usize,
+        (drafting, top): (bool, usize),
     ) -> Result<Vec<Vec<Sampled>>, PolicyError> {
         let tokens = |(planned, proposal): (&scheduler::Planned, &Option<Proposal>)| {
             let sequence = &self.scheduler.sequences[&planned.id];
@@ -348,14 +352,17 @@ impl Engine {
                 tokens,
                 position: sequence.cached,
                 blocks: &sequence.blocks,
-                sample: samples.then(|| sequence.sample_args(request, proposal.as_ref(), top)),
+                sample: samples.then(|| SampleArgs {
+                    ahead: if drafting { 0 } else { planned.drafts },
+                    ..sequence.sample_args(request, proposal.as_ref(), top)
+                }),
             });
         }
         let sampled = backend.step(&rows)?;
         let answered = |(row, sampled): (&StepRow<'_>, &Vec<Sampled>)| match &row.sample {
             None => sampled.is_empty(),
             Some(args) => {
-                let proposed = args.proposal.map_or(0, |p| p.tokens.len());
+                let proposed = args.proposal.map_or(args.ahead, |p| p.tokens.len());
                 (1..=proposed + 1).contains(&sampled.len())
             }
         };

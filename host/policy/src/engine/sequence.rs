@@ -154,6 +154,7 @@ impl Sequence {
             stream: self.stream,
             position: self.tokens.len() as u64,
             history: &self.tokens,
+            ahead: 0,
         }
     }
 

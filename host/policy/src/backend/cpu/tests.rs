@@ -358,6 +358,7 @@ fn rollout_logprobs_equal_scoring_logprobs() {
                 history: &history,
                 proposal: None,
                 top: 0,
+                ahead: 0,
             };
             let row = StepRow {
                 tokens: &history[cached..],

@@ -126,6 +126,7 @@ pub(super) fn autoregress(
                 history: &texts[i],
                 proposal: None,
                 top: 0,
+                ahead: 0,
             }),
         };
         let rows: Vec<StepRow<'_>> = live.iter().map(row).collect();

@@ -213,6 +213,7 @@ fn draws_follow_the_definition_and_a_broken_sampler_does_not() {
                 history: &history,
                 proposal: None,
                 top: 0,
+                ahead: 0,
             };
             sample(&logits, &args, &mut scratch).unwrap()
         };
@@ -255,6 +256,7 @@ fn greedy_takes_the_lowest_of_the_best_with_logprob_at_temperature_one() {
         history: &[],
         proposal: None,
         top: 0,
+        ahead: 0,
     };
     let sampled = sample(&logits, &args, &mut Scratch::default()).unwrap();
     let exact = reference(&logits, &SamplingParams::default(), &[])[77].ln();
@@ -275,6 +277,7 @@ fn greedy_takes_the_lowest_of_the_best_with_logprob_at_temperature_one() {
         history: &[77],
         proposal: None,
         top: 0,
+        ahead: 0,
     };
     let sampled = sample(&logits, &args, &mut Scratch::default()).unwrap();
     assert_eq!(sampled.token, 500);
@@ -293,6 +296,7 @@ fn non_finite_logits_are_an_error_that_names_the_position() {
             history: &[0; 4],
             proposal: None,
             top: 0,
+            ahead: 0,
         };
         let error = sample(&logits, &args, &mut Scratch::default()).unwrap_err();
         assert!(

@@ -352,6 +352,7 @@ pub(super) fn naive(
             history: &tokens,
             proposal: None,
             top: 0,
+            ahead: 0,
         };
         let logits = logits_after(salt, &tokens);
         let sampled = sample(&logits, &args, &mut Scratch::default()).unwrap();

@@ -1,0 +1,340 @@
+//! One pass of the decoder, as a list of kernels on fixed buffers: the same for a captured decoding step and for a pass
+//! of any shape.
+
+use cudarc::driver::{CudaSlice, DevicePtr};
+use half::bf16;
+
+use super::{
+    BLOCK_SIZE, CudaBackend, CudaError, CudaSizes,
+    device::Gpu,
+    gemm::{Operands, Out, Shape},
+    inputs::{Counts, Field, Inputs},
+    launch::{Attention, Places, Skinny, SkinnyArgs},
+    layer::WorkPointers,
+    weights::Layer,
+};
+use crate::{error::PolicyError, spec::ModelSpec};
+
+/// Up to so many tokens the hand-written products are faster than cublasLt's.
+const SKINNY_TOKENS: usize = 8;
+
+/// Splits of a sequence's keys, at most.
+const MAX_SPLITS: usize = 8;
+
+/// Activations, made once for the largest pass.
+pub(super) struct Work {
+    /// Residual stream, f32 `[T, H]`.
+    pub(super) x: CudaSlice<f32>,
+    /// Normalised, `[T, H]`.
+    pub(super) h: CudaSlice<bf16>,
+    /// `[T, (Q + 2K)·D]`.
+    pub(super) qkv: CudaSlice<bf16>,
+    pub(super) q: CudaSlice<bf16>,
+    pub(super) attended: CudaSlice<bf16>,
+    /// `[T, 2F]`.
+    pub(super) gate_up: CudaSlice<bf16>,
+    pub(super) act: CudaSlice<bf16>,
+    /// What a layer adds to the residual stream, `[T, H]`.
+    pub(super) delta: CudaSlice<bf16>,
+    /// Hidden states that are sampled from, `[R, H]`.
+    picked: CudaSlice<bf16>,
+    /// `[R, V]`.
+    pub(super) logits: CudaSlice<f32>,
+    pub(super) partial: CudaSlice<f32>,
+    pub(super) tickets: CudaSlice<u32>,
+    /// Rows of `logits`.
+    pub(super) max_rows: usize,
+    /// Tiles that may be split; a pass with more has work enough.
+    split_tiles: usize,
+}
+
+impl Work {
+    pub(super) fn new(gpu: &Gpu, spec: &ModelSpec, sizes: &CudaSizes) -> Result<Self, CudaError> {
+        let (t, r) = (sizes.max_step_tokens, sizes.max_batch);
+        let (h, q, f) = (spec.hidden_size, spec.q_dim(), spec.intermediate_size);
+        let stream = &gpu.stream;
+        let split_tiles = gpu.multiprocessors;
+        let cells = split_tiles * spec.num_key_value_heads;
+        Ok(Self {
+            x: stream.alloc_zeros(t * h)?,
+            h: stream.alloc_zeros(t * h)?,
+            qkv: stream.alloc_zeros(t * (q + 2 * spec.kv_dim()))?,
+            q: stream.alloc_zeros(t * q)?,
+            attended: stream.alloc_zeros(t * q)?,
+            gate_up: stream.alloc_zeros(t * 2 * f)?,
+            act: stream.alloc_zeros(t * f)?,
+            delta: stream.alloc_zeros(t * h)?,
+            picked: stream.alloc_zeros(r * h)?,
+            logits: stream.alloc_zeros(r * spec.vocab_size)?,
+            partial: stream.alloc_zeros(cells * MAX_SPLITS * 16 * (spec.head_dim + 2))?,
+            tickets: stream.alloc_zeros(cells)?,
+            max_rows: r,
+            split_tiles,
+        })
+    }
+}
+
+/// What a pass reads and how.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PassArgs {
+    pub(super) counts: Counts,
+    /// Parts that a sequence's keys are divided into.
+    pub(super) splits: usize,
+    /// Every sequence has one token.
+    pub(super) decode: bool,
+    /// Choose the fastest algorithm of each product on the way.
+    pub(super) tune: bool,
+}
+
+impl CudaBackend {
+    /// Parts to divide the keys into, so that `tiles` fill the GPU.
+    pub(super) fn splits(&self, tiles: usize) -> usize {
+        if tiles > self.work.split_tiles {
+            return 1;
+        }
+        let blocks = tiles * self.spec.num_key_value_heads;
+        (2 * self.gpu.multiprocessors / blocks.max(1)).clamp(1, MAX_SPLITS)
+    }
+
+    /// Runs the layers over the tokens in `inputs`, leaving the residual stream in `work.x`.
+    pub(super) fn run_layers(
+        &mut self,
+        at: &Addresses,
+        pass: &PassArgs,
+    ) -> Result<(), PolicyError> {
+        let tokens = pass.counts.tokens;
+        let (h, stream) = (self.spec.hidden_size, self.gpu.stream.clone());
+        let table = self.weights.embed.device_ptr(&stream).0;
+        let x = self.work.x.device_ptr(&stream).0;
+        self.gpu.embed(at.ids, table, x, tokens, h)?;
+        let kv = self
+            .kv
+            .as_ref()
+            .ok_or(PolicyError::Misuse("step before init_kv"))?;
+        let (base, blocks) = (kv.base, kv.blocks);
+        let layer_bytes = (blocks * BLOCK_SIZE * self.spec.kv_dim() * size_of::<bf16>()) as u64;
+        let few = self.is_few(tokens);
+        if !few {
+            let (norm, out) = (self.norm_before(0), self.work.h.device_ptr(&stream).0);
+            let eps = self.spec.rms_norm_eps as f32;
+            self.gpu.rms_norm((x, 0, norm, out), 0, tokens, h, eps)?;
+        }
+        for index in 0..self.spec.num_hidden_layers {
+            let keys = base + 2 * index as u64 * layer_bytes;
+            self.run_layer(index, at, pass, (keys, keys + layer_bytes))?;
+        }
+        Ok(())
+    }
+
+    /// Whether the hand-written products serve so many tokens.
+    pub(super) fn is_few(&self, tokens: usize) -> bool {
+        let widths = [
+            self.spec.q_dim() + 2 * self.spec.kv_dim(),
+            self.spec.hidden_size,
+        ];
+        tokens <= SKINNY_TOKENS && widths.iter().all(|width| width.is_multiple_of(16))
+    }
+
+    /// Weights of the norm before layer `index`, or before the head.
+    pub(super) fn norm_before(&self, index: usize) -> u64 {
+        let layer = self
+            .weights
+            .layers
+            .get(index)
+            .map(|layer| &layer.input_norm);
+        layer
+            .unwrap_or(&self.weights.norm)
+            .device_ptr(&self.gpu.stream)
+            .0
+    }
+
+    /// Logits of `n` sampled tokens from the `first` on.
+    pub(super) fn head(
+        &mut self,
+        at: &Addresses,
+        pass: &PassArgs,
+        first: usize,
+        n: usize,
+    ) -> Result<(), PolicyError> {
+        let (h, v) = (self.spec.hidden_size, self.spec.vocab_size);
+        let (eps, stream) = (self.spec.rms_norm_eps as f32, self.gpu.stream.clone());
+        let norm = self.weights.norm.device_ptr(&stream).0;
+        let head = self.weights.head.as_ref().unwrap_or(&self.weights.embed);
+        let head = head.device_ptr(&stream).0;
+        let (x, picked, logits) = (
+            self.work.x.device_ptr(&stream).0,
+            self.work.picked.device_ptr(&stream).0,
+            self.work.logits.device_ptr(&stream).0,
+        );
+        // Where every token is sampled from, they lie in order.
+        let in_order = n == pass.counts.tokens;
+        let few = self.is_few(pass.counts.tokens);
+        if in_order && few && v.is_multiple_of(16) {
+            self.gpu.skinny(
+                Skinny::Head,
+                &SkinnyArgs {
+                    w: head,
+                    x,
+                    norm,
+                    y: logits,
+                    tokens: n,
+                    outputs: v,
+                    inputs: h,
+                    eps,
+                },
+            )?;
+            return Ok(());
+        }
+        // The last layer has left them normalised.
+        let ready = in_order && !few;
+        if !ready {
+            let rows = at.sampled + (first * size_of::<i32>()) as u64;
+            self.gpu.rms_norm((x, 0, norm, picked), rows, n, h, eps)?;
+        }
+        let picked = if ready {
+            self.work.h.device_ptr(&stream).0
+        } else {
+            picked
+        };
+        let shape = Shape {
+            tokens: n,
+            outputs: v,
+            inputs: h,
+            out: Out::F32,
+        };
+        self.matmul(pass, Matrix::Head, shape, picked, logits)
+    }
+
+    pub(super) fn matmul(
+        &mut self,
+        pass: &PassArgs,
+        matrix: Matrix,
+        shape: Shape,
+        x: u64,
+        y: u64,
+    ) -> Result<(), PolicyError> {
+        if pass.tune {
+            let all = self.matrices(matrix.everywhere());
+            let operands: Vec<Operands> = all.into_iter().map(|w| Operands { w, x, y }).collect();
+            self.gemm.tune(shape, &operands)?;
+        }
+        let w = self.matrices(matrix)[0];
+        Ok(self.gemm.run(shape, Operands { w, x, y })?)
+    }
+
+    /// Addresses of a matrix, of one layer or of all.
+    fn matrices(&self, matrix: Matrix) -> Vec<u64> {
+        let stream = &self.gpu.stream;
+        let (pick, layer): (fn(&Layer) -> &CudaSlice<bf16>, _) = match matrix {
+            Matrix::Qkv(layer) => (|l| &l.qkv, layer),
+            Matrix::O(layer) => (|l| &l.o, layer),
+            Matrix::GateUp(layer) => (|l| &l.gate_up, layer),
+            Matrix::Down(layer) => (|l| &l.down, layer),
+            Matrix::Head => {
+                let head = self.weights.head.as_ref().unwrap_or(&self.weights.embed);
+                return vec![head.device_ptr(stream).0];
+            }
+        };
+        let layers = match layer {
+            Some(index) => &self.weights.layers[index..=index],
+            None => &self.weights.layers[..],
+        };
+        layers
+            .iter()
+            .map(|l| pick(l).device_ptr(stream).0)
+            .collect()
+    }
+}
+
+/// A matrix of the decoder; `None` stands for all layers.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Matrix {
+    Qkv(Option<usize>),
+    O(Option<usize>),
+    GateUp(Option<usize>),
+    Down(Option<usize>),
+    Head,
+}
+
+impl Matrix {
+    fn everywhere(self) -> Self {
+        match self {
+            Self::Qkv(_) => Self::Qkv(None),
+            Self::O(_) => Self::O(None),
+            Self::GateUp(_) => Self::GateUp(None),
+            Self::Down(_) => Self::Down(None),
+            Self::Head => Self::Head,
+        }
+    }
+}
+
+/// Device addresses of a pass's inputs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Addresses {
+    ids: u64,
+    positions: u64,
+    sequences: u64,
+    tile_sequence: u64,
+    tile_first: u64,
+    q_start: u64,
+    q_len: u64,
+    kv_len: u64,
+    sampled: u64,
+    tables: u64,
+    table_width: i32,
+}
+
+impl Addresses {
+    pub(super) fn of(inputs: &Inputs) -> Self {
+        Self {
+            ids: inputs.at(Field::Ids),
+            positions: inputs.at(Field::Positions),
+            sequences: inputs.at(Field::Sequences),
+            tile_sequence: inputs.at(Field::TileSequence),
+            tile_first: inputs.at(Field::TileFirst),
+            q_start: inputs.at(Field::QStart),
+            q_len: inputs.at(Field::QLen),
+            kv_len: inputs.at(Field::KvLen),
+            sampled: inputs.at(Field::Sampled),
+            tables: inputs.at(Field::Tables),
+            table_width: inputs.width() as i32,
+        }
+    }
+
+    pub(super) fn places(&self) -> Places {
+        Places {
+            positions: self.positions,
+            sequences: self.sequences,
+            tables: self.tables,
+            table_width: self.table_width,
+        }
+    }
+
+    pub(super) fn attention(
+        &self,
+        work: &WorkPointers,
+        (keys, values): (u64, u64),
+        spec: &ModelSpec,
+        splits: usize,
+    ) -> Attention {
+        Attention {
+            q: work.q,
+            keys,
+            values,
+            out: work.attended,
+            tile_sequence: self.tile_sequence,
+            tile_first: self.tile_first,
+            q_start: self.q_start,
+            q_len: self.q_len,
+            kv_len: self.kv_len,
+            tables: self.tables,
+            partial: work.partial,
+            tickets: work.tickets,
+            table_width: self.table_width,
+            q_heads: spec.num_attention_heads as i32,
+            kv_heads: spec.num_key_value_heads as i32,
+            splits: splits as i32,
+            scale: std::f32::consts::LOG2_E / (spec.head_dim as f32).sqrt(),
+        }
+    }
+}

@@ -1,0 +1,281 @@
+//! Decoding as a captured graph: one for each size of batch, replayed several times without the host in between. Tokens,
+//! positions and lengths advance on the device; what was drawn is read once at the end.
+
+use cudarc::driver::{
+    CudaGraph, CudaSlice, DevicePtr,
+    sys::{CUgraphInstantiate_flags, CUstreamCaptureMode},
+};
+
+use super::{
+    CudaBackend, CudaError,
+    device::Gpu,
+    forward::{Addresses, PassArgs},
+    inputs::{Field, Inputs, Layout},
+    launch::{CHUNK, CHUNK_WORDS, SampleArgs},
+};
+use crate::{
+    backend::{Sampled, StepRow},
+    engine::sampler,
+    error::PolicyError,
+    types::TopTokens,
+};
+
+/// Steps replayed between two looks of the host. Long enough that its part is small, short enough that what a
+/// finished sequence draws in vain is too.
+pub(super) const MAX_BURST: usize = 16;
+
+/// Up to so many sequences attention takes its heads from the projection itself; for more, a kernel of its own that uses
+/// every thread is faster than one kernel less.
+const FUSED_TOKENS: usize = 64;
+
+/// Inputs and results of bursts.
+pub(super) struct Decode {
+    inputs: Inputs,
+    temperature: CudaSlice<f32>,
+    /// `[MAX_BURST, rows]`.
+    uniform: CudaSlice<f64>,
+    token: CudaSlice<i32>,
+    logprob: CudaSlice<f32>,
+    chunks: CudaSlice<u32>,
+    rows: usize,
+}
+
+impl Decode {
+    pub(super) fn new(gpu: &Gpu, layout: Layout, vocab: usize) -> Result<Self, CudaError> {
+        let rows = layout.sequences;
+        let layout = Layout {
+            tokens: rows,
+            ..layout
+        };
+        Ok(Self {
+            inputs: Inputs::new(&gpu.stream, layout)?,
+            temperature: gpu.stream.alloc_zeros(rows)?,
+            uniform: gpu.stream.alloc_zeros(MAX_BURST * rows)?,
+            token: gpu.stream.alloc_zeros(MAX_BURST * rows)?,
+            logprob: gpu.stream.alloc_zeros(MAX_BURST * rows)?,
+            chunks: gpu
+                .stream
+                .alloc_zeros(rows * vocab.div_ceil(CHUNK) * CHUNK_WORDS)?,
+            rows,
+        })
+    }
+
+    /// Sends temperatures and random numbers of `steps` steps.
+    pub(super) fn send_randomness(
+        &mut self,
+        gpu: &Gpu,
+        rows: &[&crate::backend::SampleArgs<'_>],
+        steps: usize,
+    ) -> Result<(), CudaError> {
+        let mut temperature = vec![1f32; self.rows];
+        let mut uniform = vec![0f64; steps * self.rows];
+        for (i, args) in rows.iter().enumerate() {
+            let degree = args.params.temperature;
+            temperature[i] = if degree < sampler::GREEDY_BELOW {
+                0.0
+            } else {
+                degree
+            };
+            for step in 0..steps.min(args.ahead + 1) {
+                uniform[step * self.rows + i] =
+                    sampler::uniform(args.stream, args.position + step as u64);
+            }
+        }
+        let stream = &gpu.stream;
+        stream.memcpy_htod(&temperature, &mut self.temperature)?;
+        stream.memcpy_htod(&uniform, &mut self.uniform.slice_mut(..steps * self.rows))?;
+        Ok(())
+    }
+
+    /// Queues the sampling of `rows` rows of logits at an address.
+    pub(super) fn sample(
+        &self,
+        gpu: &Gpu,
+        logits: u64,
+        vocab: usize,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let stream = &gpu.stream;
+        let args = SampleArgs {
+            logits,
+            chunks: self.chunks.device_ptr(stream).0,
+            temperature: self.temperature.device_ptr(stream).0,
+            uniform: self.uniform.device_ptr(stream).0,
+            token: self.token.device_ptr(stream).0,
+            logprob: self.logprob.device_ptr(stream).0,
+            step: self.inputs.at(Field::Step),
+            stride: self.rows as i32,
+            vocab: vocab as i32,
+        };
+        gpu.sample(&args, rows)
+    }
+
+    /// Makes the next sampling the first of a burst again.
+    pub(super) fn rewind(&mut self, gpu: &Gpu) -> Result<(), CudaError> {
+        self.inputs.fill(&gpu.stream, &[], 0, 1)?;
+        Ok(())
+    }
+
+    /// What was drawn, `[steps][rows]`.
+    pub(super) fn drawn(&self, gpu: &Gpu, steps: usize) -> Result<Drawn, CudaError> {
+        let n = steps * self.rows;
+        let stream = &gpu.stream;
+        let drawn = Drawn {
+            token: stream.clone_dtoh(&self.token.slice(..n))?,
+            logprob: stream.clone_dtoh(&self.logprob.slice(..n))?,
+            stride: self.rows,
+        };
+        stream.synchronize()?;
+        Ok(drawn)
+    }
+
+    fn advance(&self, gpu: &Gpu, rows: usize) -> Result<(), CudaError> {
+        let token = self.token.device_ptr(&gpu.stream).0;
+        let at = |field| self.inputs.at(field);
+        let fields = [
+            at(Field::Ids),
+            at(Field::Positions),
+            at(Field::KvLen),
+            at(Field::Left),
+            token,
+            at(Field::Step),
+        ];
+        gpu.advance(&fields, self.rows as i32, rows)
+    }
+}
+
+/// Tokens and log-probs of some steps.
+pub(super) struct Drawn {
+    token: Vec<i32>,
+    logprob: Vec<f32>,
+    stride: usize,
+}
+
+impl Drawn {
+    /// # Errors
+    /// [`PolicyError::NonFiniteLogits`] at `position`.
+    pub(super) fn get(
+        &self,
+        step: usize,
+        row: usize,
+        position: usize,
+    ) -> Result<Sampled, PolicyError> {
+        let at = step * self.stride + row;
+        let logprob = self.logprob[at];
+        if !logprob.is_finite() {
+            return Err(PolicyError::NonFiniteLogits { position });
+        }
+        Ok(Sampled {
+            token: self.token[at] as u32,
+            logprob,
+            policy_logprob: logprob,
+            top: TopTokens::default(),
+        })
+    }
+}
+
+/// Rows of the graph that serves `rows`: every number up to 8, then steps that waste at most an eighth.
+fn bucket(rows: usize, most: usize) -> usize {
+    let size = match rows {
+        0..=8 => rows,
+        9..=256 => rows.next_multiple_of(8),
+        _ => rows.next_multiple_of(16),
+    };
+    size.min(most)
+}
+
+impl CudaBackend {
+    /// Draws up to `ahead + 1` tokens for every row.
+    pub(super) fn burst(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError> {
+        let size = bucket(rows.len(), self.decode.rows);
+        let args: Vec<_> = rows.iter().filter_map(|row| row.sample.as_ref()).collect();
+        let steps = args
+            .iter()
+            .map(|a| a.ahead + 1)
+            .max()
+            .unwrap_or(1)
+            .min(MAX_BURST);
+        if !self.graphs.contains_key(&size) {
+            let graph = self.capture(size, rows)?;
+            self.graphs.insert(size, graph);
+        }
+        let group = self.group();
+        let pad = size - rows.len();
+        self.decode
+            .inputs
+            .fill(&self.gpu.stream, rows, pad, group)?;
+        self.decode.send_randomness(&self.gpu, &args, steps)?;
+        for _ in 0..steps {
+            self.graphs[&size].launch().map_err(CudaError::from)?;
+        }
+        let drawn = self.decode.drawn(&self.gpu, steps)?;
+        let of_row = |(i, args): (usize, &&crate::backend::SampleArgs<'_>)| {
+            (0..=args.ahead.min(steps - 1))
+                .map(|step| drawn.get(step, i, args.position as usize + step))
+                .collect()
+        };
+        args.iter().enumerate().map(of_row).collect()
+    }
+
+    /// Records a step of `size` rows, after running it once to load, tune and allocate what capturing must not. `rows`
+    /// are real ones; the step they are run for here is run again.
+    fn capture(&mut self, size: usize, rows: &[StepRow<'_>]) -> Result<CudaGraph, PolicyError> {
+        let (group, pad) = (self.group(), size - rows.len());
+        let counts = self
+            .decode
+            .inputs
+            .fill(&self.gpu.stream, rows, pad, group)?;
+        let pass = PassArgs {
+            counts,
+            splits: self.splits(counts.tiles),
+            decode: counts.tokens <= FUSED_TOKENS,
+            tune: true,
+        };
+        self.queue_step(&pass)?;
+        self.gpu.stream.synchronize().map_err(CudaError::from)?;
+        let stream = self.gpu.stream.clone();
+        stream
+            .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
+            .map_err(CudaError::from)?;
+        let queued = self.queue_step(&PassArgs {
+            tune: false,
+            ..pass
+        });
+        let graph = stream
+            .end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH)
+            .map_err(CudaError::from)?;
+        queued?;
+        graph.ok_or(PolicyError::Misuse("nothing was captured"))
+    }
+
+    fn queue_step(&mut self, pass: &PassArgs) -> Result<(), PolicyError> {
+        let at = Addresses::of(&self.decode.inputs);
+        let n = pass.counts.tokens;
+        self.run_layers(&at, pass)?;
+        self.head(&at, pass, 0, n)?;
+        let logits = self.work.logits.device_ptr(&self.gpu.stream).0;
+        self.decode
+            .sample(&self.gpu, logits, self.spec.vocab_size, n)?;
+        Ok(self.decode.advance(&self.gpu, n)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bucket;
+
+    #[test]
+    fn buckets_waste_little() {
+        for rows in 1..=512 {
+            let size = bucket(rows, 512);
+            assert!(
+                size >= rows && size - rows <= 16.min(rows),
+                "{rows} in {size}"
+            );
+        }
+        assert_eq!(
+            (bucket(9, 512), bucket(300, 512), bucket(300, 300)),
+            (16, 304, 300)
+        );
+    }
+}

@@ -1,0 +1,200 @@
+//! What a pass is told about its tokens: one array of integers on the host, copied to the device in one go.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
+
+use super::CudaError;
+use crate::backend::StepRow;
+
+/// Query rows of a tensor-core tile (attention.cu).
+const TILE_ROWS: usize = 16;
+
+/// Where each array lies. `tokens`, `sequences` and `width` are the most there can be of tokens, sequences and
+/// blocks of a sequence.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Layout {
+    pub(super) tokens: usize,
+    pub(super) sequences: usize,
+    pub(super) width: usize,
+}
+
+/// The arrays, in the order in which they lie.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Field {
+    /// `[T]`: id, position (−1: padding) and sequence of each token.
+    Ids,
+    Positions,
+    Sequences,
+    /// `[tiles]`, see attention.cu.
+    TileSequence,
+    TileFirst,
+    /// `[S]`, see attention.cu.
+    QStart,
+    QLen,
+    KvLen,
+    /// `[R]`: tokens whose hidden state is sampled from.
+    Sampled,
+    /// `[S]`: tokens to draw.
+    Left,
+    /// Counts the steps of a burst.
+    Step,
+    /// `[S, width]`; last, because only the rows in use are copied.
+    Tables,
+}
+
+impl Layout {
+    fn offset(&self, field: Field) -> usize {
+        let (t, s) = (self.tokens, self.sequences);
+        match field {
+            Field::Ids => 0,
+            Field::Positions => t,
+            Field::Sequences => 2 * t,
+            Field::TileSequence => 3 * t,
+            Field::TileFirst => 4 * t,
+            Field::QStart => 5 * t,
+            Field::QLen => 5 * t + s,
+            Field::KvLen => 5 * t + 2 * s,
+            Field::Left => 5 * t + 3 * s,
+            Field::Step => 5 * t + 4 * s,
+            Field::Sampled => 5 * t + 4 * s + 1,
+            Field::Tables => 6 * t + 4 * s + 1,
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.offset(Field::Tables) + self.sequences * self.width
+    }
+}
+
+/// See the file header.
+pub(super) struct Inputs {
+    layout: Layout,
+    host: Vec<i32>,
+    device: CudaSlice<i32>,
+    base: u64,
+}
+
+/// How much of everything a pass has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counts {
+    pub(super) tokens: usize,
+    pub(super) sequences: usize,
+    pub(super) tiles: usize,
+    pub(super) sampled: usize,
+}
+
+impl Inputs {
+    pub(super) fn new(stream: &Arc<CudaStream>, layout: Layout) -> Result<Self, CudaError> {
+        let device = stream.alloc_zeros::<i32>(layout.len())?;
+        let base = device.device_ptr(stream).0;
+        Ok(Self {
+            host: vec![0; layout.len()],
+            layout,
+            device,
+            base,
+        })
+    }
+
+    /// Device address of an array.
+    pub(super) fn at(&self, field: Field) -> u64 {
+        self.base + (self.layout.offset(field) * size_of::<i32>()) as u64
+    }
+
+    /// Blocks of a sequence there is room for.
+    pub(super) fn width(&self) -> usize {
+        self.layout.width
+    }
+
+    /// Lays the rows out and sends them; `pad` rows of one token follow. `group` query heads share a key head.
+    ///
+    /// # Errors
+    /// [`CudaError::Capacity`] for more than there is room for.
+    pub(super) fn fill(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        rows: &[StepRow<'_>],
+        pad: usize,
+        group: usize,
+    ) -> Result<Counts, CudaError> {
+        let tokens: usize = rows.iter().map(|row| row.tokens.len()).sum();
+        let blocks = rows.iter().map(|row| row.blocks.len()).max().unwrap_or(0);
+        for (what, asked, most) in [
+            ("tokens", tokens + pad, self.layout.tokens),
+            ("sequences", rows.len() + pad, self.layout.sequences),
+            ("KV blocks of a sequence", blocks, self.layout.width),
+        ] {
+            if asked > most {
+                return Err(CudaError::Capacity { what, asked, most });
+            }
+        }
+        let mut n = Counts::default();
+        for row in rows {
+            self.add(row, (TILE_ROWS / group).max(1), &mut n);
+        }
+        for _ in 0..pad {
+            self.add_padding(&mut n);
+        }
+        self.set(Field::Step, 0, 0);
+        let used = self.layout.offset(Field::Tables) + rows.len() * self.layout.width;
+        stream.memcpy_htod(&self.host[..used], &mut self.device.slice_mut(..used))?;
+        Ok(n)
+    }
+
+    fn set(&mut self, field: Field, index: usize, value: i32) {
+        self.host[self.layout.offset(field) + index] = value;
+    }
+
+    fn add(&mut self, row: &StepRow<'_>, per_tile: usize, n: &mut Counts) {
+        let (s, len, start) = (n.sequences, row.tokens.len(), n.tokens);
+        self.set(Field::QStart, s, start as i32);
+        self.set(Field::QLen, s, len as i32);
+        self.set(Field::KvLen, s, (row.position + len) as i32);
+        for (i, block) in row.blocks.iter().enumerate() {
+            self.set(Field::Tables, s * self.layout.width + i, *block as i32);
+        }
+        for (i, id) in row.tokens.iter().enumerate() {
+            self.set(Field::Ids, start + i, *id as i32);
+            self.set(Field::Positions, start + i, (row.position + i) as i32);
+            self.set(Field::Sequences, start + i, s as i32);
+        }
+        for first in (0..len).step_by(per_tile) {
+            self.set(Field::TileSequence, n.tiles, s as i32);
+            self.set(Field::TileFirst, n.tiles, first as i32);
+            n.tiles += 1;
+        }
+        n.tokens += len;
+        n.sequences += 1;
+        if let Some(args) = &row.sample {
+            self.set(Field::Left, s, args.ahead as i32 + 1);
+            let proposed = args.proposal.map_or(0, |p| p.tokens.len());
+            for token in n.tokens - 1 - proposed..n.tokens {
+                self.set(Field::Sampled, n.sampled, token as i32);
+                n.sampled += 1;
+            }
+        }
+    }
+
+    /// A row that writes no key and sees none.
+    fn add_padding(&mut self, n: &mut Counts) {
+        let (s, token) = (n.sequences, n.tokens);
+        for (field, value) in [
+            (Field::QStart, token as i32),
+            (Field::QLen, 1),
+            (Field::KvLen, 0),
+            (Field::Left, 0),
+        ] {
+            self.set(field, s, value);
+        }
+        self.set(Field::Ids, token, 0);
+        self.set(Field::Positions, token, -1);
+        self.set(Field::Sequences, token, s as i32);
+        self.set(Field::TileSequence, n.tiles, s as i32);
+        self.set(Field::TileFirst, n.tiles, 0);
+        self.set(Field::Sampled, n.sampled, token as i32);
+        n.tokens += 1;
+        n.sequences += 1;
+        n.tiles += 1;
+        n.sampled += 1;
+    }
+}

@@ -1,0 +1,75 @@
+// Row-wise operations on the residual stream, which is f32 from the embedding to the last norm.
+
+// x[t] = table[ids[t]]. One block per token. ids: [T], table: [V, H], x: [T, H].
+extern "C" __global__ void embed(const int* ids, const bf16* table, float* x, int hidden) {
+    let_next_start();
+    wait_for_previous();
+    const uint2* from = (const uint2*)(table + (size_t)ids[blockIdx.x] * hidden);
+    float4* to = (float4*)(x + (size_t)blockIdx.x * hidden);
+    for (int i = threadIdx.x; i < hidden / 4; i += blockDim.x) {
+        uint2 v = from[i];
+        to[i] = make_float4(low(v.x), high(v.x), low(v.y), high(v.y));
+    }
+}
+
+// RMSNorm (Zhang & Sennrich 2019): out = x / sqrt(mean(x²) + eps) · weight, after x += delta where there is one. One block
+// of 8 warps per row; `rows` names the rows of x to take, or is null for all in order. x: [T, H], delta: [T, H] or null,
+// out: [rows, H]; H is a multiple of 4 and at most 8192: a thread keeps what it has read.
+extern "C" __global__ void __launch_bounds__(256) rms_norm(float* x, const bf16* delta, const float* weight, bf16* out,
+                                                           const int* rows, int hidden, float eps) {
+    __shared__ float part[8];
+    let_next_start();
+    wait_for_previous();
+    int row = rows ? rows[blockIdx.x] : blockIdx.x;
+    float4* from = (float4*)(x + (size_t)row * hidden);
+    const uint2* add = delta ? (const uint2*)(delta + (size_t)row * hidden) : (const uint2*)0;
+    uint2* to = (uint2*)(out + (size_t)blockIdx.x * hidden);
+    int quarter = hidden / 4;
+    float4 v[8], w[8];
+    float sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        int i = threadIdx.x + 256 * j;
+        if (i < quarter) {
+            v[j] = from[i];
+            w[j] = ((const float4*)weight)[i];
+            if (add) {
+                uint2 d = add[i];
+                v[j].x += low(d.x), v[j].y += high(d.x), v[j].z += low(d.y), v[j].w += high(d.y);
+                from[i] = v[j];
+            }
+            sum += v[j].x * v[j].x + v[j].y * v[j].y + v[j].z * v[j].z + v[j].w * v[j].w;
+        }
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum += part[i];
+    float scale = rsqrtf(sum / hidden + eps);
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        int i = threadIdx.x + 256 * j;
+        if (i < quarter)
+            to[i] = make_uint2(pack(v[j].x * scale * w[j].x, v[j].y * scale * w[j].y),
+                               pack(v[j].z * scale * w[j].z, v[j].w * scale * w[j].w));
+    }
+}
+
+static __device__ __forceinline__ u32 swiglu(u32 gate, u32 up) {
+    float a = low(gate), b = high(gate);
+    return pack(a / (1.f + __expf(-a)) * low(up), b / (1.f + __expf(-b)) * high(up));
+}
+
+// out = silu(gate) · up. gate_up: [T, 2F] with the gate first, out: [T, F]; `eighth` is F / 8. Grid: (⌈F / 8 / 256⌉, T).
+extern "C" __global__ void __launch_bounds__(256) silu_mul(const uint4* gate_up, uint4* out, int eighth) {
+    int i = blockIdx.x * 256 + threadIdx.x;
+    let_next_start();
+    wait_for_previous();
+    if (i >= eighth) return;
+    const uint4* row = gate_up + (size_t)blockIdx.y * 2 * eighth;
+    uint4 g = row[i], u = row[eighth + i];
+    out[(size_t)blockIdx.y * eighth + i] =
+        make_uint4(swiglu(g.x, u.x), swiglu(g.y, u.y), swiglu(g.z, u.z), swiglu(g.w, u.w));
+}

@@ -1,0 +1,388 @@
+//! The kernels as functions: grid and arguments of each launch, everything queued on the one stream.
+//!
+//! Addresses are plain numbers here, because a captured graph keeps them anyway. Who calls sees to it that they name
+//! buffers of the shapes that the kernel's comment gives.
+
+use std::ffi::c_void;
+
+use cudarc::driver::{CudaFunction, sys};
+
+use super::{CudaError, device::Gpu};
+
+/// `attention.cu`'s parameters, field by field.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Attention {
+    pub(super) q: u64,
+    pub(super) keys: u64,
+    pub(super) values: u64,
+    pub(super) out: u64,
+    pub(super) tile_sequence: u64,
+    pub(super) tile_first: u64,
+    pub(super) q_start: u64,
+    pub(super) q_len: u64,
+    pub(super) kv_len: u64,
+    pub(super) tables: u64,
+    pub(super) partial: u64,
+    pub(super) tickets: u64,
+    pub(super) table_width: i32,
+    pub(super) q_heads: i32,
+    pub(super) kv_heads: i32,
+    pub(super) splits: i32,
+    pub(super) scale: f32,
+}
+
+/// Grid, threads of a block and bytes of shared memory.
+#[derive(Clone, Copy, Debug)]
+struct Launch {
+    grid: (usize, usize, usize),
+    threads: u32,
+    shared: usize,
+}
+
+impl Launch {
+    fn of(blocks: usize, threads: u32) -> Self {
+        Self {
+            grid: (blocks, 1, 1),
+            threads,
+            shared: 0,
+        }
+    }
+}
+
+/// Queues one kernel with these arguments.
+macro_rules! launch {
+    ($gpu:expr, $kernel:expr, $launch:expr, $($arg:expr),+ $(,)?) => {{
+        let arguments = [$(std::ptr::from_ref($arg).cast_mut().cast::<c_void>()),+];
+        $gpu.queue($kernel, $launch, &arguments)
+    }};
+}
+
+/// Which of the products with few tokens (skinny.cu).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Skinny {
+    /// Norm, then a product to bf16.
+    Project,
+    /// Added to the residual stream.
+    Add,
+    /// Norm, product, SwiGLU.
+    Swiglu,
+    /// Norm, product to f32.
+    Head,
+}
+
+/// Operands of a product with few tokens.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SkinnyArgs {
+    pub(super) w: u64,
+    pub(super) x: u64,
+    /// 0 where nothing is normalised.
+    pub(super) norm: u64,
+    pub(super) y: u64,
+    pub(super) tokens: usize,
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
+    pub(super) eps: f32,
+}
+
+/// `qkv.cu`'s parameters, field by field; 0 for what a model does not have.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Projection {
+    pub(super) qkv: u64,
+    pub(super) bias: u64,
+    pub(super) q_norm: u64,
+    pub(super) k_norm: u64,
+    pub(super) rope: u64,
+    pub(super) keys: u64,
+    pub(super) values: u64,
+    pub(super) q_heads: i32,
+    pub(super) kv_heads: i32,
+    pub(super) dim: i32,
+    pub(super) eps: f32,
+}
+
+/// Where the tokens of a projection belong.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Places {
+    pub(super) positions: u64,
+    pub(super) sequences: u64,
+    pub(super) tables: u64,
+    pub(super) table_width: i32,
+}
+
+/// Tokens of a chunk in sample.cu.
+pub(super) const CHUNK: usize = 512;
+
+/// Words of a chunk's result there.
+pub(super) const CHUNK_WORDS: usize = 3;
+
+/// Arguments of sample.cu.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SampleArgs {
+    pub(super) logits: u64,
+    /// Room for what [`CHUNK`] tokens of a row come to.
+    pub(super) chunks: u64,
+    pub(super) temperature: u64,
+    pub(super) uniform: u64,
+    pub(super) token: u64,
+    pub(super) logprob: u64,
+    pub(super) step: u64,
+    pub(super) stride: i32,
+    pub(super) vocab: i32,
+}
+
+impl Gpu {
+    /// Where the GPU can, a kernel is launched while the one before it ends (common.cu says how they keep order).
+    fn queue(
+        &self,
+        kernel: &CudaFunction,
+        launch: Launch,
+        arguments: &[*mut c_void],
+    ) -> Result<(), CudaError> {
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        };
+        let (x, y, z) = launch.grid;
+        let config = sys::CUlaunchConfig {
+            gridDimX: x as u32,
+            gridDimY: y as u32,
+            gridDimZ: z as u32,
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared as u32,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(self.overlaps),
+        };
+        self.stream.context().bind_to_thread()?;
+        // SAFETY: number and types of the arguments are those of the kernel, and they live until the call returns,
+        // which copies them; the addresses among them name live buffers of the shapes it works on (file header).
+        let status = unsafe {
+            sys::cuLaunchKernelEx(
+                &raw const config,
+                kernel.cu_function(),
+                arguments.as_ptr().cast_mut(),
+                std::ptr::null_mut(),
+            )
+        };
+        Ok(status.result()?)
+    }
+
+    pub(super) fn embed(
+        &self,
+        ids: u64,
+        table: u64,
+        x: u64,
+        tokens: usize,
+        hidden: usize,
+    ) -> Result<(), CudaError> {
+        let hidden = hidden as i32;
+        launch!(
+            self,
+            &self.kernels.embed,
+            Launch::of(tokens, 256),
+            &ids,
+            &table,
+            &x,
+            &hidden
+        )
+    }
+
+    /// `delta`: address of what is added to x first, 0 for nothing; `rows`: address of the rows to take, 0 for all.
+    pub(super) fn rms_norm(
+        &self,
+        (x, delta, weight, out): (u64, u64, u64, u64),
+        rows: u64,
+        n: usize,
+        hidden: usize,
+        eps: f32,
+    ) -> Result<(), CudaError> {
+        let hidden = hidden as i32;
+        let kernel = &self.kernels.rms_norm;
+        launch!(
+            self,
+            kernel,
+            Launch::of(n, 256),
+            &x,
+            &delta,
+            &weight,
+            &out,
+            &rows,
+            &hidden,
+            &eps
+        )
+    }
+
+    pub(super) fn silu_mul(
+        &self,
+        gate_up: u64,
+        out: u64,
+        tokens: usize,
+        width: usize,
+    ) -> Result<(), CudaError> {
+        let eighth = (width / 8) as i32;
+        let launch = Launch {
+            grid: ((width / 8).div_ceil(256), tokens, 1),
+            ..Launch::of(1, 256)
+        };
+        launch!(
+            self,
+            &self.kernels.silu_mul,
+            launch,
+            &gate_up,
+            &out,
+            &eighth
+        )
+    }
+
+    /// Queries to `q`, keys and values to the cache.
+    pub(super) fn qkv_rope_cache(
+        &self,
+        from: &Projection,
+        at: &Places,
+        q: u64,
+        tokens: usize,
+    ) -> Result<(), CudaError> {
+        let warps = tokens * (from.q_heads + 2 * from.kv_heads) as usize;
+        let count = tokens as i32;
+        launch!(
+            self,
+            &self.kernels.qkv_rope_cache,
+            Launch::of(warps.div_ceil(4), 128),
+            from,
+            &at.positions,
+            &at.sequences,
+            &at.tables,
+            &at.table_width,
+            &q,
+            &count,
+        )
+    }
+
+    /// `decode`: sequences of one token, which comes straight from the projection.
+    pub(super) fn attention(
+        &self,
+        args: &Attention,
+        from: &Projection,
+        tiles: usize,
+        decode: bool,
+    ) -> Result<(), CudaError> {
+        let launch = Launch {
+            grid: (tiles, args.kv_heads as usize, args.splits as usize),
+            ..Launch::of(1, self.kernels.attention_threads)
+        };
+        let kernel = match decode {
+            true => &self.kernels.decode,
+            false => &self.kernels.attention,
+        };
+        launch!(self, kernel, launch, args, from)
+    }
+
+    pub(super) fn skinny(&self, kind: Skinny, a: &SkinnyArgs) -> Result<(), CudaError> {
+        let kernels = &self.kernels;
+        let (kernel, per_block, warps) = match kind {
+            Skinny::Project => (&kernels.skinny_qkv, 16, 8),
+            Skinny::Add => (&kernels.skinny_add, 16, 16),
+            Skinny::Swiglu => (&kernels.skinny_swiglu, 16, 4),
+            Skinny::Head => (&kernels.skinny_head, 128, 8),
+        };
+        let shared = match kind {
+            Skinny::Add => 0,
+            _ => 8 * (a.inputs + 8) * 2,
+        };
+        let launch = Launch {
+            shared,
+            ..Launch::of(a.outputs.div_ceil(per_block), 32 * warps)
+        };
+        let (tokens, n, k) = (a.tokens as i32, a.outputs as i32, a.inputs as i32);
+        launch!(
+            self, kernel, launch, &a.w, &a.x, &a.norm, &a.y, &tokens, &n, &k, &a.eps,
+        )
+    }
+
+    pub(super) fn sample(&self, a: &SampleArgs, rows: usize) -> Result<(), CudaError> {
+        let count = (a.vocab as usize).div_ceil(CHUNK);
+        let sums = Launch {
+            grid: (count.div_ceil(8), rows, 1),
+            ..Launch::of(1, 256)
+        };
+        launch!(
+            self,
+            &self.kernels.sum_chunks,
+            sums,
+            &a.logits,
+            &a.temperature,
+            &a.chunks,
+            &a.vocab
+        )?;
+        launch!(
+            self,
+            &self.kernels.sample,
+            Launch::of(rows, 32),
+            &a.logits,
+            &a.chunks,
+            &a.temperature,
+            &a.uniform,
+            &a.token,
+            &a.logprob,
+            &a.step,
+            &a.stride,
+            &a.vocab,
+        )
+    }
+
+    /// `fields`: addresses of ids, positions, kv_len, left, token, step.
+    pub(super) fn advance(
+        &self,
+        fields: &[u64; 6],
+        stride: i32,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let [ids, positions, kv_len, left, token, step] = fields;
+        let count = rows as i32;
+        let threads = (rows as u32).next_multiple_of(32);
+        launch!(
+            self,
+            &self.kernels.advance,
+            Launch::of(1, threads),
+            ids,
+            positions,
+            kv_len,
+            left,
+            token,
+            step,
+            &stride,
+            &count,
+        )
+    }
+
+    /// `pool`: all layers, keys and values, `layer_bytes` apart; `pairs`: address of `n` pairs.
+    pub(super) fn copy_blocks(
+        &self,
+        pool: u64,
+        pairs: u64,
+        n: usize,
+        (layers, layer_bytes, block_bytes): (usize, usize, usize),
+    ) -> Result<(), CudaError> {
+        let (layer_words, block_words) = ((layer_bytes / 16) as u64, (block_bytes / 16) as i32);
+        let launch = Launch {
+            grid: (2 * layers, n, 1),
+            ..Launch::of(1, 128)
+        };
+        launch!(
+            self,
+            &self.kernels.copy_blocks,
+            launch,
+            &pool,
+            &pairs,
+            &layer_words,
+            &block_words
+        )
+    }
+}

@@ -1,0 +1,253 @@
+//! The CUDA backend: bf16 weights and keys, f32 sums and residual stream, plain cudarc with dynamic loading, so that
+//! building needs no CUDA and one binary serves machines with and without a GPU.
+//!
+//! candle's CUDA was rejected: it needs nvcc to build, allocates at every operation and cannot be captured in a
+//! graph. All buffers here are made once; a decoding step is a graph that the device replays without the host.
+
+#![expect(unsafe_code, reason = "the one place that talks to a device")]
+
+mod compile;
+mod device;
+mod error;
+mod forward;
+mod gemm;
+mod graph;
+mod inputs;
+mod launch;
+mod layer;
+mod step;
+mod survey;
+mod weights;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+};
+
+use candle_core::Tensor;
+use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
+use half::bf16;
+
+pub use compile::{SOURCES, architecture, compile};
+pub use error::CudaError;
+pub use survey::{GpuFacts, Survey, survey};
+
+use crate::{
+    backend::{Backend, BlockId, Exit, OptimStep, Pass, Sampled, StepRow},
+    engine::sampler,
+    error::PolicyError,
+    spec::ModelSpec,
+    types::{PackedBatch, TokenScores, TopTokens},
+};
+use device::Gpu;
+use forward::Work;
+use gemm::Gemm;
+use graph::Decode;
+use inputs::{Inputs, Layout};
+use weights::Weights;
+
+/// Tokens of a KV block: what one warp reads at a time (attention.cu).
+pub const BLOCK_SIZE: usize = 32;
+
+/// Most the buffers are made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaSizes {
+    /// Tokens of one step, prompts and decoding together.
+    pub max_step_tokens: usize,
+    /// Sequences of one step.
+    pub max_batch: usize,
+    /// Tokens of one sequence.
+    pub max_model_len: usize,
+}
+
+/// Keys and values of all layers.
+struct KvPool {
+    /// Owns what `base` names.
+    _pool: CudaSlice<bf16>,
+    base: u64,
+    blocks: usize,
+}
+
+/// The policy on one GPU. Generates; training is on the CPU.
+pub struct CudaBackend {
+    spec: ModelSpec,
+    gpu: Gpu,
+    gemm: Gemm,
+    weights: Weights,
+    work: Work,
+    kv: Option<KvPool>,
+    /// For passes of any shape, run kernel by kernel.
+    inputs: Inputs,
+    decode: Decode,
+    graphs: HashMap<usize, CudaGraph>,
+    scratch: sampler::Scratch,
+}
+
+/// What decides whether a model runs here, as [`CudaError::Shape`].
+fn check(spec: &ModelSpec) -> Result<(), CudaError> {
+    let refuse = |what: String| Err(CudaError::Shape(what));
+    let group = spec.num_attention_heads / spec.num_key_value_heads;
+    if ![32, 64, 96, 128].contains(&spec.head_dim) {
+        return refuse(format!(
+            "head_dim {} is not 32, 64, 96 or 128",
+            spec.head_dim
+        ));
+    }
+    if group > 16 {
+        return refuse(format!("{group} query heads share a key head; 16 can"));
+    }
+    if !spec.hidden_size.is_multiple_of(32) || !spec.intermediate_size.is_multiple_of(32) {
+        return refuse(format!(
+            "hidden_size {} and intermediate_size {} are not multiples of 32",
+            spec.hidden_size, spec.intermediate_size
+        ));
+    }
+    if spec.hidden_size > 8192 || spec.vocab_size > 320 * 1024 {
+        return refuse(format!(
+            "hidden_size {} is above 8192 or vocab_size {} above {}",
+            spec.hidden_size,
+            spec.vocab_size,
+            320 * 1024
+        ));
+    }
+    if spec.o_bias {
+        return refuse("o_proj has a bias".to_owned());
+    }
+    Ok(())
+}
+
+impl CudaBackend {
+    /// Uploads the weights by their checkpoint names (see [`crate::weights`]) to GPU `ordinal`, rounded to bf16. Compiled
+    /// kernels are kept in the folder `cache`.
+    ///
+    /// # Errors
+    /// A weight that is missing or of another shape; [`CudaError`] for everything about the GPU.
+    pub fn new(
+        ordinal: usize,
+        spec: ModelSpec,
+        tensors: &BTreeMap<String, Tensor>,
+        sizes: CudaSizes,
+        cache: Option<&Path>,
+    ) -> Result<Self, PolicyError> {
+        check(&spec)?;
+        let gpu = Gpu::open(ordinal, spec.head_dim, cache)?;
+        let weights = Weights::new(&gpu.stream, &spec, tensors, sizes.max_model_len)?;
+        let layout = Layout {
+            tokens: sizes.max_step_tokens,
+            sequences: sizes.max_batch,
+            width: sizes.max_model_len.div_ceil(BLOCK_SIZE),
+        };
+        Ok(Self {
+            gemm: Gemm::new(&gpu.stream)?,
+            work: Work::new(&gpu, &spec, &sizes)?,
+            inputs: Inputs::new(&gpu.stream, layout)?,
+            decode: Decode::new(&gpu, layout, spec.vocab_size)?,
+            graphs: HashMap::new(),
+            scratch: sampler::Scratch::default(),
+            kv: None,
+            weights,
+            gpu,
+            spec,
+        })
+    }
+
+    /// Bytes of GPU memory: free, and all.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn memory(&self) -> Result<(usize, usize), CudaError> {
+        self.gpu.memory()
+    }
+
+    /// Query heads that share a key head.
+    fn group(&self) -> usize {
+        self.spec.num_attention_heads / self.spec.num_key_value_heads
+    }
+}
+
+impl Backend for CudaBackend {
+    fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    fn kv_bytes_per_token(&self) -> usize {
+        2 * self.spec.num_hidden_layers * self.spec.kv_dim() * size_of::<bf16>()
+    }
+
+    fn max_ahead(&self) -> usize {
+        graph::MAX_BURST - 1
+    }
+
+    fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError> {
+        if block_size != BLOCK_SIZE {
+            return Err(PolicyError::Misuse("KV blocks on a GPU have 32 tokens"));
+        }
+        let needed = self.kv_bytes_per_token() * blocks * block_size;
+        let free = self.gpu.memory()?.0;
+        if needed > free {
+            let (needed, free) = (needed as u64, free as u64);
+            let what = "the KV pool";
+            return Err(PolicyError::Memory { what, needed, free });
+        }
+        // Zeros, because a key that is masked is still multiplied, and a NaN would survive that.
+        let pool = self
+            .gpu
+            .stream
+            .alloc_zeros::<bf16>(needed / size_of::<bf16>());
+        let pool = pool.map_err(CudaError::from)?;
+        let base = pool.device_ptr(&self.gpu.stream).0;
+        self.kv = Some(KvPool {
+            _pool: pool,
+            base,
+            blocks,
+        });
+        self.graphs.clear();
+        Ok(())
+    }
+
+    fn copy_kv(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), PolicyError> {
+        self.copy_blocks(copies)
+    }
+
+    fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError> {
+        if step::is_plain_decoding(rows) {
+            return self.burst(rows);
+        }
+        self.mixed_step(rows)
+    }
+
+    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Vec<f32>>, PolicyError> {
+        match exit {
+            Exit::Final => self.propose_rows(rows),
+            Exit::Early => Err(CudaError::NotYet("drafting with the first layers").into()),
+        }
+    }
+
+    fn score(
+        &mut self,
+        _batch: &PackedBatch,
+        _temperature: f32,
+        _pass: Pass,
+    ) -> Result<TokenScores, PolicyError> {
+        Err(CudaError::NotYet("scoring").into())
+    }
+
+    fn backward(&mut self, _dlogp: &[f32]) -> Result<(), PolicyError> {
+        Err(CudaError::NotYet("training").into())
+    }
+
+    fn distill(
+        &mut self,
+        _batch: &PackedBatch,
+        _targets: &[TopTokens],
+        _temperature: f32,
+        _weight: f64,
+        _exit: Exit,
+    ) -> Result<f64, PolicyError> {
+        Err(CudaError::NotYet("training").into())
+    }
+
+    fn optimizer_step(&mut self, _step: &OptimStep, _exit: Exit) -> Result<f64, PolicyError> {
+        Err(CudaError::NotYet("training").into())
+    }
+}
