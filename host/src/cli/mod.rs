@@ -111,7 +111,7 @@ pub struct ModelArgs {
     /// Branch, tag or commit of a hub model
     #[arg(long, value_name = "REV")]
     pub revision: Option<String>,
-    /// Where to run [default: auto]
+    /// Where to run; auto is the CPU so far, and only `bench rollout` takes a GPU [default: auto]
     #[arg(long, value_name = "auto|cpu|cuda:N")]
     pub device: Option<Device>,
     /// CPU threads [default: one per core]

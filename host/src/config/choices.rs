@@ -17,7 +17,7 @@ pub use crate::grpo::{
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Device {
-    /// The first GPU if this build and machine have one, else the CPU.
+    /// The CPU, until training runs on GPUs.
     #[default]
     Auto,
     Cpu,
