@@ -23,7 +23,7 @@ pub enum CudaError {
         outputs: usize,
         inputs: usize,
     },
-    #[error("a step has {asked} {what}; the backend was made for {most}")]
+    #[error("a step of {asked} {what} is too large; at most {most}")]
     Capacity {
         what: &'static str,
         asked: usize,

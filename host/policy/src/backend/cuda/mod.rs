@@ -49,6 +49,9 @@ use weights::Weights;
 /// Tokens of a KV block: what one warp reads at a time (attention.cu).
 pub const BLOCK_SIZE: usize = 32;
 
+/// Sequences of one step, at most: a thread of one block each (`advance` in sample.cu).
+const MAX_BATCH: usize = 1024;
+
 /// Most the buffers are made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CudaSizes {
@@ -130,6 +133,14 @@ impl CudaBackend {
         cache: Option<&Path>,
     ) -> Result<Self, PolicyError> {
         check(&spec)?;
+        if sizes.max_batch > MAX_BATCH {
+            return Err(CudaError::Capacity {
+                what: "sequences",
+                asked: sizes.max_batch,
+                most: MAX_BATCH,
+            }
+            .into());
+        }
         let gpu = Gpu::open(ordinal, spec.head_dim, cache)?;
         let weights = Weights::new(&gpu.stream, &spec, tensors, sizes.max_model_len)?;
         let layout = Layout {
