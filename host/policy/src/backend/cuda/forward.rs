@@ -18,6 +18,9 @@ use crate::{error::PolicyError, spec::ModelSpec};
 /// Up to so many tokens the hand-written products are faster than cublasLt's.
 const SKINNY_TOKENS: usize = 8;
 
+/// Rows of logits, at least: those of the longest proposal of one sequence must fit together.
+const MIN_LOGITS: usize = 32;
+
 /// Splits of a sequence's keys, at most.
 const MAX_SPLITS: usize = 8;
 
@@ -50,7 +53,7 @@ pub(super) struct Work {
 
 impl Work {
     pub(super) fn new(gpu: &Gpu, spec: &ModelSpec, sizes: &CudaSizes) -> Result<Self, CudaError> {
-        let (t, r) = (sizes.max_step_tokens, sizes.max_batch);
+        let (t, r) = (sizes.max_step_tokens, sizes.max_batch.max(MIN_LOGITS));
         let (h, q, f) = (spec.hidden_size, spec.q_dim(), spec.intermediate_size);
         let stream = &gpu.stream;
         let split_tiles = gpu.multiprocessors;
@@ -156,6 +159,14 @@ impl CudaBackend {
         first: usize,
         n: usize,
     ) -> Result<(), PolicyError> {
+        if n > self.work.max_rows {
+            return Err(CudaError::Capacity {
+                what: "sampled tokens",
+                asked: n,
+                most: self.work.max_rows,
+            }
+            .into());
+        }
         let (h, v) = (self.spec.hidden_size, self.spec.vocab_size);
         let (eps, stream) = (self.spec.rms_norm_eps as f32, self.gpu.stream.clone());
         let norm = self.weights.norm.device_ptr(&stream).0;
