@@ -7,10 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use grpo_policy::{
-    backend::{
-        Backend, Exit,
-        cpu::{CpuBackend, Trainable},
-    },
+    backend::{AnyBackend, Backend, Exit, cpu::Trainable},
     engine::draft::{Draft, DraftFault, Length, Model, Source, Suffix},
     error::PolicyError,
     tokenizer::Tokenizer,
@@ -146,7 +143,9 @@ pub fn attach(
                 false => Trainable::Nothing,
             };
             let checkpointing = config.training.gradient_checkpointing;
-            let draft = CpuBackend::new(model.spec, &model.tensors, &trainable, checkpointing)?;
+            let draft = policy
+                .place_draft(model, &trainable, checkpointing)
+                .with_context(|| format!("draft `{name}`"))?;
             attached.odd = oddities(name, &draft, policy);
             Source::Model(Box::new(Model::new(draft, policy.backend.spec())?))
         }
@@ -159,7 +158,7 @@ pub fn attach(
     if learns {
         draft.learn_from(TOP);
     }
-    policy.set_draft(draft);
+    policy.set_draft(draft)?;
     Ok(attached)
 }
 
@@ -191,7 +190,7 @@ fn digest(weights: &Weights) -> Result<String, PolicyError> {
     Ok(format!("sha256:{hex:x}"))
 }
 
-fn oddities(name: &str, draft: &CpuBackend, policy: &Policy) -> Vec<String> {
+fn oddities(name: &str, draft: &AnyBackend, policy: &Policy) -> Vec<String> {
     let mut odd = Vec::new();
     let (size, policy_size) = (draft.parameters(), policy.backend.parameters());
     if size >= policy_size {

@@ -12,6 +12,7 @@ pub mod evaluate;
 pub mod grpo;
 pub mod hub;
 pub mod interrupt;
+pub mod placement;
 pub mod plugin;
 pub mod policy;
 pub mod record;

@@ -5,15 +5,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use grpo_policy::{
-    backend::{
-        Backend, Exit,
-        cpu::{CpuBackend, Trainable},
-    },
+    backend::{AnyBackend, Backend, Exit, cpu::Trainable, cuda::MemoryPlan},
     chat::{ChatOptions, ChatTemplate},
     engine::{
-        Engine, EngineConfig, Progress,
+        Engine, Progress,
         draft::{Draft, DraftFault},
     },
+    error::PolicyError,
     tokenizer::Tokenizer,
     types::{Completion, Request},
     weights::{self, LoadedModel, LoraConfig, SaveType},
@@ -21,14 +19,9 @@ use grpo_policy::{
 
 use crate::{
     config::RunConfig,
+    placement::{Capacity, Place, Placed, Share},
     types::{Message, PromptBody},
 };
-
-/// Tokens per KV block (vLLM's default).
-const BLOCK_SIZE: usize = 16;
-
-/// Most memory the KV pool takes when its size is not configured.
-const KV_BYTES: usize = 2 << 30;
 
 /// What the draft has learnt, in a checkpoint.
 const DRAFT_FILE: &str = "draft.u32";
@@ -43,9 +36,6 @@ const DRAFT_FAULT: &str = "draft_fault.json";
 pub fn draft_head_file(model: &Path, layers: usize) -> PathBuf {
     model.join(format!("draft_head/layers-{layers}.safetensors"))
 }
-
-/// Prompt tokens run beside the decoding rows of one step.
-const PREFILL_TOKENS: usize = 512;
 
 /// What of a policy trains.
 #[derive(Clone, Debug, PartialEq)]
@@ -87,23 +77,14 @@ impl Mode {
     }
 }
 
-/// Sizes of the rollout engine that a caller decides.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Capacity {
-    /// Most sequences decoded at once.
-    pub max_batch: usize,
-    /// Most tokens of prompt and completion together.
-    pub max_model_len: usize,
-    /// Tokens the KV pool holds; `None` fits all of `max_batch` up to 2 GiB.
-    pub kv_tokens: Option<usize>,
-}
-
 /// Weights, tokenizer and engine that belong together.
 pub struct Policy {
-    pub backend: CpuBackend,
+    pub backend: AnyBackend,
     pub tokenizer: Tokenizer,
     engine: Engine,
-    draft: Option<Draft<CpuBackend>>,
+    draft: Option<Draft<AnyBackend>>,
+    gpu: Option<Share>,
+    passed_over: Option<PolicyError>,
     fault_told: bool,
     chat: Option<ChatTemplate>,
     mode: Mode,
@@ -112,33 +93,35 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Puts a loaded model onto the device and sizes the engine for it.
+    /// Puts a loaded model onto its device and sizes the engine for it.
+    ///
+    /// # Errors
+    /// Weights that are not the spec's, a device that cannot be used, memory that does not suffice.
     pub fn new(
         model: LoadedModel,
         source: &str,
         mode: Mode,
         gradient_checkpointing: bool,
         capacity: Capacity,
+        place: &Place,
     ) -> anyhow::Result<Self> {
         let LoadedModel {
             spec,
             tensors,
             tokenizer,
         } = model;
-        let max_model_len = capacity.max_model_len.min(spec.max_position_embeddings);
-        let backend = CpuBackend::new(spec, &tensors, &mode.trainable(), gradient_checkpointing)?;
-        let wanted = capacity.max_batch * max_model_len.next_multiple_of(BLOCK_SIZE);
-        let affordable = (KV_BYTES / backend.kv_bytes_per_token()).max(max_model_len + BLOCK_SIZE);
-        let kv_tokens = capacity.kv_tokens.unwrap_or(wanted.min(affordable));
-        backend.check_kv(kv_tokens)?;
-        let engine = Engine::new(EngineConfig {
-            block_size: BLOCK_SIZE,
-            kv_blocks: kv_tokens.div_ceil(BLOCK_SIZE),
-            max_batch: capacity.max_batch,
-            max_step_tokens: capacity.max_batch + PREFILL_TOKENS,
-            enable_prefix_cache: true,
-            max_model_len,
-        })?;
+        let trainable = mode.trainable();
+        let Placed {
+            backend,
+            engine,
+            gpu,
+            passed_over,
+        } = place.put(
+            (spec, &tensors),
+            &trainable,
+            gradient_checkpointing,
+            capacity,
+        )?;
         let chat = match tokenizer.chat_template_source() {
             Some(_) => Some(tokenizer.chat_template()?),
             None => None,
@@ -146,8 +129,10 @@ impl Policy {
         Ok(Self {
             backend,
             tokenizer,
-            engine,
+            engine: Engine::new(engine)?,
             draft: None,
+            gpu,
+            passed_over,
             fault_told: false,
             chat,
             mode,
@@ -182,13 +167,53 @@ impl Policy {
         Ok(chat.render(messages, &options)?)
     }
 
+    /// `cpu`, or a GPU as `cuda:0 NVIDIA H200`.
+    pub fn device(&self) -> &str {
+        self.memory_plan().map_or("cpu", |plan| &plan.device)
+    }
+
+    /// How the memory of its GPU is used; `None` on a CPU.
+    pub fn memory_plan(&self) -> Option<&MemoryPlan> {
+        self.gpu.as_ref().map(|share| &share.plan)
+    }
+
+    /// Why it is on the CPU although a GPU is there and any device was allowed.
+    pub fn passed_over(&self) -> Option<&PolicyError> {
+        self.passed_over.as_ref()
+    }
+
+    /// A draft model on the policy's device.
+    ///
+    /// # Errors
+    /// As for the policy itself.
+    pub fn place_draft(
+        &self,
+        model: LoadedModel,
+        trainable: &Trainable,
+        gradient_checkpointing: bool,
+    ) -> Result<AnyBackend, PolicyError> {
+        let LoadedModel { spec, tensors, .. } = model;
+        match &self.gpu {
+            Some(share) => share.draft(spec, &tensors),
+            None => AnyBackend::cpu(spec, &tensors, trainable, gradient_checkpointing),
+        }
+    }
+
     /// Speculates with this draft from now on; nothing may have been generated yet.
-    pub fn set_draft(&mut self, draft: Draft<CpuBackend>) {
+    ///
+    /// # Errors
+    /// A GPU without room for the draft's keys and values.
+    pub fn set_draft(&mut self, draft: Draft<AnyBackend>) -> Result<(), PolicyError> {
+        let token_bytes = draft.kv_bytes_per_token();
         self.draft = Some(draft);
+        if let Some(share) = &mut self.gpu {
+            self.engine = Engine::new(share.divide_with_draft(token_bytes)?)?;
+        }
+        Ok(())
     }
 
     /// What is distilled: a draft model, or an early exit of this one.
-    pub fn learning_draft(&mut self) -> Option<(&mut CpuBackend, Exit)> {
+    pub fn learning_draft(&mut self) -> Option<(&mut AnyBackend, Exit)> {
         self.draft.as_mut()?.learner_mut(&mut self.backend)
     }
 
@@ -331,14 +356,14 @@ impl Policy {
             return Ok(());
         }
         make_folder(model, "draft_head")?;
-        let to = draft_head_file(model, self.backend.early_exit()?.layers());
+        let to = draft_head_file(model, self.backend.early_exit_layers()?);
         let head = self.backend.export_trainable(Exit::Early)?;
         Ok(weights::write_safetensors(&to, &head, SaveType::F32)?)
     }
 
     /// Whether there is an early exit whose head has learnt something, here or in an earlier run.
     pub fn has_trained_head(&self) -> bool {
-        self.backend.early_exit().is_ok_and(|e| e.is_trained())
+        self.backend.has_trained_exit()
     }
 
     fn save_model(&self, folder: &Path) -> anyhow::Result<()> {

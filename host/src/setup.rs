@@ -13,11 +13,12 @@ use crate::{
     data::{Dataset, HubDataset, LoadOptions, Source, load, load_hub},
     defaults,
     hub::{Hub, HubConfig, Progress, Repo},
+    placement::Capacity,
     plugin::{
         CurriculumPlugin, FormatterPlugin, Limits, LogSink, Plugin, PluginHost, RewardPlugin,
         RewardSet, RowText, Weighted,
     },
-    policy::{Capacity, draft_head_file},
+    policy::draft_head_file,
     run::LockedPlugin,
     types::{Role, Row},
 };
@@ -85,7 +86,7 @@ pub fn capacity(config: &GenerationConfig, context: usize) -> Capacity {
     // is sized for the longest sequence.
     let prompt = config.max_prompt_length.map_or(4096, |n| n as usize);
     Capacity {
-        max_batch: config.max_batch_size as usize,
+        max_batch: config.max_batch_size.map(|n| n as usize),
         max_model_len: (prompt + completion).min(context),
         kv_tokens: config.kv_cache_tokens.map(|n| n as usize),
     }

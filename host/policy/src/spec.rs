@@ -113,6 +113,15 @@ impl ModelSpec {
         shapes
     }
 
+    /// Number of all weights.
+    pub fn parameters(&self) -> usize {
+        let shapes = self.weight_shapes();
+        let sizes = shapes
+            .iter()
+            .map(|(_, shape)| shape.iter().product::<usize>());
+        sizes.sum()
+    }
+
     /// Refuses sizes that no decoder can have, so that later arithmetic on them cannot fail.
     fn check(&self) -> Result<(), String> {
         let positive = [

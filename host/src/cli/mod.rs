@@ -111,9 +111,12 @@ pub struct ModelArgs {
     /// Branch, tag or commit of a hub model
     #[arg(long, value_name = "REV")]
     pub revision: Option<String>,
-    /// Where to run; auto is the CPU so far, and only `bench rollout` takes a GPU [default: auto]
+    /// Where to run; auto is the first usable GPU, else the CPU. Training is on the CPU so far [default: auto]
     #[arg(long, value_name = "auto|cpu|cuda:N")]
     pub device: Option<Device>,
+    /// Of a GPU's memory, what this process may use, up to 1 [default: 0.9]
+    #[arg(long, value_name = "FRACTION")]
+    pub gpu_memory_utilization: Option<f64>,
     /// CPU threads [default: one per core]
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
@@ -134,6 +137,12 @@ impl ModelArgs {
         set(&mut base, "model", "--model", self.model.as_ref())?;
         set(&mut base, "revision", "--revision", self.revision.as_ref())?;
         set(&mut base, "device", "--device", self.device)?;
+        set(
+            &mut base,
+            "gpu_memory_utilization",
+            "--gpu-memory-utilization",
+            self.gpu_memory_utilization,
+        )?;
         set(&mut base, "threads", "--threads", self.threads)?;
         set(&mut base, "seed", "--seed", self.seed)?;
         Ok(base)

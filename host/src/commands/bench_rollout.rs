@@ -5,12 +5,11 @@
 use grpo_policy::types::{Request, SamplingParams};
 use serde_json::json;
 
-use super::{
-    bench_device::Runner,
-    bench_model::{Measured, best, check_fits, timed},
-};
+use super::bench_model::{Measured, best, check_fits, timed};
 use crate::{
     cli::{BenchRolloutArgs, Environment},
+    placement::{Capacity, Place},
+    policy::{Mode, Policy},
     rollout::mix,
 };
 
@@ -44,19 +43,19 @@ pub(super) fn run(args: &BenchRolloutArgs, environment: &Environment) -> anyhow:
         threads,
         config,
     } = measured;
-    let device = config.hardware.device;
-    let sequences = (args.prompts * args.n) as usize;
-    let mut runner = Runner::new(
-        device,
-        model,
-        &name,
-        (sequences, total),
-        environment.cache.as_deref(),
-    )?;
+    let sequences = args.prompts as usize * args.n as usize;
+    let capacity = Capacity {
+        max_batch: Some(sequences),
+        max_model_len: total,
+        kv_tokens: None,
+    };
+    let place = Place::of(&config, environment);
+    let mut policy = Policy::new(model, &name, Mode::Inference, false, capacity, &place)?;
+    super::tell_of_device(&policy, args.output.quiet);
     let whole = timed(args.repeats, || {
-        work.generate(&mut runner, work.new_tokens as u32)
+        work.generate(&mut policy, work.new_tokens as u32)
     })?;
-    let first = timed(args.repeats, || work.generate(&mut runner, 1))?;
+    let first = timed(args.repeats, || work.generate(&mut policy, 1))?;
     let speed = Speed::of(sequences, &work, &whole, &first);
     if args.output.json {
         let object = json!({
@@ -64,12 +63,13 @@ pub(super) fn run(args: &BenchRolloutArgs, environment: &Environment) -> anyhow:
             "decode_only": speed.decode, "prefill": speed.prefill,
             "model": name, "batch": sequences, "n": args.n, "prompt_tokens": work.prompt_tokens,
             "new_tokens": work.new_tokens, "threads": threads, "repeats": args.repeats,
+            "device": policy.device(), "memory": policy.memory_plan(),
             "seconds": whole, "seconds_first_token": first,
         });
         outln!("{object}");
         return Ok(());
     }
-    outln!("    model  {name}, {threads} threads");
+    outln!("    model  {name}, {threads} threads, {}", policy.device());
     outln!(
         "     work  {} prompts × {} completions × ({} prompt + {} new tokens), best of {}",
         args.prompts,
@@ -111,7 +111,7 @@ fn workload(args: &BenchRolloutArgs, measured: &Measured) -> anyhow::Result<Work
 
 impl Workload {
     /// All prompts continued by `tokens` tokens, with no key or value left over from the last call.
-    fn generate(&self, runner: &mut Runner, tokens: u32) -> anyhow::Result<()> {
+    fn generate(&self, policy: &mut Policy, tokens: u32) -> anyhow::Result<()> {
         let sampling = SamplingParams {
             max_tokens: tokens,
             ignore_eos: true,
@@ -124,7 +124,8 @@ impl Workload {
             sampling: sampling.clone(),
             seed: mix(self.seed, id),
         });
-        let completions = runner.generate(requests.collect())?;
+        policy.forget_kv();
+        let completions = policy.generate(requests.collect(), &mut |_| {})?;
         let made: usize = completions.iter().map(|c| c.tokens.len()).sum();
         let wanted = self.prompts.len() * self.n as usize * tokens as usize;
         anyhow::ensure!(

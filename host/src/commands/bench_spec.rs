@@ -14,7 +14,8 @@ use crate::{
     cli::{BenchSpecArgs, Environment},
     config::{DraftKind, RunConfig},
     draft,
-    policy::{Capacity, Mode, Policy},
+    placement::{Capacity, Place},
+    policy::{Mode, Policy},
     rollout::{Job, mix, roll},
     setup,
     types::Row,
@@ -49,7 +50,6 @@ pub(super) fn run(args: &BenchSpecArgs, environment: &Environment) -> anyhow::Re
     // Nothing is evaluated here, so a small file need not give up its rows.
     config.eval.eval_rows = 1;
     super::set_threads(config.hardware.threads)?;
-    super::require_cpu(config.hardware.device)?;
     let rows = setup::rows(&config, environment, &mut downloads(args.output.quiet))?;
     let largest = largest(args);
     anyhow::ensure!(
@@ -141,7 +141,7 @@ fn policy(
     let model = setup::model(config, environment, &mut downloads(args.output.quiet))?;
     let context = model.spec.max_position_embeddings;
     let capacity = Capacity {
-        max_batch: largest(args) as usize,
+        max_batch: Some(largest(args) as usize),
         ..setup::capacity(&config.generation, context)
     };
     Policy::new(
@@ -150,6 +150,7 @@ fn policy(
         Mode::Inference,
         false,
         capacity,
+        &Place::of(config, environment),
     )
 }
 

@@ -8,7 +8,8 @@ use serde_json::json;
 use super::bench_model::{Measured, best, check_fits, timed};
 use crate::{
     cli::{BenchTrainArgs, Environment},
-    policy::{Capacity, Mode, Policy},
+    placement::{Capacity, Place},
+    policy::{Mode, Policy},
     sft::{Example, step},
 };
 
@@ -41,11 +42,13 @@ pub(super) fn run(args: &BenchTrainArgs, environment: &Environment) -> anyhow::R
     } = measured;
     let checkpointing = config.training.gradient_checkpointing;
     let capacity = Capacity {
-        max_batch: 1,
+        max_batch: Some(1),
         max_model_len: tokens,
         kv_tokens: None,
     };
-    let mut policy = Policy::new(model, &name, Mode::of(&config), checkpointing, capacity)?;
+    let place = Place::of(&config, environment);
+    let mode = Mode::of(&config);
+    let mut policy = Policy::new(model, &name, mode, checkpointing, capacity, &place)?;
     let trainable = policy.backend.trainable_parameters();
     let optimizer = config.optimizer.step(config.optimizer.learning_rate);
     let mut losses = Vec::new();

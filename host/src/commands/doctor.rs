@@ -44,9 +44,9 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
 
 /// What `--device` takes here.
 fn devices(cuda: Option<&Survey>) -> Vec<String> {
-    let gpus = cuda.map_or(0, |survey| survey.gpus.len());
-    let all = (0..gpus).map(|ordinal| format!("cuda:{ordinal}"));
-    ["cpu".to_owned()].into_iter().chain(all).collect()
+    let usable = cuda.map(Survey::usable).unwrap_or_default();
+    let gpus = usable.iter().map(|ordinal| format!("cuda:{ordinal}"));
+    ["cpu".to_owned()].into_iter().chain(gpus).collect()
 }
 
 fn cuda_json(cuda: &Result<Survey, CudaError>) -> Value {
@@ -73,7 +73,11 @@ fn print_cuda(cuda: &Result<Survey, CudaError>) {
         Err(error) => return outln!("cuda     {error}"),
     };
     if let Some(version) = survey.driver {
-        outln!("driver   CUDA {}.{}", version / 1000, version % 1000 / 10);
+        outln!(
+            "driver   CUDA {}.{} (12.4 or later is needed)",
+            version / 1000,
+            version % 1000 / 10
+        );
     }
     for (name, found, package) in &survey.libraries {
         let what = match (found, package) {

@@ -8,6 +8,7 @@ use super::progress::{Bar, downloads};
 use crate::{
     cli::{Environment, EvalArgs},
     evaluate::{EvalReport, EvalSettings, Judges, evaluate},
+    placement::Place,
     policy::{Mode, Policy},
     setup,
 };
@@ -16,7 +17,6 @@ use crate::{
 pub(super) fn run(args: &EvalArgs, environment: &Environment) -> anyhow::Result<()> {
     let config = super::config_over_defaults(|base| args.over(base))?;
     super::set_threads(config.hardware.threads)?;
-    super::require_cpu(config.hardware.device)?;
     let mut on_download = downloads(args.output.quiet);
     let plugins = setup::plugins(&config, guest_log())?;
     let rows = setup::eval_rows(&config, environment, &mut on_download)?
@@ -24,7 +24,8 @@ pub(super) fn run(args: &EvalArgs, environment: &Environment) -> anyhow::Result<
     let model = setup::model(&config, environment, &mut on_download)?;
     let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
     let name = setup::model_name(&config);
-    let mut policy = Policy::new(model, name, Mode::Inference, false, capacity)?;
+    let place = Place::of(&config, environment);
+    let mut policy = Policy::new(model, name, Mode::Inference, false, capacity, &place)?;
     super::attach_draft(&mut policy, &config, environment, args.output.quiet)?;
     let judges = Judges {
         formatter: &plugins.formatter,

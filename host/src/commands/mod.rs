@@ -10,7 +10,6 @@ macro_rules! outln {
     ($($text:tt)*) => { $crate::commands::output::write(&format!("{}\n", format_args!($($text)*))) };
 }
 
-mod bench_device;
 mod bench_model;
 mod bench_plugin;
 mod bench_rollout;
@@ -97,7 +96,7 @@ fn set_threads(threads: Option<u32>) -> anyhow::Result<()> {
     Ok(grpo_policy::backend::cpu::set_threads(threads as usize)?)
 }
 
-/// Only rollouts of `bench rollout` are done on a GPU so far.
+/// For what trains: found out before anything is loaded.
 fn require_cpu(device: Device) -> Result<(), NoSuchDevice> {
     match device {
         Device::Auto | Device::Cpu => Ok(()),
@@ -116,7 +115,20 @@ fn attach_draft(
     let attached = draft::attach(policy, config, false, environment, &mut on_download)?;
     attached.odd.iter().for_each(|odd| warn(odd));
     tell_of_head(draft::untrained_head(policy, config, false), quiet);
+    tell_of_device(policy, quiet);
     Ok(())
+}
+
+/// Says how a GPU's memory is used, or why one was passed over.
+fn tell_of_device(policy: &Policy, quiet: bool) {
+    if let Some(reason) = policy.passed_over() {
+        let hint = reason.hint().map(|hint| format!("\nhint: {hint}"));
+        let hint = hint.unwrap_or_default();
+        warn(&format!("running on the CPU: {reason}{hint}"));
+    }
+    if let Some(plan) = policy.memory_plan().filter(|_| !quiet) {
+        eprintln!("{plan}");
+    }
 }
 
 fn warn(text: &str) {
@@ -140,7 +152,7 @@ fn tell_of_fault(policy: &mut Policy, config: &RunConfig) {
 
 /// A device that a command cannot use.
 #[derive(Debug, thiserror::Error)]
-#[error("device `{device}` cannot be used here: only `bench rollout` runs on a GPU so far")]
+#[error("device `{device}` cannot be used here: training on a GPU is not done yet")]
 pub struct NoSuchDevice {
     device: Device,
 }

@@ -6,6 +6,7 @@ use serde_json::json;
 use super::progress::downloads;
 use crate::{
     cli::{Environment, RolloutArgs},
+    placement::Place,
     policy::{Mode, Policy},
     setup,
     speculation::Speculation,
@@ -16,11 +17,11 @@ use crate::{
 pub(super) fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Result<()> {
     let config = super::config_over_defaults(|base| args.over(base))?;
     super::set_threads(config.hardware.threads)?;
-    super::require_cpu(config.hardware.device)?;
     let model = setup::model(&config, environment, &mut downloads(args.output.quiet))?;
     let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
     let name = setup::model_name(&config);
-    let mut policy = Policy::new(model, name, Mode::Inference, false, capacity)?;
+    let place = Place::of(&config, environment);
+    let mut policy = Policy::new(model, name, Mode::Inference, false, capacity, &place)?;
     super::attach_draft(&mut policy, &config, environment, args.output.quiet)?;
     let (role, content) = ("user".to_owned(), args.prompt.clone());
     let body = match args.raw {

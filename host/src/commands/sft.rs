@@ -16,6 +16,7 @@ use super::progress::{SftBar, downloads};
 use crate::{
     cli::{Environment, SftArgs},
     config::RunConfig,
+    placement::Place,
     policy::{Mode, Policy},
     setup,
     sft::{Batches, examples, step},
@@ -40,7 +41,9 @@ pub(super) fn run(args: &SftArgs, environment: &Environment) -> anyhow::Result<(
     let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
     let name = setup::model_name(&config);
     let checkpointing = config.training.gradient_checkpointing;
-    let mut policy = Policy::new(model, name, Mode::of(&config), checkpointing, capacity)?;
+    let place = Place::of(&config, environment);
+    let mode = Mode::of(&config);
+    let mut policy = Policy::new(model, name, mode, checkpointing, capacity, &place)?;
     let formatter = setup::plugins(&config, guest_log())?.formatter;
     let rows = examples(&policy, &formatter, &data.rows, &args.answer_column)?;
     let started = Instant::now();

@@ -14,6 +14,7 @@ use crate::{
     draft::{self, DraftError},
     evaluate::EvalReport,
     interrupt::Interrupt,
+    placement,
     policy::{Mode, Policy},
     record,
     run::{
@@ -197,6 +198,7 @@ impl<'a> Run<'a> {
             Mode::of(config),
             checkpointing,
             capacity,
+            &placement::Place::of(config, environment),
         )?;
         let attached = draft::attach(&mut policy, config, true, environment, &mut on_download)?;
         let locked_draft = attached.digest.map(|digest| LockedDraft {

@@ -17,7 +17,7 @@ pub use crate::grpo::{
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Device {
-    /// The CPU, until training runs on GPUs.
+    /// For what generates the first GPU that can be used, else the CPU; the CPU for what trains.
     #[default]
     Auto,
     Cpu,

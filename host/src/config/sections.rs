@@ -113,10 +113,11 @@ pub struct GenerationConfig {
     pub max_prompt_length: Option<u32>,
     /// Texts that end a completion, beside those of the formatter.
     pub stop: Vec<String>,
-    /// Tokens the KV pool holds. `null`: enough for `max_batch_size` sequences of the longest kind.
+    /// Tokens the KV pool holds. `null`: enough for `max_batch_size` sequences of the longest kind, as far as memory
+    /// goes.
     pub kv_cache_tokens: Option<u64>,
-    /// Sequences decoded at the same time, at most.
-    pub max_batch_size: u32,
+    /// Sequences decoded at the same time, at most. `null`: 128 on a CPU, 256 on a GPU.
+    pub max_batch_size: Option<u32>,
     /// What drafts for speculative decoding.
     pub draft: DraftKind,
     /// Tokens drafted at a time.
@@ -139,7 +140,7 @@ impl Default for GenerationConfig {
             max_prompt_length: None,
             stop: Vec::new(),
             kv_cache_tokens: None,
-            max_batch_size: 128,
+            max_batch_size: None,
             draft: DraftKind::None,
             draft_tokens: DraftTokens::Auto,
             draft_learning_rate: 1e-4,
@@ -385,6 +386,8 @@ impl Default for OutputConfig {
 #[serde(default)]
 pub struct HardwareConfig {
     pub device: Device,
+    /// Of a GPU's memory, what this process may use, above 0 and up to 1.
+    pub gpu_memory_utilization: f64,
     /// CPU threads. `null`: one per core.
     pub threads: Option<u32>,
     /// Index of this process, below `world_size`.
@@ -397,6 +400,7 @@ impl Default for HardwareConfig {
     fn default() -> Self {
         Self {
             device: Device::default(),
+            gpu_memory_utilization: 0.9,
             threads: None,
             rank: 0,
             world_size: 1,

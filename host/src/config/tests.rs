@@ -64,6 +64,8 @@ lora: {r: 8, target_modules: [q_proj, v_proj]}
 early_stopping_patience: 3
 output_dir: runs/x
 device: cuda:1
+gpu_memory_utilization: 0.5
+max_batch_size: 7
 rank: 0
 world_size: 1
 ";
@@ -106,6 +108,8 @@ world_size: 1
         Some(Path::new("runs/x"))
     );
     assert_eq!(config.hardware.device, Device::Cuda(1));
+    assert_eq!(config.hardware.gpu_memory_utilization, 0.5);
+    assert_eq!(config.generation.max_batch_size, Some(7));
     assert_eq!((config.hardware.rank, config.hardware.world_size), (0, 1));
 
     let written = config.to_yaml().unwrap();

@@ -260,7 +260,9 @@ fn generation(ranges: &Ranges<'_>, config: &GenerationConfig) -> Result<(), Conf
     if let Some(tokens) = config.kv_cache_tokens {
         ranges.check("kv_cache_tokens", tokens, "1 or more", tokens >= 1)?;
     }
-    ranges.at_least_one("max_batch_size", config.max_batch_size)?;
+    if let Some(sequences) = config.max_batch_size {
+        ranges.at_least_one("max_batch_size", sequences)?;
+    }
     ranges.check(
         "draft_learning_rate",
         config.draft_learning_rate,
@@ -336,6 +338,13 @@ fn run(ranges: &Ranges<'_>, config: &RunConfig) -> Result<(), ConfigError> {
     }
     ranges.at_least_one("save_total_limit", config.output.save_total_limit)?;
     let hardware = &config.hardware;
+    let share = hardware.gpu_memory_utilization;
+    ranges.check(
+        "gpu_memory_utilization",
+        share,
+        "a number above 0, up to 1",
+        share > 0.0 && share <= 1.0,
+    )?;
     if let Some(threads) = hardware.threads {
         ranges.at_least_one("threads", threads)?;
     }

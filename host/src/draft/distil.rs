@@ -1,7 +1,7 @@
 //! Keeps a draft near the policy while that learns: distillation on the run's own completions.
 
 use grpo_policy::{
-    backend::{Backend, Exit, cpu::CpuBackend},
+    backend::{AnyBackend, Backend, Exit},
     engine::draft::DraftFault,
     error::PolicyError,
     types::{PackedBatch, TopTokens},
@@ -58,7 +58,7 @@ fn lessons<'a>(sequences: &[Sequence<'a>], context: usize) -> Vec<Sequence<'a>> 
 }
 
 fn teach(
-    model: &mut CpuBackend,
+    model: &mut AnyBackend,
     exit: Exit,
     taught: &[Sequence<'_>],
     config: &RunConfig,

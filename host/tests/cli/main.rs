@@ -8,6 +8,7 @@
 mod bad_input;
 mod budget;
 mod contract;
+mod device;
 mod drafts;
 mod lab;
 mod resume;

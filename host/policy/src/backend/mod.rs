@@ -3,8 +3,11 @@
 //! A backend owns weights, KV pool, gradients and optimizer state. It knows token ids, block tables and
 //! per-token coefficients; it does not know requests, rewards, losses or files.
 
+mod any;
 pub mod cpu;
 pub mod cuda;
+
+pub use any::AnyBackend;
 
 use crate::{
     engine::sampler::Proposal,
@@ -92,8 +95,9 @@ pub enum Exit {
     /// an optimizer of its own; the layers below do not learn from it.
     Early,
 }
-/// A device that runs the policy: [`cpu::CpuBackend`], [`cuda::CudaBackend`], and a scripted one in the
-/// engine's tests.
+
+/// A device that runs the policy: [`cpu::CpuBackend`], [`cuda::CudaBackend`], either of them as [`AnyBackend`], and a
+/// scripted one in the engine's tests.
 pub trait Backend {
     fn spec(&self) -> &ModelSpec;
 

@@ -3,8 +3,8 @@
 use std::{path::Path, sync::Arc};
 
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaStream, sys::CUdevice_attribute as Attribute,
-    sys::CUfunction_attribute,
+    CudaContext, CudaFunction, CudaModule, CudaStream, DriverError,
+    sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute, CUresult},
 };
 
 use super::{CudaError, compile};
@@ -51,10 +51,6 @@ impl Gpu {
     ) -> Result<Self, CudaError> {
         let context = context(ordinal)?;
         let (major, minor) = context.compute_capability()?;
-        if major < 8 {
-            let name = context.name()?;
-            return Err(CudaError::TooOld { name, major, minor });
-        }
         // SAFETY: everything runs on one stream, so no buffer is used by two at the same time. The events would be
         // created at every allocation and cannot be captured.
         unsafe { context.disable_event_tracking() };
@@ -83,18 +79,63 @@ impl Gpu {
     }
 }
 
+/// CUDA version of the oldest driver that is enough, as 1000·major + 10·minor.
+const OLDEST_DRIVER: i32 = 12_040;
+
+/// Compute capability of the oldest GPU that is enough: bf16 on tensor cores.
+const OLDEST_MAJOR: i32 = 8;
+
+/// Whether a driver and a compute capability are new enough.
+pub(super) fn is_supported(driver: i32, (major, _minor): (i32, i32)) -> bool {
+    driver >= OLDEST_DRIVER && major >= OLDEST_MAJOR
+}
+
+/// CUDA version of the driver, as 1000·major + 10·minor; `None` without a driver.
+pub(super) fn driver_version() -> Result<Option<i32>, CudaError> {
+    // SAFETY: opens and closes a shared library that has no side effects of its own.
+    if !unsafe { sys::is_culib_present() } {
+        return Ok(None);
+    }
+    let mut version = 0;
+    // SAFETY: writes one integer.
+    unsafe { sys::cuDriverGetVersion(&raw mut version) }.result()?;
+    Ok(Some(version))
+}
+
+/// GPUs of this machine; none without a driver, or where the driver has none or is a placeholder to link against.
+///
+/// # Errors
+/// What a driver that does not work says.
+pub fn count() -> Result<usize, CudaError> {
+    if driver_version()?.is_none() {
+        return Ok(0);
+    }
+    match cudarc::driver::result::init() {
+        Err(DriverError(CUresult::CUDA_ERROR_NO_DEVICE | CUresult::CUDA_ERROR_STUB_LIBRARY)) => {
+            return Ok(0);
+        }
+        begun => begun?,
+    }
+    Ok(CudaContext::device_count()? as usize)
+}
+
 /// The context of GPU `ordinal`.
 pub(super) fn context(ordinal: usize) -> Result<Arc<CudaContext>, CudaError> {
-    // SAFETY: opens and closes a shared library that has no side effects of its own.
-    if !unsafe { cudarc::driver::sys::is_culib_present() } {
-        return Err(CudaError::Library("cuda"));
+    let version = driver_version()?.ok_or(CudaError::Library("cuda"))?;
+    if version < OLDEST_DRIVER {
+        return Err(CudaError::OldDriver { version });
     }
-    cudarc::driver::result::init()?;
-    let count = CudaContext::device_count()? as usize;
+    let count = count()?;
     if ordinal >= count {
         return Err(CudaError::NoDevice { ordinal, count });
     }
-    Ok(CudaContext::new(ordinal)?)
+    let context = CudaContext::new(ordinal)?;
+    let (major, minor) = context.compute_capability()?;
+    if major < OLDEST_MAJOR {
+        let name = context.name()?;
+        return Err(CudaError::TooOld { name, major, minor });
+    }
+    Ok(context)
 }
 
 impl Kernels {

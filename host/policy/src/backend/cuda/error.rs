@@ -1,6 +1,9 @@
 //! What can go wrong on the way to a CUDA GPU.
 
-use cudarc::{cublaslt::result::CublasError, driver::DriverError};
+use cudarc::{
+    cublaslt::{result::CublasError, sys::cublasStatus_t},
+    driver::{DriverError, sys::CUresult},
+};
 
 /// See the file header.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +18,43 @@ pub enum CudaError {
         major: i32,
         minor: i32,
     },
+    #[error(
+        "the NVIDIA driver is made for CUDA {}.{}; 12.4 or later is needed",
+        version / 1000,
+        version % 1000 / 10
+    )]
+    OldDriver {
+        /// As 1000·major + 10·minor.
+        version: i32,
+    },
+    #[error(
+        "the model needs {} MiB on the GPU (weights {} MiB, workspace {} MiB) and {} MiB are left there",
+        (weights + workspace) >> 20,
+        weights >> 20,
+        workspace >> 20,
+        left >> 20
+    )]
+    TooBig {
+        /// Bytes, as are the other two.
+        weights: usize,
+        workspace: usize,
+        left: usize,
+    },
+    #[error(
+        "one sequence of {tokens} tokens needs {} MiB of KV cache and {} MiB are left on the GPU",
+        needed >> 20,
+        left >> 20
+    )]
+    OneSequence {
+        tokens: usize,
+        /// Bytes, as is the other.
+        needed: usize,
+        left: usize,
+    },
+    #[error("the GPU is out of memory")]
+    OutOfMemory,
+    #[error("the kernels were compiled by a later CUDA than the driver knows")]
+    LaterKernels,
     #[error("kernel file {name} does not compile: {log}")]
     Compile { name: String, log: String },
     #[error("cublasLt has no algorithm for [{tokens}, {inputs}] × [{inputs}, {outputs}]")]
@@ -34,12 +74,36 @@ pub enum CudaError {
     #[error("{0} is not done on a GPU yet")]
     NotYet(&'static str),
     #[error("CUDA driver: {0}")]
-    Driver(#[from] DriverError),
+    Driver(#[source] DriverError),
     #[error("cublasLt: {0}")]
-    Blas(#[from] CublasError),
+    Blas(#[source] CublasError),
+}
+
+impl From<DriverError> for CudaError {
+    fn from(error: DriverError) -> Self {
+        match error.0 {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Self::OutOfMemory,
+            CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION => Self::LaterKernels,
+            _ => Self::Driver(error),
+        }
+    }
+}
+
+impl From<CublasError> for CudaError {
+    fn from(error: CublasError) -> Self {
+        match error.0 {
+            cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED => Self::OutOfMemory,
+            _ => Self::Blas(error),
+        }
+    }
 }
 
 impl CudaError {
+    /// Whether another device would do: something is wrong with this one, not with what is asked of any.
+    pub fn is_of_the_device(&self) -> bool {
+        !matches!(self, Self::Capacity { .. })
+    }
+
     /// What the reader can do about it.
     pub fn hint(&self) -> Option<String> {
         Some(match self {
@@ -48,7 +112,31 @@ impl CudaError {
             }
             Self::Library(_) => "install CUDA 12.4 or later (its libraries nvrtc and cublas are enough, also from PyPI: nvidia-cuda-nvrtc and nvidia-cublas with their lib folders on LD_LIBRARY_PATH)".to_owned(),
             Self::NoDevice { count: 0, .. } | Self::TooOld { .. } | Self::Shape(_) | Self::NotYet(_) => "use --device cpu".to_owned(),
+            Self::OldDriver { .. } => {
+                "install a later NVIDIA driver (550 or later), or use --device cpu".to_owned()
+            }
+            Self::TooBig { .. } => {
+                "raise gpu_memory_utilization, lower max_batch_size, or use --device cpu".to_owned()
+            }
+            Self::OneSequence { .. } => {
+                "lower max_completion_length or max_prompt_length, or raise gpu_memory_utilization"
+                    .to_owned()
+            }
+            Self::OutOfMemory => {
+                "lower gpu_memory_utilization or max_batch_size, or end what else runs on the GPU"
+                    .to_owned()
+            }
+            Self::LaterKernels => {
+                "install NVRTC of the CUDA version that `grpo-host doctor` gives for the driver and delete grpo-host/kernels in the cache, or install a later driver".to_owned()
+            }
+            Self::Capacity {
+                what: "sequences", ..
+            } => "decode fewer at once: lower max_batch_size, or --prompts and --n of a benchmark"
+                .to_owned(),
             Self::NoDevice { count, .. } => format!("use --device cuda:0 to cuda:{}", count - 1),
+            Self::Driver(_) => {
+                "`nvidia-smi` says whether the driver works; --device cpu needs none".to_owned()
+            }
             _ => return None,
         })
     }

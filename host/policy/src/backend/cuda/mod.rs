@@ -15,6 +15,7 @@ mod graph;
 mod inputs;
 mod launch;
 mod layer;
+mod memory;
 mod step;
 mod survey;
 mod weights;
@@ -29,7 +30,9 @@ use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
 use half::bf16;
 
 pub use compile::{SOURCES, architecture, compile};
+pub use device::count;
 pub use error::CudaError;
+pub use memory::{Budget, MemoryPlan, PoolNeeds, weight_bytes};
 pub use survey::{GpuFacts, Survey, survey};
 
 use crate::{
@@ -119,6 +122,11 @@ fn check(spec: &ModelSpec) -> Result<(), CudaError> {
     Ok(())
 }
 
+/// Bytes of keys and values of one token over all layers.
+fn kv_bytes_per_token(spec: &ModelSpec) -> usize {
+    2 * spec.num_hidden_layers * spec.kv_dim() * size_of::<bf16>()
+}
+
 impl CudaBackend {
     /// Uploads the weights by their checkpoint names (see [`crate::weights`]) to GPU `ordinal`, rounded to bf16. Compiled
     /// kernels are kept in the folder `cache`.
@@ -142,6 +150,8 @@ impl CudaBackend {
             .into());
         }
         let gpu = Gpu::open(ordinal, spec.head_dim, cache)?;
+        // Before the weights, because it finds out whether cublasLt is there.
+        let gemm = Gemm::new(&gpu.stream)?;
         let weights = Weights::new(&gpu.stream, &spec, tensors, sizes.max_model_len)?;
         let layout = Layout {
             tokens: sizes.max_step_tokens,
@@ -149,7 +159,7 @@ impl CudaBackend {
             width: sizes.max_model_len.div_ceil(BLOCK_SIZE),
         };
         Ok(Self {
-            gemm: Gemm::new(&gpu.stream)?,
+            gemm,
             work: Work::new(&gpu, &spec, &sizes)?,
             inputs: Inputs::new(&gpu.stream, layout)?,
             decode: Decode::new(&gpu, layout, spec.vocab_size)?,
@@ -182,7 +192,7 @@ impl Backend for CudaBackend {
     }
 
     fn kv_bytes_per_token(&self) -> usize {
-        2 * self.spec.num_hidden_layers * self.spec.kv_dim() * size_of::<bf16>()
+        kv_bytes_per_token(&self.spec)
     }
 
     fn max_ahead(&self) -> usize {

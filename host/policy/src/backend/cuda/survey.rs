@@ -1,8 +1,8 @@
 //! What of CUDA this machine has, for people.
 
-use cudarc::driver::{CudaContext, sys as driver};
+use cudarc::driver::CudaContext;
 
-use super::CudaError;
+use super::{CudaError, device};
 
 /// Libraries found, and GPUs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -24,36 +24,41 @@ pub struct GpuFacts {
     pub memory: (usize, usize),
 }
 
+impl Survey {
+    /// Indices of the GPUs that a model can run on here.
+    pub fn usable(&self) -> Vec<usize> {
+        let complete = self.libraries.iter().all(|(_, found, _)| *found);
+        let usable = |(ordinal, gpu): (usize, &GpuFacts)| {
+            let driver = self.driver.filter(|_| complete)?;
+            device::is_supported(driver, gpu.capability).then_some(ordinal)
+        };
+        self.gpus.iter().enumerate().filter_map(usable).collect()
+    }
+}
+
 /// Looks, and changes nothing.
 ///
 /// # Errors
 /// What the driver says where it is installed and does not work.
 pub fn survey() -> Result<Survey, CudaError> {
+    let driver = device::driver_version()?;
     // SAFETY: each opens and closes a shared library that has no side effects of its own.
-    let (cuda, nvrtc, blas) = unsafe {
+    let (nvrtc, blas) = unsafe {
         (
-            driver::is_culib_present(),
             cudarc::nvrtc::sys::is_culib_present(),
             cudarc::cublaslt::sys::is_culib_present(),
         )
     };
     let mut found = Survey {
         libraries: vec![
-            ("cuda", cuda, None),
+            ("cuda", driver.is_some(), None),
             ("nvrtc", nvrtc, Some("nvidia-cuda-nvrtc")),
             ("cublasLt", blas, Some("nvidia-cublas")),
         ],
-        ..Survey::default()
+        driver,
+        gpus: Vec::new(),
     };
-    if !cuda {
-        return Ok(found);
-    }
-    cudarc::driver::result::init()?;
-    let mut version = 0;
-    // SAFETY: writes one integer.
-    unsafe { driver::cuDriverGetVersion(&raw mut version) }.result()?;
-    found.driver = Some(version);
-    for ordinal in 0..CudaContext::device_count()? as usize {
+    for ordinal in 0..device::count()? {
         let context = CudaContext::new(ordinal)?;
         found.gpus.push(GpuFacts {
             name: context.name()?,
@@ -75,5 +80,28 @@ mod tests {
         if !found.libraries[0].1 {
             assert_eq!((found.driver, found.gpus.len()), (None, 0));
         }
+    }
+
+    #[test]
+    fn only_what_has_all_it_needs_is_usable() {
+        let gpu = |capability| GpuFacts {
+            name: "a GPU".to_owned(),
+            capability,
+            memory: (1, 2),
+        };
+        let survey = Survey {
+            libraries: vec![("cuda", true, None), ("cublasLt", true, None)],
+            driver: Some(12_040),
+            gpus: vec![gpu((7, 5)), gpu((8, 0)), gpu((9, 0))],
+        };
+        assert_eq!(survey.usable(), [1, 2]);
+        let old = Survey {
+            driver: Some(12_030),
+            ..survey.clone()
+        };
+        assert!(old.usable().is_empty());
+        let mut partial = survey;
+        partial.libraries[1].1 = false;
+        assert!(partial.usable().is_empty());
     }
 }

@@ -244,6 +244,14 @@ impl<B: Backend> Draft<B> {
         }
     }
 
+    /// Bytes of keys and values of one token in a pool of its own; 0 for a draft without one.
+    pub fn kv_bytes_per_token(&self) -> usize {
+        match &self.source {
+            Source::Model(model) => model.backend_ref().kv_bytes_per_token(),
+            Source::Ngram | Source::Suffix(_) | Source::EarlyExit => 0,
+        }
+    }
+
     /// Told what a step took.
     pub(super) fn verified(&mut self, step: &StepCost) {
         self.pace.verified(step);

@@ -1,0 +1,224 @@
+//! Either backend behind one type, so that a policy and its draft are the same code on every device. Beside what
+//! [`Backend`] asks of a device stand the operations on a model's state, which a GPU does not have yet.
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+
+use super::{
+    Backend, BlockId, Exit, OptimStep, Pass, Sampled, StepRow,
+    cpu::{CpuBackend, Trainable},
+    cuda::{CudaBackend, CudaError},
+};
+use crate::{
+    error::PolicyError,
+    spec::ModelSpec,
+    types::{PackedBatch, TokenScores, TopTokens},
+};
+
+/// A model on the device that was chosen for it.
+pub enum AnyBackend {
+    Cpu(Box<CpuBackend>),
+    Cuda(Box<CudaBackend>),
+}
+
+/// The same call on whichever backend it is.
+macro_rules! on_device {
+    ($any:expr, $backend:ident => $call:expr) => {
+        match $any {
+            AnyBackend::Cpu($backend) => $call,
+            AnyBackend::Cuda($backend) => $call,
+        }
+    };
+}
+
+impl AnyBackend {
+    /// [`CpuBackend::new`].
+    ///
+    /// # Errors
+    /// A weight that is missing or has another shape than the spec says.
+    pub fn cpu(
+        spec: ModelSpec,
+        tensors: &BTreeMap<String, Tensor>,
+        trainable: &Trainable,
+        gradient_checkpointing: bool,
+    ) -> Result<Self, PolicyError> {
+        let cpu = CpuBackend::new(spec, tensors, trainable, gradient_checkpointing)?;
+        Ok(Self::Cpu(Box::new(cpu)))
+    }
+
+    /// What is done on the CPU only so far.
+    fn on_cpu(&self, what: &'static str) -> Result<&CpuBackend, PolicyError> {
+        match self {
+            Self::Cpu(cpu) => Ok(cpu),
+            Self::Cuda(_) => Err(CudaError::NotYet(what).into()),
+        }
+    }
+
+    fn on_cpu_mut(&mut self, what: &'static str) -> Result<&mut CpuBackend, PolicyError> {
+        match self {
+            Self::Cpu(cpu) => Ok(cpu),
+            Self::Cuda(_) => Err(CudaError::NotYet(what).into()),
+        }
+    }
+
+    /// Number of all weights, adapters included.
+    pub fn parameters(&self) -> usize {
+        match self {
+            Self::Cpu(cpu) => cpu.parameters(),
+            Self::Cuda(cuda) => cuda.spec().parameters(),
+        }
+    }
+
+    /// Number of weights that train.
+    pub fn trainable_parameters(&self) -> usize {
+        match self {
+            Self::Cpu(cpu) => cpu.trainable_parameters(),
+            Self::Cuda(_) => 0,
+        }
+    }
+
+    /// [`CpuBackend::add_early_exit`].
+    ///
+    /// # Errors
+    /// As there; [`CudaError::NotYet`] on a GPU.
+    pub fn add_early_exit(
+        &mut self,
+        layers: usize,
+        trained: Option<&BTreeMap<String, Tensor>>,
+    ) -> Result<(), PolicyError> {
+        self.on_cpu_mut("drafting with the first layers")?
+            .add_early_exit(layers, trained)
+    }
+
+    /// Layers below the early exit.
+    ///
+    /// # Errors
+    /// [`PolicyError::Misuse`] where there is none; [`CudaError::NotYet`] on a GPU.
+    pub fn early_exit_layers(&self) -> Result<usize, PolicyError> {
+        let cpu = self.on_cpu("drafting with the first layers")?;
+        Ok(cpu.early_exit()?.layers())
+    }
+
+    /// Whether there is an early exit whose head is more than the policy's own.
+    pub fn has_trained_exit(&self) -> bool {
+        match self {
+            Self::Cpu(cpu) => cpu.early_exit().is_ok_and(|exit| exit.is_trained()),
+            Self::Cuda(_) => false,
+        }
+    }
+
+    /// [`CpuBackend::export_weights`].
+    ///
+    /// # Errors
+    /// As there; [`CudaError::NotYet`] on a GPU.
+    pub fn export_weights(&self) -> Result<BTreeMap<String, Tensor>, PolicyError> {
+        self.on_cpu("saving a model")?.export_weights()
+    }
+
+    /// [`CpuBackend::export_adapter`].
+    ///
+    /// # Errors
+    /// As there; [`CudaError::NotYet`] on a GPU.
+    pub fn export_adapter(&self) -> Result<BTreeMap<String, Tensor>, PolicyError> {
+        self.on_cpu("training")?.export_adapter()
+    }
+
+    /// [`CpuBackend::export_trainable`].
+    ///
+    /// # Errors
+    /// As there; [`CudaError::NotYet`] on a GPU.
+    pub fn export_trainable(&self, exit: Exit) -> Result<BTreeMap<String, Tensor>, PolicyError> {
+        self.on_cpu("training")?.export_trainable(exit)
+    }
+
+    /// [`CpuBackend::import`].
+    ///
+    /// # Errors
+    /// As there; [`CudaError::NotYet`] on a GPU.
+    pub fn import(
+        &mut self,
+        tensors: &BTreeMap<String, Tensor>,
+        exit: Exit,
+    ) -> Result<(), PolicyError> {
+        self.on_cpu_mut("training")?.import(tensors, exit)
+    }
+
+    /// [`CpuBackend::export_optimizer`].
+    ///
+    /// # Errors
+    /// As there; [`CudaError::NotYet`] on a GPU.
+    pub fn export_optimizer(&self, exit: Exit) -> Result<BTreeMap<String, Tensor>, PolicyError> {
+        self.on_cpu("training")?.export_optimizer(exit)
+    }
+
+    /// [`CpuBackend::import_optimizer`].
+    ///
+    /// # Errors
+    /// As there; [`CudaError::NotYet`] on a GPU.
+    pub fn import_optimizer(
+        &mut self,
+        tensors: &BTreeMap<String, Tensor>,
+        exit: Exit,
+    ) -> Result<(), PolicyError> {
+        self.on_cpu_mut("training")?.import_optimizer(tensors, exit)
+    }
+}
+
+impl Backend for AnyBackend {
+    fn spec(&self) -> &ModelSpec {
+        on_device!(self, backend => backend.spec())
+    }
+
+    fn kv_bytes_per_token(&self) -> usize {
+        on_device!(self, backend => backend.kv_bytes_per_token())
+    }
+
+    fn max_ahead(&self) -> usize {
+        on_device!(self, backend => backend.max_ahead())
+    }
+
+    fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError> {
+        on_device!(self, backend => backend.init_kv(blocks, block_size))
+    }
+
+    fn copy_kv(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), PolicyError> {
+        on_device!(self, backend => backend.copy_kv(copies))
+    }
+
+    fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError> {
+        on_device!(self, backend => backend.step(rows))
+    }
+
+    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Vec<f32>>, PolicyError> {
+        on_device!(self, backend => backend.propose(rows, exit))
+    }
+
+    fn score(
+        &mut self,
+        batch: &PackedBatch,
+        temperature: f32,
+        pass: Pass,
+    ) -> Result<TokenScores, PolicyError> {
+        on_device!(self, backend => backend.score(batch, temperature, pass))
+    }
+
+    fn backward(&mut self, dlogp: &[f32]) -> Result<(), PolicyError> {
+        on_device!(self, backend => backend.backward(dlogp))
+    }
+
+    fn distill(
+        &mut self,
+        batch: &PackedBatch,
+        targets: &[TopTokens],
+        temperature: f32,
+        weight: f64,
+        exit: Exit,
+    ) -> Result<f64, PolicyError> {
+        on_device!(self, backend => backend.distill(batch, targets, temperature, weight, exit))
+    }
+
+    fn optimizer_step(&mut self, step: &OptimStep, exit: Exit) -> Result<f64, PolicyError> {
+        on_device!(self, backend => backend.optimizer_step(step, exit))
+    }
+}

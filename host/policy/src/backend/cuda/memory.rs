@@ -1,0 +1,364 @@
+//! What a process may take of a GPU's memory, and how that is divided: weights, workspace, and the KV pool, which gets
+//! what is left of it as far as the run can use it.
+
+use std::{fmt, sync::Arc};
+
+use cudarc::driver::{CudaContext, sys::CUdevice_attribute as Attribute};
+use serde::Serialize;
+
+use super::{BLOCK_SIZE, CudaError, CudaSizes, check, device};
+use crate::spec::ModelSpec;
+
+/// Kept for what the driver takes later on: captured graphs, cublasLt's own buffers, kernels that spill.
+const RESERVE: usize = 256 << 20;
+
+/// Memory of the GPU in bytes, as the driver says.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Memory {
+    total: usize,
+    /// Free before this process put anything there, and now.
+    free_at_start: usize,
+    free: usize,
+    /// Of the total, what this process may use: above 0, up to 1.
+    utilization: f64,
+}
+
+impl Memory {
+    /// Most this process may use: others may have taken their part already.
+    fn allowed(&self) -> usize {
+        ((self.total as f64 * self.utilization) as usize).min(self.free_at_start)
+    }
+
+    fn used(&self) -> usize {
+        self.free_at_start.saturating_sub(self.free)
+    }
+
+    /// What may still be used.
+    fn left(&self) -> usize {
+        self.allowed().saturating_sub(self.used() + RESERVE)
+    }
+}
+
+/// What the KV pool is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PoolNeeds {
+    /// Bytes of keys and values of one token, of the policy and its draft together.
+    pub token_bytes: usize,
+    /// Blocks that the run can use.
+    pub blocks: usize,
+    /// Tokens of the longest sequence.
+    pub longest: usize,
+}
+
+/// A part of a GPU's memory, opened before anything is put there.
+pub struct Budget {
+    context: Arc<CudaContext>,
+    ordinal: usize,
+    name: String,
+    multiprocessors: usize,
+    total: usize,
+    free_at_start: usize,
+    utilization: f64,
+}
+
+impl Budget {
+    /// The share `utilization` (above 0, up to 1) of the memory of GPU `ordinal`.
+    ///
+    /// # Errors
+    /// [`CudaError`] for a GPU that is not there or not to be used.
+    pub fn open(ordinal: usize, utilization: f64) -> Result<Self, CudaError> {
+        let context = device::context(ordinal)?;
+        let (free_at_start, total) = context.mem_get_info()?;
+        let multiprocessors =
+            context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        Ok(Self {
+            ordinal,
+            name: context.name()?,
+            multiprocessors: multiprocessors as usize,
+            total,
+            free_at_start,
+            utilization,
+            context,
+        })
+    }
+
+    /// `cuda:0 NVIDIA H200`.
+    pub fn device(&self) -> String {
+        format!("cuda:{} {}", self.ordinal, self.name)
+    }
+
+    /// Bytes that are free now, those of buffers that were dropped among them.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn free(&self) -> Result<usize, CudaError> {
+        // What was freed in a stream's order goes back to the driver when somebody waits for it.
+        self.context.synchronize()?;
+        Ok(self.context.mem_get_info()?.0)
+    }
+
+    fn memory(&self) -> Result<Memory, CudaError> {
+        Ok(Memory {
+            total: self.total,
+            free_at_start: self.free_at_start,
+            free: self.free()?,
+            utilization: self.utilization,
+        })
+    }
+
+    /// Whether a model and its longest sequence fit beside what is there, from their sizes alone.
+    ///
+    /// # Errors
+    /// [`CudaError::Shape`], [`CudaError::TooBig`] and [`CudaError::OneSequence`].
+    pub fn admit(&self, spec: &ModelSpec, sizes: &CudaSizes) -> Result<(), CudaError> {
+        check(spec)?;
+        let (weights, workspace) = (
+            weight_bytes(spec, sizes.max_model_len),
+            workspace_bytes(spec, sizes, self.multiprocessors),
+        );
+        admit(&self.memory()?, weights, workspace)?
+            .hold(sizes.max_model_len, super::kv_bytes_per_token(spec))
+    }
+
+    /// Divides what is left when models of `weights` bytes (see [`weight_bytes`]) are there: the policy's, and the draft's
+    /// if it has one. `free_without_draft` were free before the draft came.
+    ///
+    /// # Errors
+    /// [`CudaError::OneSequence`] where the pool would not hold the longest one.
+    pub fn plan(
+        &self,
+        weights: usize,
+        free_without_draft: usize,
+        needs: &PoolNeeds,
+    ) -> Result<MemoryPlan, CudaError> {
+        divide(&self.memory()?, (weights, free_without_draft), needs).map(|plan| MemoryPlan {
+            device: self.device(),
+            ..plan
+        })
+    }
+}
+
+/// Bytes that may still be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Left(usize);
+
+impl Left {
+    /// Refuses a sequence of `tokens` tokens that has no room.
+    fn hold(self, tokens: usize, token_bytes: usize) -> Result<(), CudaError> {
+        let needed = tokens.next_multiple_of(BLOCK_SIZE) * token_bytes;
+        let left = self.0;
+        if needed > left {
+            return Err(CudaError::OneSequence {
+                tokens,
+                needed,
+                left,
+            });
+        }
+        Ok(())
+    }
+}
+
+fn admit(memory: &Memory, weights: usize, workspace: usize) -> Result<Left, CudaError> {
+    let left = memory.left();
+    match left.checked_sub(weights + workspace) {
+        Some(left) => Ok(Left(left)),
+        None => Err(CudaError::TooBig {
+            weights,
+            workspace,
+            left,
+        }),
+    }
+}
+
+fn divide(
+    memory: &Memory,
+    (weights, free_without_draft): (usize, usize),
+    needs: &PoolNeeds,
+) -> Result<MemoryPlan, CudaError> {
+    let block_bytes = BLOCK_SIZE * needs.token_bytes;
+    let left = memory.left();
+    let kv_blocks = needs.blocks.min(left / block_bytes);
+    // A pool that was configured smaller than its longest sequence refuses those that do not fit, one by one.
+    if kv_blocks < needs.blocks {
+        Left(left).hold(needs.longest, needs.token_bytes)?;
+    }
+    let of_policy = memory.free_at_start.saturating_sub(free_without_draft);
+    let kv = kv_blocks * block_bytes;
+    Ok(MemoryPlan {
+        device: String::new(),
+        total: memory.total,
+        allowed: memory.allowed(),
+        weights,
+        workspace: of_policy.saturating_sub(weights),
+        draft: memory.used().saturating_sub(of_policy),
+        kv,
+        kv_blocks,
+        kv_tokens: kv_blocks * BLOCK_SIZE,
+        free: memory.free.saturating_sub(kv),
+    })
+}
+
+/// How a GPU's memory is used; sizes in bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MemoryPlan {
+    /// `cuda:0 NVIDIA H200`.
+    pub device: String,
+    pub total: usize,
+    /// What this process may use.
+    pub allowed: usize,
+    pub weights: usize,
+    /// Activations, logits, inputs.
+    pub workspace: usize,
+    /// Weights and workspace of a draft model.
+    pub draft: usize,
+    /// Keys and values, of a draft model too.
+    pub kv: usize,
+    pub kv_blocks: usize,
+    pub kv_tokens: usize,
+    /// What is free beside all that.
+    pub free: usize,
+}
+
+impl fmt::Display for MemoryPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = |bytes: usize| bytes >> 20;
+        write!(
+            f,
+            "{}: weights {} MiB, workspace {} MiB, ",
+            self.device,
+            mib(self.weights),
+            mib(self.workspace)
+        )?;
+        if self.draft > 0 {
+            write!(f, "draft {} MiB, ", mib(self.draft))?;
+        }
+        write!(
+            f,
+            "KV {} MiB ({} blocks, {} tokens), {} MiB free of {} MiB",
+            mib(self.kv),
+            self.kv_blocks,
+            self.kv_tokens,
+            mib(self.free),
+            mib(self.total)
+        )
+    }
+}
+
+/// Bytes of a model's weights: matrices in bf16, vectors and the rotation table of `positions` positions in f32.
+pub fn weight_bytes(spec: &ModelSpec, positions: usize) -> usize {
+    let bytes = |shape: &[usize]| {
+        let width = if shape.len() == 1 { 4 } else { 2 };
+        shape.iter().product::<usize>() * width
+    };
+    let shapes = spec.weight_shapes();
+    let weights: usize = shapes.iter().map(|(_, shape)| bytes(shape)).sum();
+    weights + positions * spec.head_dim * 4
+}
+
+/// Bytes of the buffers of forward.rs, gemm.rs, graph.rs and inputs.rs, the small ones left to [`RESERVE`].
+fn workspace_bytes(spec: &ModelSpec, sizes: &CudaSizes, multiprocessors: usize) -> usize {
+    let (h, q, f) = (spec.hidden_size, spec.q_dim(), spec.intermediate_size);
+    let token = 4 * h + 2 * (2 * h + 3 * q + 2 * spec.kv_dim() + 3 * f);
+    let row = 2 * h + 4 * spec.vocab_size;
+    let split = 4 * multiprocessors * spec.num_key_value_heads * 8 * 16 * (spec.head_dim + 2);
+    sizes.max_step_tokens * token + sizes.max_batch * row + split
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: usize = 1 << 20;
+
+    /// A GPU of 10000 MiB, on which others use 1000 and this process 2000.
+    const MEMORY: Memory = Memory {
+        total: 10_000 * MIB,
+        free_at_start: 9_000 * MIB,
+        free: 7_000 * MIB,
+        utilization: 0.8,
+    };
+
+    /// Blocks of 1 MiB.
+    const NEEDS: PoolNeeds = PoolNeeds {
+        token_bytes: MIB / BLOCK_SIZE,
+        blocks: 5_000,
+        longest: 100 * BLOCK_SIZE,
+    };
+
+    #[test]
+    fn the_pool_gets_what_is_left_of_the_share() {
+        let plan = divide(&MEMORY, (1_500 * MIB, 7_300 * MIB), &NEEDS).unwrap();
+        let mib = |mib: usize| mib * MIB;
+        assert_eq!((plan.allowed, plan.weights), (mib(8_000), mib(1_500)));
+        assert_eq!((plan.workspace, plan.draft), (mib(200), mib(300)));
+        // No more than the run can use.
+        assert_eq!((plan.kv_blocks, plan.kv), (5_000, mib(5_000)));
+        assert_eq!((plan.kv_tokens, plan.free), (160_000, mib(2_000)));
+        // 8000 − 2000 − the reserve of 256.
+        let needs = PoolNeeds {
+            blocks: 50_000,
+            ..NEEDS
+        };
+        let plan = divide(&MEMORY, (mib(1_500), mib(7_000)), &needs).unwrap();
+        assert_eq!((plan.kv_blocks, plan.free), (5_744, mib(7_000 - 5_744)));
+        assert_eq!(
+            plan.to_string(),
+            ": weights 1500 MiB, workspace 500 MiB, KV 5744 MiB (5744 blocks, 183808 tokens), 1256 MiB \
+             free of 10000 MiB"
+        );
+    }
+
+    #[test]
+    fn others_on_the_gpu_and_the_share_bound_each_other() {
+        let crowded = Memory {
+            free_at_start: 3_000 * MIB,
+            free: 1_000 * MIB,
+            ..MEMORY
+        };
+        assert_eq!(crowded.allowed(), 3_000 * MIB);
+        assert_eq!(crowded.left(), 744 * MIB);
+        let modest = Memory {
+            utilization: 0.21,
+            ..MEMORY
+        };
+        assert_eq!(modest.left(), 0);
+    }
+
+    #[test]
+    fn a_sequence_without_room_is_refused_with_numbers() {
+        let longest = 5_745 * BLOCK_SIZE;
+        let needs = PoolNeeds {
+            blocks: 50_000,
+            longest,
+            ..NEEDS
+        };
+        let error = divide(&MEMORY, (0, 0), &needs).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "one sequence of 183840 tokens needs 5745 MiB of KV cache and 5744 MiB are left on the GPU"
+        );
+        assert!(error.hint().unwrap().contains("max_completion_length"));
+        let needs = PoolNeeds {
+            longest: longest - BLOCK_SIZE,
+            ..needs
+        };
+        assert!(divide(&MEMORY, (0, 0), &needs).is_ok());
+        // Asked for with `kv_cache_tokens`: requests that do not fit are refused when they come.
+        let few = PoolNeeds { blocks: 3, ..NEEDS };
+        assert_eq!(divide(&MEMORY, (0, 0), &few).unwrap().kv_blocks, 3);
+    }
+
+    #[test]
+    fn a_model_without_room_is_refused_before_it_is_there() {
+        assert_eq!(
+            admit(&MEMORY, 5_000 * MIB, 700 * MIB).unwrap(),
+            Left(44 * MIB)
+        );
+        let error = admit(&MEMORY, 5_000 * MIB, 745 * MIB).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the model needs 5745 MiB on the GPU (weights 5000 MiB, workspace 745 MiB) and 5744 MiB are left there"
+        );
+        assert!(error.hint().unwrap().contains("gpu_memory_utilization"));
+    }
+}

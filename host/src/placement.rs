@@ -1,0 +1,348 @@
+//! Where a policy runs: the device that was asked for or, with `auto`, the first GPU that can be used, else the CPU; and
+//! the engine's sizes there. Nothing else in the host asks which device it is.
+
+use std::path::PathBuf;
+
+use grpo_policy::{
+    backend::{
+        AnyBackend, Backend,
+        cpu::{CpuBackend, Trainable},
+        cuda::{self, Budget, CudaBackend, CudaError, CudaSizes, MemoryPlan, PoolNeeds},
+    },
+    engine::EngineConfig,
+    error::PolicyError,
+    spec::ModelSpec,
+    weights::Weights,
+};
+
+use crate::{
+    cli::Environment,
+    config::{Device, RunConfig},
+};
+
+/// Tokens per KV block on a CPU (vLLM's default).
+const BLOCK_SIZE: usize = 16;
+
+/// Most memory the KV pool takes on a CPU when its size is not configured.
+const KV_BYTES: usize = 2 << 30;
+
+/// Prompt tokens run beside the decoding rows of one step on a CPU.
+const PREFILL_TOKENS: usize = 512;
+
+/// Tokens of one step on a GPU; enough to fill it.
+const STEP_TOKENS: usize = 8192;
+
+/// Sequences decoded at once when nothing is configured.
+const CPU_BATCH: usize = 128;
+const GPU_BATCH: usize = 256;
+
+/// Sizes of the rollout engine that a caller decides.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Capacity {
+    /// Most sequences decoded at once; `None`: 128 on a CPU, 256 on a GPU.
+    pub max_batch: Option<usize>,
+    /// Most tokens of prompt and completion together.
+    pub max_model_len: usize,
+    /// Tokens the KV pool holds; `None` fits all of `max_batch`, on a CPU up to 2 GiB, on a GPU up to its share of the
+    /// memory.
+    pub kv_tokens: Option<usize>,
+}
+
+/// What the user says about the device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Place {
+    pub device: Device,
+    /// Of a GPU's memory, what this process may use: above 0, up to 1.
+    pub gpu_memory_utilization: f64,
+    /// Folder in which compiled kernels are kept.
+    pub cache: Option<PathBuf>,
+}
+
+/// A model on its device.
+pub(crate) struct Placed {
+    pub(crate) backend: AnyBackend,
+    pub(crate) engine: EngineConfig,
+    pub(crate) gpu: Option<Share>,
+    /// Why it is not on the GPU that is there.
+    pub(crate) passed_over: Option<PolicyError>,
+}
+
+/// What a policy has of its GPU.
+pub(crate) struct Share {
+    pub(crate) plan: MemoryPlan,
+    budget: Budget,
+    ordinal: usize,
+    sizes: CudaSizes,
+    cache: Option<PathBuf>,
+    /// Bytes of the policy's weights, and what was free with nothing but the policy there.
+    weights: usize,
+    free_without_draft: usize,
+    needs: PoolNeeds,
+}
+
+impl Place {
+    /// As the config says.
+    pub fn of(config: &RunConfig, environment: &Environment) -> Self {
+        Self {
+            device: config.hardware.device,
+            gpu_memory_utilization: config.hardware.gpu_memory_utilization,
+            cache: environment.cache.clone(),
+        }
+    }
+
+    /// Puts a model onto its device. What trains goes to the CPU.
+    ///
+    /// # Errors
+    /// Those of the backends; with [`Device::Auto`] what is wrong with a GPU is none.
+    pub(crate) fn put(
+        &self,
+        model: (ModelSpec, &Weights),
+        trainable: &Trainable,
+        gradient_checkpointing: bool,
+        capacity: Capacity,
+    ) -> Result<Placed, PolicyError> {
+        let (spec, tensors) = model;
+        let max_model_len = capacity.max_model_len.min(spec.max_position_embeddings);
+        let capacity = Capacity {
+            max_model_len,
+            ..capacity
+        };
+        let on_gpu = |ordinal| self.on_gpu(ordinal, (&spec, tensors), capacity);
+        let chosen = match (self.device, trainable) {
+            (Device::Cpu, _) => Chosen::Cpu(None),
+            (Device::Cuda(ordinal), Trainable::Nothing) => Chosen::Gpu(on_gpu(ordinal)?),
+            (Device::Cuda(_), _) => return Err(CudaError::NotYet("training").into()),
+            (Device::Auto, Trainable::Nothing) => first_usable(cuda::count(), on_gpu)?,
+            (Device::Auto, _) => Chosen::Cpu(None),
+        };
+        match chosen {
+            Chosen::Gpu(placed) => Ok(placed),
+            Chosen::Cpu(passed_over) => Ok(Placed {
+                passed_over,
+                ..on_cpu((spec, tensors), trainable, gradient_checkpointing, capacity)?
+            }),
+        }
+    }
+
+    fn on_gpu(
+        &self,
+        ordinal: usize,
+        (spec, tensors): (&ModelSpec, &Weights),
+        capacity: Capacity,
+    ) -> Result<Placed, PolicyError> {
+        let max_batch = capacity.max_batch.unwrap_or(GPU_BATCH);
+        let sizes = CudaSizes {
+            max_step_tokens: STEP_TOKENS.max(max_batch),
+            max_batch,
+            max_model_len: capacity.max_model_len,
+        };
+        let budget = Budget::open(ordinal, self.gpu_memory_utilization)?;
+        budget.admit(spec, &sizes)?;
+        let cache = self.cache.clone();
+        let backend = CudaBackend::new(ordinal, spec.clone(), tensors, sizes, cache.as_deref())?;
+        let weights = cuda::weight_bytes(spec, sizes.max_model_len);
+        let free_without_draft = budget.free()?;
+        let needs = PoolNeeds {
+            token_bytes: backend.kv_bytes_per_token(),
+            blocks: gpu_blocks(&sizes, capacity.kv_tokens),
+            longest: sizes.max_model_len,
+        };
+        let share = Share {
+            plan: budget.plan(weights, free_without_draft, &needs)?,
+            budget,
+            ordinal,
+            sizes,
+            cache,
+            weights,
+            free_without_draft,
+            needs,
+        };
+        Ok(Placed {
+            backend: AnyBackend::Cuda(Box::new(backend)),
+            engine: share.engine(),
+            gpu: Some(share),
+            passed_over: None,
+        })
+    }
+}
+
+/// Blocks that sequences of all lengths can use, each with one to copy on its first write; or those configured.
+fn gpu_blocks(sizes: &CudaSizes, kv_tokens: Option<usize>) -> usize {
+    let usable = sizes.max_batch * (sizes.max_model_len.div_ceil(cuda::BLOCK_SIZE) + 1);
+    kv_tokens.map_or(usable, |tokens| {
+        tokens.div_ceil(cuda::BLOCK_SIZE).min(usable)
+    })
+}
+
+/// What `auto` comes to.
+#[derive(Debug)]
+enum Chosen<T> {
+    Gpu(T),
+    /// With what is wrong with the first GPU, where there is one.
+    Cpu(Option<PolicyError>),
+}
+
+/// The first of `count` GPUs that `open` opens. What is wrong with the model itself is an error on every device.
+fn first_usable<T>(
+    count: Result<usize, CudaError>,
+    open: impl Fn(usize) -> Result<T, PolicyError>,
+) -> Result<Chosen<T>, PolicyError> {
+    let count = match count {
+        Ok(count) => count,
+        Err(error) => return Ok(Chosen::Cpu(Some(error.into()))),
+    };
+    let mut passed_over = None;
+    for ordinal in 0..count {
+        match open(ordinal) {
+            Ok(gpu) => return Ok(Chosen::Gpu(gpu)),
+            Err(PolicyError::Cuda(error)) if error.is_of_the_device() => {
+                passed_over.get_or_insert(error.into());
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(Chosen::Cpu(passed_over))
+}
+
+fn on_cpu(
+    (spec, tensors): (ModelSpec, &Weights),
+    trainable: &Trainable,
+    gradient_checkpointing: bool,
+    capacity: Capacity,
+) -> Result<Placed, PolicyError> {
+    let max_model_len = capacity.max_model_len;
+    let max_batch = capacity.max_batch.unwrap_or(CPU_BATCH);
+    let backend = CpuBackend::new(spec, tensors, trainable, gradient_checkpointing)?;
+    let wanted = max_batch * max_model_len.next_multiple_of(BLOCK_SIZE);
+    let affordable = (KV_BYTES / backend.kv_bytes_per_token()).max(max_model_len + BLOCK_SIZE);
+    let kv_tokens = capacity.kv_tokens.unwrap_or(wanted.min(affordable));
+    backend.check_kv(kv_tokens)?;
+    Ok(Placed {
+        backend: AnyBackend::Cpu(Box::new(backend)),
+        engine: EngineConfig {
+            block_size: BLOCK_SIZE,
+            kv_blocks: kv_tokens.div_ceil(BLOCK_SIZE),
+            max_batch,
+            max_step_tokens: max_batch + PREFILL_TOKENS,
+            enable_prefix_cache: true,
+            max_model_len,
+        },
+        gpu: None,
+        passed_over: None,
+    })
+}
+
+impl Share {
+    /// Puts a draft model beside the policy.
+    ///
+    /// # Errors
+    /// As for the policy itself.
+    pub(crate) fn draft(
+        &self,
+        spec: ModelSpec,
+        tensors: &Weights,
+    ) -> Result<AnyBackend, PolicyError> {
+        // Its context may be shorter, but it is given the policy's block tables.
+        self.budget.admit(&spec, &self.sizes)?;
+        let cache = self.cache.as_deref();
+        let draft = CudaBackend::new(self.ordinal, spec, tensors, self.sizes, cache)?;
+        Ok(AnyBackend::Cuda(Box::new(draft)))
+    }
+
+    /// Makes room for a draft whose keys and values take `token_bytes` a token.
+    ///
+    /// # Errors
+    /// [`CudaError::OneSequence`].
+    pub(crate) fn divide_with_draft(
+        &mut self,
+        token_bytes: usize,
+    ) -> Result<EngineConfig, CudaError> {
+        let needs = PoolNeeds {
+            token_bytes: self.needs.token_bytes + token_bytes,
+            ..self.needs
+        };
+        let budget = &self.budget;
+        self.plan = budget.plan(self.weights, self.free_without_draft, &needs)?;
+        Ok(self.engine())
+    }
+
+    fn engine(&self) -> EngineConfig {
+        EngineConfig {
+            block_size: cuda::BLOCK_SIZE,
+            kv_blocks: self.plan.kv_blocks,
+            max_batch: self.sizes.max_batch,
+            max_step_tokens: self.sizes.max_step_tokens,
+            enable_prefix_cache: true,
+            max_model_len: self.sizes.max_model_len,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn old() -> PolicyError {
+        CudaError::OldDriver { version: 11_040 }.into()
+    }
+
+    #[test]
+    fn auto_takes_the_first_gpu_that_opens() {
+        let opens_from = |first: usize| {
+            move |ordinal: usize| match ordinal < first {
+                true => Err(old()),
+                false => Ok(ordinal),
+            }
+        };
+        for (count, first, expected) in [(1, 0, 0), (4, 0, 0), (4, 2, 2)] {
+            let chosen = first_usable(Ok(count), opens_from(first)).unwrap();
+            assert!(
+                matches!(chosen, Chosen::Gpu(found) if found == expected),
+                "{chosen:?}"
+            );
+        }
+        let chosen = first_usable(Ok(3), opens_from(3)).unwrap();
+        let Chosen::Cpu(Some(reason)) = chosen else {
+            panic!("{chosen:?}");
+        };
+        assert!(reason.to_string().contains("CUDA 11.4"), "{reason}");
+        assert!(reason.hint().is_some());
+    }
+
+    #[test]
+    fn no_gpu_needs_no_word_and_a_broken_driver_does() {
+        let never = |_| -> Result<(), PolicyError> { panic!("there is no GPU to open") };
+        let none = first_usable(Ok(0), never).unwrap();
+        assert!(matches!(none, Chosen::Cpu(None)), "{none:?}");
+        let broken = first_usable(Err(CudaError::Library("cuda")), never).unwrap();
+        assert!(matches!(broken, Chosen::Cpu(Some(_))), "{broken:?}");
+    }
+
+    #[test]
+    fn what_no_device_can_do_is_an_error() {
+        let missing = |_| -> Result<(), PolicyError> {
+            Err(PolicyError::MissingWeight {
+                name: "x".to_owned(),
+            })
+        };
+        assert!(first_usable(Ok(1), missing).is_err());
+        let large = |_| -> Result<(), PolicyError> {
+            let (what, asked, most) = ("sequences", 2000, 1024);
+            Err(CudaError::Capacity { what, asked, most }.into())
+        };
+        let error = first_usable(Ok(1), large).unwrap_err();
+        assert!(error.hint().unwrap().contains("max_batch_size"));
+    }
+
+    #[test]
+    fn blocks_are_what_the_run_can_use_and_no_more_than_configured() {
+        let sizes = CudaSizes {
+            max_step_tokens: 8192,
+            max_batch: 10,
+            max_model_len: 65,
+        };
+        assert_eq!(gpu_blocks(&sizes, None), 40);
+        assert_eq!(gpu_blocks(&sizes, Some(33)), 2);
+        assert_eq!(gpu_blocks(&sizes, Some(1 << 40)), 40);
+    }
+}
