@@ -19,11 +19,12 @@ use grpo_policy::{
     weights::{LoadedModel, random_weights},
 };
 
+/// Compiled kernels are kept for the other tests.
 fn place(device: Device) -> Place {
     Place {
         device,
         gpu_memory_utilization: 0.5,
-        cache: None,
+        cache: Some(env!("CARGO_TARGET_TMPDIR").into()),
     }
 }
 
