@@ -11,11 +11,12 @@ use grpo_host::{
     defaults, draft,
     placement::{Capacity, Place},
     policy::{Mode, Policy},
+    types::Row,
 };
 use grpo_policy::{
-    backend::cuda::survey,
+    backend::{Backend, Pass, cuda::survey},
     spec::{Family, ModelSpec},
-    types::{Completion, Request, SamplingParams},
+    types::{Completion, PackedBatch, Request, SamplingParams},
     weights::{LoadedModel, random_weights},
 };
 
@@ -40,10 +41,9 @@ fn embedded(device: Device, capacity: Capacity) -> Policy {
     Policy::new(model, "embedded", Mode::Inference, false, capacity, &place).unwrap()
 }
 
-/// Greedy completions of the first held-out problems, and how many sequences lost their blocks on the way.
-fn greedy(policy: &mut Policy, prompts: usize, max_tokens: u32) -> (Vec<Completion>, usize) {
-    let rows = defaults::heldout_rows().unwrap().rows;
-    let request = |(id, row): (usize, &grpo_host::types::Row)| {
+/// Greedy ones for the first held-out problems.
+fn requests(policy: &Policy, prompts: usize, max_tokens: u32) -> Vec<Request> {
+    let request = |(id, row): (usize, &Row)| {
         let question = row.json["question"].as_str().unwrap();
         Request {
             id: id as u64,
@@ -58,22 +58,44 @@ fn greedy(policy: &mut Policy, prompts: usize, max_tokens: u32) -> (Vec<Completi
             seed: 7,
         }
     };
-    let requests = rows.iter().take(prompts).enumerate().map(request).collect();
+    let rows = defaults::heldout_rows().unwrap().rows;
+    rows.iter().take(prompts).enumerate().map(request).collect()
+}
+
+/// Completions, and how many sequences lost their blocks on the way.
+fn greedy(policy: &mut Policy, prompts: usize, max_tokens: u32) -> (Vec<Completion>, usize) {
+    let requests = requests(policy, prompts, max_tokens);
     let mut preempted = 0;
     let completions = policy.generate(requests, &mut |p| preempted += p.preempted);
     (completions.unwrap(), preempted)
 }
 
-/// Completions with the same tokens, of all.
-fn alike(a: &[Completion], b: &[Completion]) -> usize {
+/// Most that two tokens may be apart, in nats by the CPU, for bf16 to take one for the other.
+const NEAR: f32 = 0.2;
+
+/// Completions with the same tokens. Two that part do so where the CPU finds both tokens nearly alike: numbers in bf16
+/// depend on what else is in a batch.
+fn alike(cpu: &mut Policy, a: &[Completion], b: &[Completion]) -> usize {
     assert_eq!(a.len(), b.len());
-    a.iter()
-        .zip(b)
-        .filter(|(a, b)| a.tokens == b.tokens)
-        .count()
+    let mut apart = Vec::new();
+    for (request, (a, b)) in requests(cpu, a.len(), 1).iter().zip(a.iter().zip(b)) {
+        assert_eq!(a.tokens.len(), b.tokens.len());
+        let Some(at) = (0..a.tokens.len()).find(|&at| a.tokens[at] != b.tokens[at]) else {
+            continue;
+        };
+        let mut batch = PackedBatch::default();
+        for tokens in [&a.tokens, &b.tokens] {
+            let text = [&request.prompt[..], &tokens[..=at]].concat();
+            batch.push(&text, text.len() - 1);
+        }
+        let scores = cpu.backend.score(&batch, 1.0, Pass::Score).unwrap();
+        apart.push((scores.logprobs[0] - scores.logprobs[1]).abs());
+    }
+    println!("parted at tokens that are apart by {apart:.3?}");
+    assert!(apart.iter().all(|gap| *gap < NEAR), "{apart:?}");
+    a.len() - apart.len()
 }
 
-/// bf16 weights decide near-ties otherwise than f32 ones, so a few completions may part.
 #[test]
 #[ignore = "needs a GPU"]
 fn greedy_completions_are_those_of_the_cpu() {
@@ -82,7 +104,7 @@ fn greedy_completions_are_those_of_the_cpu() {
     println!("{}", gpu.memory_plan().unwrap());
     assert!(gpu.device().starts_with("cuda:0 ") && cpu.device() == "cpu");
     let (expected, found) = (greedy(&mut cpu, 64, 24).0, greedy(&mut gpu, 64, 24).0);
-    let same = alike(&expected, &found);
+    let same = alike(&mut cpu, &expected, &found);
     println!("greedy on CPU and GPU: {same} of 64 completions alike");
     assert!(same >= 58, "{same}");
 }
@@ -90,6 +112,7 @@ fn greedy_completions_are_those_of_the_cpu() {
 #[test]
 #[ignore = "needs a GPU"]
 fn drafts_leave_greedy_completions_as_they_are() {
+    let mut cpu = embedded(Device::Cpu, ROOMY);
     let (plain, _) = greedy(&mut embedded(Device::Cuda(0), ROOMY), 64, 24);
     let environment = Environment::default();
     for kind in ["ngram", "suffix", "model:embedded"] {
@@ -104,9 +127,9 @@ fn drafts_leave_greedy_completions_as_they_are() {
             total(|c| c.telemetry.draft_tokens),
             total(|c| c.telemetry.accepted_tokens),
         );
-        let same = alike(&plain, &found);
+        let same = alike(&mut cpu, &plain, &found);
         println!("{kind}: {same} of 64 alike, {accepted} of {drafted} accepted");
-        assert!(drafted > 0 && accepted > 0 && same >= 60, "{kind}: {same}");
+        assert!(drafted > 0 && accepted > 0 && same >= 58, "{kind}: {same}");
         assert_eq!(
             policy.memory_plan().unwrap().draft > 0,
             kind == "model:embedded"
@@ -114,25 +137,23 @@ fn drafts_leave_greedy_completions_as_they_are() {
     }
 }
 
-/// Five blocks for eight sequences of up to three: some give theirs back and are computed again.
+/// Forty blocks for 64 sequences of up to three: some give theirs back and are computed again.
 #[test]
 #[ignore = "needs a GPU"]
 fn preempted_sequences_end_with_the_same_tokens() {
+    let mut cpu = embedded(Device::Cpu, ROOMY);
     let mut roomy = embedded(Device::Cuda(0), ROOMY);
     let few = Capacity {
-        kv_tokens: Some(5 * 32),
+        kv_tokens: Some(40 * 32),
         ..ROOMY
     };
     let mut tight = embedded(Device::Cuda(0), few);
-    assert_eq!(tight.memory_plan().unwrap().kv_blocks, 5);
-    let (expected, none) = greedy(&mut roomy, 8, 64);
-    let (found, preempted) = greedy(&mut tight, 8, 64);
-    println!(
-        "preempted {preempted} times: {} of 8 completions alike",
-        alike(&expected, &found)
-    );
-    assert!(none == 0 && preempted > 0);
-    assert_eq!(alike(&expected, &found), 8);
+    assert_eq!(tight.memory_plan().unwrap().kv_blocks, 40);
+    let (expected, none) = greedy(&mut roomy, 64, 64);
+    let (found, preempted) = greedy(&mut tight, 64, 64);
+    let same = alike(&mut cpu, &expected, &found);
+    println!("preempted {preempted} times: {same} of 64 completions alike");
+    assert!(none == 0 && preempted > 10 && same >= 54, "{same}");
 }
 
 /// A model large enough for its memory to be seen.
@@ -205,7 +226,7 @@ fn memory_is_as_planned() {
     }
     let (planned, found) = (plan.free >> 20, free() >> 20);
     println!("planned {planned} MiB free, found {found} MiB");
-    assert!(planned.abs_diff(found) < 256);
+    assert!(planned.abs_diff(found) < 64);
     drop(policy);
     // What is left is graphs' and the driver's own.
     println!(

@@ -64,8 +64,6 @@ lora: {r: 8, target_modules: [q_proj, v_proj]}
 early_stopping_patience: 3
 output_dir: runs/x
 device: cuda:1
-gpu_memory_utilization: 0.5
-max_batch_size: 7
 rank: 0
 world_size: 1
 ";
@@ -108,12 +106,31 @@ world_size: 1
         Some(Path::new("runs/x"))
     );
     assert_eq!(config.hardware.device, Device::Cuda(1));
-    assert_eq!(config.hardware.gpu_memory_utilization, 0.5);
-    assert_eq!(config.generation.max_batch_size, Some(7));
     assert_eq!((config.hardware.rank, config.hardware.world_size), (0, 1));
 
     let written = config.to_yaml().unwrap();
     assert_eq!(run(&written), config);
+}
+
+#[test]
+fn a_gpu_lends_a_fraction_and_the_batch_may_be_open() {
+    let default = RunConfig::default();
+    assert_eq!(default.hardware.gpu_memory_utilization, 0.9);
+    assert_eq!(default.generation.max_batch_size, None);
+    let config = run("gpu_memory_utilization: 1\nmax_batch_size: 7");
+    assert_eq!(config.hardware.gpu_memory_utilization, 1.0);
+    assert_eq!(config.generation.max_batch_size, Some(7));
+    assert_eq!(run(&config.to_yaml().unwrap()), config);
+    for wrong in ["0", "-0.1", "1.001", ".nan", ".inf"] {
+        let (error, hint) = refusal(&format!("gpu_memory_utilization: {wrong}"));
+        assert!(
+            error.ends_with("; allowed: a number above 0, up to 1"),
+            "{error}"
+        );
+        assert!(hint.is_some());
+    }
+    let (error, _) = refusal("max_batch_size: 0");
+    assert!(error.ends_with("`max_batch_size` is 0; allowed: 1 or more"));
 }
 
 #[test]

@@ -133,11 +133,43 @@ impl CudaError {
                 what: "sequences", ..
             } => "decode fewer at once: lower max_batch_size, or --prompts and --n of a benchmark"
                 .to_owned(),
+            Self::NoDevice { count: 1, .. } => "use --device cuda:0".to_owned(),
             Self::NoDevice { count, .. } => format!("use --device cuda:0 to cuda:{}", count - 1),
             Self::Driver(_) => {
                 "`nvidia-smi` says whether the driver works; --device cpu needs none".to_owned()
             }
             _ => return None,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_driver_says_of_memory_and_kernels_comes_with_a_hint() {
+        let of_driver = |status| CudaError::from(DriverError(status));
+        let full = of_driver(CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+        let blas = CublasError(cublasStatus_t::CUBLAS_STATUS_ALLOC_FAILED);
+        for error in [full, blas.into()] {
+            assert_eq!(error.to_string(), "the GPU is out of memory");
+            assert!(error.hint().unwrap().contains("gpu_memory_utilization"));
+            assert!(error.is_of_the_device());
+        }
+        let kernels = of_driver(CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION);
+        assert!(kernels.hint().unwrap().contains("NVRTC"), "{kernels}");
+    }
+
+    #[test]
+    fn only_the_gpus_that_are_there_are_offered() {
+        for (count, hint) in [
+            (0, "use --device cpu"),
+            (1, "use --device cuda:0"),
+            (4, "use --device cuda:0 to cuda:3"),
+        ] {
+            let error = CudaError::NoDevice { ordinal: 7, count };
+            assert_eq!(error.hint().unwrap(), hint);
+        }
     }
 }
