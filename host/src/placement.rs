@@ -17,7 +17,7 @@ use grpo_policy::{
 
 use crate::{
     cli::Environment,
-    config::{Device, RunConfig},
+    config::{Device, DraftKind, RunConfig},
 };
 
 /// Tokens per KV block on a CPU (vLLM's default).
@@ -56,6 +56,8 @@ pub struct Place {
     pub gpu_memory_utilization: f64,
     /// Folder in which compiled kernels are kept.
     pub cache: Option<PathBuf>,
+    /// The policy drafts with its first layers, which a GPU cannot yet.
+    pub early_exit: bool,
 }
 
 /// A model on its device.
@@ -87,6 +89,7 @@ impl Place {
             device: config.hardware.device,
             gpu_memory_utilization: config.hardware.gpu_memory_utilization,
             cache: environment.cache.clone(),
+            early_exit: matches!(config.generation.draft, DraftKind::Layers(_)),
         }
     }
 
@@ -130,6 +133,9 @@ impl Place {
         (spec, tensors): (&ModelSpec, &Weights),
         capacity: Capacity,
     ) -> Result<Placed, PolicyError> {
+        if self.early_exit {
+            return Err(CudaError::NotYet("drafting with the first layers").into());
+        }
         let max_batch = capacity.max_batch.unwrap_or(GPU_BATCH);
         let sizes = CudaSizes {
             max_step_tokens: STEP_TOKENS.max(max_batch),

@@ -172,14 +172,6 @@ impl CudaBackend {
         })
     }
 
-    /// Bytes of GPU memory: free, and all.
-    ///
-    /// # Errors
-    /// What the driver says.
-    pub fn memory(&self) -> Result<(usize, usize), CudaError> {
-        self.gpu.memory()
-    }
-
     /// Query heads that share a key head.
     fn group(&self) -> usize {
         self.spec.num_attention_heads / self.spec.num_key_value_heads
