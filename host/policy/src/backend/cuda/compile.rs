@@ -10,7 +10,7 @@ use super::CudaError;
 const COMMON: &str = include_str!("kernels/common.cu");
 
 /// The kernel files: name, and text without [`COMMON`].
-pub const SOURCES: [(&str, &str); 4] = [
+pub const SOURCES: [(&str, &str); 5] = [
     ("norm.cu", include_str!("kernels/norm.cu")),
     (
         "attention.cu",
@@ -20,6 +20,7 @@ pub const SOURCES: [(&str, &str); 4] = [
         ),
     ),
     ("skinny.cu", include_str!("kernels/skinny.cu")),
+    ("hopper.cu", include_str!("kernels/hopper.cu")),
     ("sample.cu", include_str!("kernels/sample.cu")),
 ];
 

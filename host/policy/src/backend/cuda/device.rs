@@ -7,15 +7,17 @@ use cudarc::driver::{
     sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute, CUresult},
 };
 
-use super::{CudaError, compile};
+use super::{CudaError, compile, product::Products};
 
 /// Shared memory that a block may ask for; every supported GPU has it.
-const SHARED_BYTES: i32 = 96 << 10;
+const SHARED_BYTES: usize = 96 << 10;
 
 /// See the file header.
 pub(super) struct Gpu {
     pub(super) stream: Arc<CudaStream>,
     pub(super) kernels: Kernels,
+    /// On Hopper.
+    pub(super) products: Option<Products>,
     pub(super) multiprocessors: usize,
     /// Knows programmatic dependent launch (Hopper and later).
     pub(super) overlaps: bool,
@@ -28,11 +30,12 @@ pub(super) struct Kernels {
     pub(super) silu_mul: CudaFunction,
     pub(super) qkv_rope_cache: CudaFunction,
     pub(super) copy_blocks: CudaFunction,
+    pub(super) embed_normed: CudaFunction,
     /// Of the model's head dimension.
-    pub(super) attention: CudaFunction,
-    /// The same for sequences of one token, straight from the projection.
-    pub(super) decode: CudaFunction,
-    pub(super) attention_threads: u32,
+    pub(super) attention: AttentionKernel,
+    /// The same for sequences of one token, straight from the projection: few of them, and many.
+    pub(super) decode_few: AttentionKernel,
+    pub(super) decode_many: AttentionKernel,
     pub(super) skinny_qkv: CudaFunction,
     pub(super) skinny_add: CudaFunction,
     pub(super) skinny_swiglu: CudaFunction,
@@ -40,6 +43,14 @@ pub(super) struct Kernels {
     pub(super) sum_chunks: CudaFunction,
     pub(super) sample: CudaFunction,
     pub(super) advance: CudaFunction,
+}
+
+/// A kernel of attention.cu, whose number of warps is its own.
+pub(super) struct AttentionKernel {
+    pub(super) function: CudaFunction,
+    pub(super) threads: u32,
+    /// Bytes of a block.
+    pub(super) shared: usize,
 }
 
 impl Gpu {
@@ -65,8 +76,13 @@ impl Gpu {
             .collect::<Result<Vec<_>, CudaError>>()?;
         let multiprocessors =
             context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        let products = match architecture == "compute_90a" {
+            true => Some(Products::load(&modules)?),
+            false => None,
+        };
         Ok(Self {
             kernels: Kernels::load(&modules, head_dim)?,
+            products,
             multiprocessors,
             overlaps: major >= 9,
             stream,
@@ -138,19 +154,41 @@ pub(super) fn context(ordinal: usize) -> Result<Arc<CudaContext>, CudaError> {
     Ok(context)
 }
 
+/// A kernel by its name.
+fn function(modules: &[Arc<CudaModule>], name: &str) -> Result<CudaFunction, CudaError> {
+    let found = modules.iter().find_map(|m| m.load_function(name).ok());
+    found.ok_or_else(|| CudaError::Shape(format!("there is no kernel `{name}`")))
+}
+
+/// The same, with up to `bytes` of dynamic shared memory for a block.
+pub(super) fn roomy(
+    modules: &[Arc<CudaModule>],
+    name: &str,
+    bytes: usize,
+) -> Result<CudaFunction, CudaError> {
+    let kernel = function(modules, name)?;
+    kernel.set_attribute(
+        CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+        bytes as i32,
+    )?;
+    Ok(kernel)
+}
+
 impl Kernels {
     fn load(modules: &[Arc<CudaModule>], head_dim: usize) -> Result<Self, CudaError> {
-        let get = |name: &str| -> Result<CudaFunction, CudaError> {
-            let found = modules.iter().find_map(|m| m.load_function(name).ok());
-            found.ok_or_else(|| CudaError::Shape(format!("there is no kernel `{name}`")))
-        };
-        let roomy = |name: &str| -> Result<CudaFunction, CudaError> {
-            let kernel = get(name)?;
-            kernel.set_attribute(
-                CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                SHARED_BYTES,
-            )?;
-            Ok(kernel)
+        let get = |name: &str| function(modules, name);
+        let roomy = |name: &str| roomy(modules, name, SHARED_BYTES);
+        let attention = |kind: &str| -> Result<AttentionKernel, CudaError> {
+            let name = format!("{kind}_{head_dim}");
+            let threads = get(&name)?
+                .get_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?
+                as u32;
+            let shared = threads as usize / 32 * 64 * (head_dim + 2);
+            Ok(AttentionKernel {
+                function: self::roomy(modules, &name, shared)?,
+                threads,
+                shared,
+            })
         };
         Ok(Self {
             embed: get("embed")?,
@@ -158,10 +196,10 @@ impl Kernels {
             silu_mul: get("silu_mul")?,
             qkv_rope_cache: get("qkv_rope_cache")?,
             copy_blocks: get("copy_blocks")?,
-            attention: get(&format!("attention_{head_dim}"))?,
-            decode: get(&format!("decode_{head_dim}"))?,
-            // Wider heads leave registers and shared memory for half as many warps.
-            attention_threads: if head_dim <= 64 { 256 } else { 128 },
+            embed_normed: get("embed_normed")?,
+            attention: attention("attention")?,
+            decode_few: attention("decode_few")?,
+            decode_many: attention("decode_many")?,
             skinny_qkv: roomy("skinny_qkv")?,
             skinny_add: roomy("skinny_add")?,
             skinny_swiglu: roomy("skinny_swiglu")?,

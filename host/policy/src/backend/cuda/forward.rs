@@ -11,18 +11,31 @@ use super::{
     inputs::{Counts, Field, Inputs},
     launch::{Attention, Places, Skinny, SkinnyArgs},
     layer::WorkPointers,
+    maps::Maps,
+    product::{self, Form, Map, ProductArgs, Tile, TokenMaps},
     weights::Layer,
 };
 use crate::{error::PolicyError, spec::ModelSpec};
 
 /// Up to so many tokens the hand-written products are faster than cublasLt's.
-const SKINNY_TOKENS: usize = 8;
+const SKINNY_TOKENS: usize = 4;
 
 /// Rows of logits, at least: those of the longest proposal of one sequence must fit together.
 const MIN_LOGITS: usize = 32;
 
 /// Splits of a sequence's keys, at most.
 const MAX_SPLITS: usize = 8;
+
+/// Which products a pass is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Path {
+    /// skinny.cu
+    Skinny,
+    /// hopper.cu
+    Products,
+    /// cublasLt
+    Library,
+}
 
 /// Activations, made once for the largest pass.
 pub(super) struct Work {
@@ -39,6 +52,8 @@ pub(super) struct Work {
     pub(super) act: CudaSlice<bf16>,
     /// What a layer adds to the residual stream, `[T, H]`.
     pub(super) delta: CudaSlice<bf16>,
+    /// Sums of squares of the residual stream, of each row tile that wrote it ([`super::product`]).
+    pub(super) sums: CudaSlice<f32>,
     /// Hidden states that are sampled from, `[R, H]`.
     picked: CudaSlice<bf16>,
     /// `[R, V]`.
@@ -67,6 +82,7 @@ impl Work {
             gate_up: stream.alloc_zeros(t * 2 * f)?,
             act: stream.alloc_zeros(t * f)?,
             delta: stream.alloc_zeros(t * h)?,
+            sums: stream.alloc_zeros(h.div_ceil(64) * product::MAX_TOKENS)?,
             picked: stream.alloc_zeros(r * h)?,
             logits: stream.alloc_zeros(r * spec.vocab_size)?,
             partial: stream.alloc_zeros(cells * MAX_SPLITS * 16 * (spec.head_dim + 2))?,
@@ -109,16 +125,26 @@ impl CudaBackend {
         let (h, stream) = (self.spec.hidden_size, self.gpu.stream.clone());
         let table = self.weights.embed.device_ptr(&stream).0;
         let x = self.work.x.device_ptr(&stream).0;
-        self.gpu.embed(at.ids, table, x, tokens, h)?;
+        let (path, norm, out) = (
+            self.path(tokens),
+            self.norm_before(0),
+            self.work.h.device_ptr(&stream).0,
+        );
+        match path {
+            Path::Products => {
+                let sums = self.work.sums.device_ptr(&stream).0;
+                let (from, to) = ((at.ids, table, norm), (x, out, sums));
+                self.gpu.embed_normed(from, to, tokens, h)?;
+            }
+            _ => self.gpu.embed(at.ids, table, x, tokens, h)?,
+        }
         let kv = self
             .kv
             .as_ref()
             .ok_or(PolicyError::Misuse("step before init_kv"))?;
         let (base, blocks) = (kv.base, kv.blocks);
         let layer_bytes = (blocks * BLOCK_SIZE * self.spec.kv_dim() * size_of::<bf16>()) as u64;
-        let few = self.is_few(tokens);
-        if !few {
-            let (norm, out) = (self.norm_before(0), self.work.h.device_ptr(&stream).0);
+        if path == Path::Library {
             let eps = self.spec.rms_norm_eps as f32;
             self.gpu.rms_norm((x, 0, norm, out), 0, tokens, h, eps)?;
         }
@@ -129,13 +155,43 @@ impl CudaBackend {
         Ok(())
     }
 
-    /// Whether the hand-written products serve so many tokens.
-    pub(super) fn is_few(&self, tokens: usize) -> bool {
+    /// The kernels that serve a pass of so many tokens best.
+    pub(super) fn path(&self, tokens: usize) -> Path {
         let widths = [
             self.spec.q_dim() + 2 * self.spec.kv_dim(),
             self.spec.hidden_size,
         ];
-        tokens <= SKINNY_TOKENS && widths.iter().all(|width| width.is_multiple_of(16))
+        if tokens <= std::env::var("GS").map_or(SKINNY_TOKENS, |v| v.parse().unwrap()) && widths.iter().all(|width| width.is_multiple_of(16)) {
+            Path::Skinny
+        } else if tokens <= std::env::var("GP").map_or(product::MAX_TOKENS, |v| v.parse().unwrap()) && self.maps.is_some() {
+            Path::Products
+        } else {
+            Path::Library
+        }
+    }
+
+    pub(super) fn maps(&self) -> Result<&Maps, CudaError> {
+        self.maps.as_ref().ok_or(CudaError::NotYet("this product"))
+    }
+
+    /// The tile of a product of [`super::product`].
+    pub(super) fn tile(&self, form: Form, tokens: usize, rows: usize, k: usize) -> Tile {
+        Tile::of(form, tokens, rows, k, self.gpu.multiprocessors)
+    }
+
+    pub(super) fn product(
+        &self,
+        form: Form,
+        w: &Map,
+        x: &TokenMaps,
+        args: &ProductArgs,
+    ) -> Result<(), CudaError> {
+        let (tokens, rows, k) = (args.tokens as usize, args.n as usize, args.k as usize);
+        let tile = self.tile(form, tokens, rows, k);
+        let products = self.gpu.products.as_ref();
+        products
+            .ok_or(CudaError::NotYet("this product"))?
+            .run(&self.gpu, (form, tile), (w, x), args)
     }
 
     /// Weights of the norm before layer `index`, or before the head.
@@ -179,8 +235,8 @@ impl CudaBackend {
         );
         // Where every token is sampled from, they lie in order.
         let in_order = n == pass.counts.tokens;
-        let few = self.is_few(pass.counts.tokens);
-        if in_order && few && v.is_multiple_of(16) {
+        let path = self.path(pass.counts.tokens);
+        if in_order && path == Path::Skinny && v.is_multiple_of(16) {
             self.gpu.skinny(
                 Skinny::Head,
                 &SkinnyArgs {
@@ -196,8 +252,24 @@ impl CudaBackend {
             )?;
             return Ok(());
         }
+        if in_order && path == Path::Products {
+            let last = self.tile(Form::Residual, n, h, self.spec.intermediate_size);
+            let args = ProductArgs {
+                y: logits,
+                sums_in: self.work.sums.device_ptr(&stream).0,
+                tiles_in: last.row_tiles(h) as i32,
+                stride: product::MAX_TOKENS as i32,
+                tokens: n as i32,
+                n: v as i32,
+                k: h as i32,
+                eps,
+                ..ProductArgs::default()
+            };
+            let maps = self.maps()?;
+            return Ok(self.product(Form::Logits, &maps.head, &maps.h, &args)?);
+        }
         // The last layer has left them normalised.
-        let ready = in_order && !few;
+        let ready = in_order && path == Path::Library;
         if !ready {
             let rows = at.sampled + (first * size_of::<i32>()) as u64;
             self.gpu.rms_norm((x, 0, norm, picked), rows, n, h, eps)?;

@@ -24,10 +24,6 @@ use crate::{
 /// finished sequence draws in vain is too.
 pub(super) const MAX_BURST: usize = 16;
 
-/// Up to so many sequences attention takes its heads from the projection itself; for more, a kernel of its own that uses
-/// every thread is faster than one kernel less.
-const FUSED_TOKENS: usize = 64;
-
 /// Inputs and results of bursts.
 pub(super) struct Decode {
     inputs: Inputs,
@@ -228,7 +224,7 @@ impl CudaBackend {
         let pass = PassArgs {
             counts,
             splits: self.splits(counts.tiles),
-            decode: counts.tokens <= FUSED_TOKENS,
+            decode: true,
             tune: true,
         };
         self.queue_step(&pass)?;

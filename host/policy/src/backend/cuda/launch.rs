@@ -7,7 +7,10 @@ use std::ffi::c_void;
 
 use cudarc::driver::{CudaFunction, sys};
 
-use super::{CudaError, device::Gpu};
+use super::{
+    CudaError,
+    device::{AttentionKernel, Gpu},
+};
 
 /// `attention.cu`'s parameters, field by field.
 #[repr(C)]
@@ -34,17 +37,20 @@ pub(super) struct Attention {
 
 /// Grid, threads of a block and bytes of shared memory.
 #[derive(Clone, Copy, Debug)]
-struct Launch {
-    grid: (usize, usize, usize),
-    threads: u32,
-    shared: usize,
+pub(super) struct Launch {
+    pub(super) grid: (usize, usize, usize),
+    pub(super) threads: u32,
+    /// Blocks of a cluster, neighbours in x; 1 on what does not know clusters.
+    pub(super) cluster: u32,
+    pub(super) shared: usize,
 }
 
 impl Launch {
-    fn of(blocks: usize, threads: u32) -> Self {
+    pub(super) fn of(blocks: usize, threads: u32) -> Self {
         Self {
             grid: (blocks, 1, 1),
             threads,
+            cluster: 1,
             shared: 0,
         }
     }
@@ -132,20 +138,50 @@ pub(super) struct SampleArgs {
     pub(super) vocab: i32,
 }
 
+impl AttentionKernel {
+    fn launch(&self, args: &Attention, tiles: usize) -> Launch {
+        Launch {
+            grid: (tiles, args.kv_heads as usize, args.splits as usize),
+            shared: self.shared,
+            ..Launch::of(1, self.threads)
+        }
+    }
+}
+
 impl Gpu {
     /// Where the GPU can, a kernel is launched while the one before it ends (common.cu says how they keep order).
-    fn queue(
+    pub(super) fn queue(
         &self,
         kernel: &CudaFunction,
         launch: Launch,
         arguments: &[*mut c_void],
     ) -> Result<(), CudaError> {
-        let mut overlap = sys::CUlaunchAttribute {
-            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        use sys::CUlaunchAttributeID as Id;
+        let attribute = |id, value| sys::CUlaunchAttribute {
+            id,
             pad: [0; 4],
-            value: sys::CUlaunchAttributeValue {
-                programmaticStreamSerializationAllowed: 1,
+            value,
+        };
+        let overlap = sys::CUlaunchAttributeValue {
+            programmaticStreamSerializationAllowed: 1,
+        };
+        let cluster = sys::CUlaunchAttributeValue {
+            clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
+                x: launch.cluster,
+                y: 1,
+                z: 1,
             },
+        };
+        let mut attributes = [
+            attribute(
+                Id::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                overlap,
+            ),
+            attribute(Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, cluster),
+        ];
+        let known = match launch.cluster {
+            1 => u32::from(self.overlaps),
+            _ => 2,
         };
         let (x, y, z) = launch.grid;
         let config = sys::CUlaunchConfig {
@@ -157,8 +193,8 @@ impl Gpu {
             blockDimZ: 1,
             sharedMemBytes: launch.shared as u32,
             hStream: self.stream.cu_stream(),
-            attrs: &raw mut overlap,
-            numAttrs: u32::from(self.overlaps),
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: known,
         };
         self.stream.context().bind_to_thread()?;
         // SAFETY: number and types of the arguments are those of the kernel, and they live until the call returns,
@@ -172,6 +208,29 @@ impl Gpu {
             )
         };
         Ok(status.result()?)
+    }
+
+    /// `embed` for [`super::product`]: the residual stream x, its input h to the first product, and `sums`.
+    pub(super) fn embed_normed(
+        &self,
+        (ids, table, norm): (u64, u64, u64),
+        (x, h, sums): (u64, u64, u64),
+        tokens: usize,
+        hidden: usize,
+    ) -> Result<(), CudaError> {
+        let hidden = hidden as i32;
+        launch!(
+            self,
+            &self.kernels.embed_normed,
+            Launch::of(tokens, 256),
+            &ids,
+            &table,
+            &norm,
+            &x,
+            &h,
+            &sums,
+            &hidden
+        )
     }
 
     pub(super) fn embed(
@@ -265,23 +324,26 @@ impl Gpu {
         )
     }
 
-    /// `decode`: sequences of one token, which comes straight from the projection.
-    pub(super) fn attention(
+    /// Sequences of any number of tokens.
+    pub(super) fn attention(&self, args: &Attention, tiles: usize) -> Result<(), CudaError> {
+        let kernel = &self.kernels.attention;
+        launch!(self, &kernel.function, kernel.launch(args, tiles), args)
+    }
+
+    /// Sequences of one token, which comes straight from the projection.
+    pub(super) fn decode(
         &self,
         args: &Attention,
         from: &Projection,
-        tiles: usize,
-        decode: bool,
+        sequences: usize,
     ) -> Result<(), CudaError> {
-        let launch = Launch {
-            grid: (tiles, args.kv_heads as usize, args.splits as usize),
-            ..Launch::of(1, self.kernels.attention_threads)
+        let few = sequences * args.kv_heads as usize * args.splits as usize <= self.multiprocessors;
+        let kernel = match few || args.splits > 1 {
+            true => &self.kernels.decode_few,
+            false => &self.kernels.decode_many,
         };
-        let kernel = match decode {
-            true => &self.kernels.decode,
-            false => &self.kernels.attention,
-        };
-        launch!(self, kernel, launch, args, from)
+        let launch = kernel.launch(args, sequences);
+        launch!(self, &kernel.function, launch, args, from)
     }
 
     pub(super) fn skinny(&self, kind: Skinny, a: &SkinnyArgs) -> Result<(), CudaError> {

@@ -1,5 +1,5 @@
-//! One layer of the decoder as a list of kernels, in two forms: with products of our own for few tokens, with cublasLt's for
-//! many.
+//! One layer of the decoder as a list of kernels, in three forms: with products of our own for a few tokens (skinny.cu) and, on
+//! Hopper, for up to some hundred (hopper.cu), with cublasLt's for many.
 
 use std::sync::Arc;
 
@@ -8,9 +8,10 @@ use half::bf16;
 
 use super::{
     CudaBackend,
-    forward::{Addresses, Matrix, PassArgs, Work},
+    forward::{Addresses, Matrix, PassArgs, Path, Work},
     gemm::{Out, Shape},
     launch::{Projection, Skinny, SkinnyArgs},
+    product::{self, Form, ProductArgs},
     weights::Layer,
 };
 use crate::error::PolicyError;
@@ -45,7 +46,18 @@ impl Run<'_> {
         }
     }
 
-    fn product(&self, (w, x, norm, y): (u64, u64, u64, u64), n: usize, k: usize) -> SkinnyArgs {
+    fn args(&self, n: usize, k: usize) -> ProductArgs {
+        ProductArgs {
+            stride: product::MAX_TOKENS as i32,
+            tokens: self.tokens() as i32,
+            n: n as i32,
+            k: k as i32,
+            eps: self.eps,
+            ..ProductArgs::default()
+        }
+    }
+
+    fn skinny(&self, (w, x, norm, y): (u64, u64, u64, u64), n: usize, k: usize) -> SkinnyArgs {
         SkinnyArgs {
             w,
             x,
@@ -83,25 +95,58 @@ impl CudaBackend {
             ff: spec.intermediate_size,
             eps: spec.rms_norm_eps as f32,
         };
-        match self.is_few(pass.counts.tokens) {
-            true => self.few_tokens(&run),
-            false => self.many_tokens(&run),
+        match self.path(pass.counts.tokens) {
+            Path::Skinny => self.few_tokens(&run),
+            Path::Products => self.some_tokens(&run),
+            Path::Library => self.many_tokens(&run),
         }
+    }
+
+    /// The residual stream comes as [`super::product`] wants it, in `work.h` and `work.sums`, and is left so.
+    fn some_tokens(&self, run: &Run<'_>) -> Result<(), PolicyError> {
+        let (layer, work, maps) = (&run.layer, &run.work, self.maps()?);
+        let (h, q, f) = (run.hidden, run.q_dim, run.ff);
+        let of = &maps.layers[run.index];
+        let adds = |form, k| self.tile(form, run.tokens(), h, k).row_tiles(h) as i32;
+        // Who wrote the sums that this layer begins with.
+        let tiles_in = if run.index == 0 { 1 } else { adds(Form::Residual, f) };
+        let scaled = |y: u64, n: usize, tiles_in: i32| ProductArgs {
+            y,
+            sums_in: work.sums,
+            tiles_in,
+            ..run.args(n, h)
+        };
+        let added = |norm: u64, k: usize| ProductArgs {
+            y: work.h,
+            x: work.x,
+            norm,
+            sums_out: work.sums,
+            ..run.args(h, k)
+        };
+        let args = scaled(work.qkv, run.qkv_width, tiles_in);
+        self.product(Form::Store, &of.qkv, &maps.h, &args)?;
+        self.attend(run)?;
+        let args = added(layer.mlp_norm, q);
+        self.product(Form::Residual, &of.o, &maps.attended, &args)?;
+        let args = scaled(work.act, 2 * f, adds(Form::Residual, q));
+        self.product(Form::Swiglu, &of.gate_up, &maps.h, &args)?;
+        let args = added(self.norm_before(run.index + 1), f);
+        Ok(self.product(Form::Residual, &of.down, &maps.act, &args)?)
     }
 
     fn few_tokens(&self, run: &Run<'_>) -> Result<(), PolicyError> {
         let (layer, work) = (&run.layer, &run.work);
         let (h, q, f) = (run.hidden, run.q_dim, run.ff);
         let from = (layer.qkv, work.x, layer.input_norm, work.qkv);
-        let args = run.product(from, run.qkv_width, h);
+        let args = run.skinny(from, run.qkv_width, h);
         self.gpu.skinny(Skinny::Project, &args)?;
         self.attend(run)?;
-        let args = run.product((layer.o, work.attended, 0, work.x), h, q);
+        let args = run.skinny((layer.o, work.attended, 0, work.x), h, q);
         self.gpu.skinny(Skinny::Add, &args)?;
         let from = (layer.gate_up, work.x, layer.mlp_norm, work.act);
         self.gpu
-            .skinny(Skinny::Swiglu, &run.product(from, 2 * f, h))?;
-        let args = run.product((layer.down, work.act, 0, work.x), h, f);
+            .skinny(Skinny::Swiglu, &run.skinny(from, 2 * f, h))?;
+        let args = run.skinny((layer.down, work.act, 0, work.x), h, f);
         Ok(self.gpu.skinny(Skinny::Add, &args)?)
     }
 
@@ -140,15 +185,14 @@ impl CudaBackend {
             dim: spec.head_dim as i32,
             eps: run.eps,
         };
-        if !pass.decode {
-            let places = run.at.places();
-            self.gpu
-                .qkv_rope_cache(&projection, &places, work.q, run.tokens())?;
-        }
         let attention = run.at.attention(work, run.cache, spec, pass.splits);
-        Ok(self
-            .gpu
-            .attention(&attention, &projection, pass.counts.tiles, pass.decode)?)
+        if pass.decode {
+            return Ok(self.gpu.decode(&attention, &projection, run.tokens())?);
+        }
+        let places = run.at.places();
+        self.gpu
+            .qkv_rope_cache(&projection, &places, work.q, run.tokens())?;
+        Ok(self.gpu.attention(&attention, pass.counts.tiles)?)
     }
 }
 
@@ -194,6 +238,7 @@ pub(super) struct WorkPointers {
     pub(super) gate_up: u64,
     pub(super) act: u64,
     pub(super) delta: u64,
+    pub(super) sums: u64,
     pub(super) partial: u64,
     pub(super) tickets: u64,
 }
@@ -210,6 +255,7 @@ impl WorkPointers {
             gate_up: matrix(&work.gate_up),
             act: matrix(&work.act),
             delta: matrix(&work.delta),
+            sums: work.sums.device_ptr(stream).0,
             partial: work.partial.device_ptr(stream).0,
             tickets: work.tickets.device_ptr(stream).0,
         }

@@ -15,7 +15,9 @@ mod graph;
 mod inputs;
 mod launch;
 mod layer;
+mod maps;
 mod memory;
+mod product;
 mod step;
 mod survey;
 mod weights;
@@ -47,6 +49,7 @@ use forward::Work;
 use gemm::Gemm;
 use graph::Decode;
 use inputs::{Inputs, Layout};
+use maps::Maps;
 use weights::Weights;
 
 /// Tokens of a KV block: what one warp reads at a time (attention.cu).
@@ -81,6 +84,8 @@ pub struct CudaBackend {
     gemm: Gemm,
     weights: Weights,
     work: Work,
+    /// On Hopper.
+    maps: Option<Maps>,
     kv: Option<KvPool>,
     /// For passes of any shape, run kernel by kernel.
     inputs: Inputs,
@@ -158,9 +163,15 @@ impl CudaBackend {
             sequences: sizes.max_batch,
             width: sizes.max_model_len.div_ceil(BLOCK_SIZE),
         };
+        let work = Work::new(&gpu, &spec, &sizes)?;
+        let maps = match gpu.products {
+            Some(_) => Some(Maps::new(&gpu.stream, &spec, &weights, &work)?),
+            None => None,
+        };
         Ok(Self {
             gemm,
-            work: Work::new(&gpu, &spec, &sizes)?,
+            work,
+            maps,
             inputs: Inputs::new(&gpu.stream, layout)?,
             decode: Decode::new(&gpu, layout, spec.vocab_size)?,
             graphs: HashMap::new(),

@@ -1,14 +1,42 @@
 // Row-wise operations on the residual stream, which is f32 from the embedding to the last norm.
 
-// x[t] = table[ids[t]]. One block per token. ids: [T], table: [V, H], x: [T, H].
+// x[t] = table[ids[t]]. One block per token. ids: [T], table: [V, H], x: [T, H]. It begins a step, and lets nobody start before
+// all of the step before has ended: attention relies on that.
 extern "C" __global__ void embed(const int* ids, const bf16* table, float* x, int hidden) {
-    let_next_start();
     wait_for_previous();
+    let_next_start();
     const uint2* from = (const uint2*)(table + (size_t)ids[blockIdx.x] * hidden);
     float4* to = (float4*)(x + (size_t)blockIdx.x * hidden);
     for (int i = threadIdx.x; i < hidden / 4; i += blockDim.x) {
         uint2 v = from[i];
         to[i] = make_float4(low(v.x), high(v.x), low(v.y), high(v.y));
+    }
+}
+
+// The same, and what hopper.cu's products expect beside x: h = x · norm as bf16, and the sum of squares of each token in sums, [T].
+extern "C" __global__ void __launch_bounds__(256) embed_normed(const int* ids, const bf16* table, const float* norm, float* x,
+                                                               bf16* h, float* sums, int hidden) {
+    __shared__ float part[8];
+    wait_for_previous();
+    let_next_start();
+    const uint2* from = (const uint2*)(table + (size_t)ids[blockIdx.x] * hidden);
+    float4* to = (float4*)(x + (size_t)blockIdx.x * hidden);
+    uint2* normed = (uint2*)(h + (size_t)blockIdx.x * hidden);
+    float sum = 0.f;
+    for (int i = threadIdx.x; i < hidden / 4; i += blockDim.x) {
+        uint2 u = from[i];
+        float4 v = make_float4(low(u.x), high(u.x), low(u.y), high(u.y)), w = ((const float4*)norm)[i];
+        to[i] = v;
+        sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+        normed[i] = make_uint2(pack(v.x * w.x, v.y * w.y), pack(v.z * w.z, v.w * w.w));
+    }
+    sum = warp_sum(sum);
+    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        sum = 0.f;
+        for (int i = 0; i < 8; i++) sum += part[i];
+        sums[blockIdx.x] = sum;
     }
 }
 
