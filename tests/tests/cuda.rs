@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Tensor};
 use grpo_policy::{
     backend::{
-        Backend, Exit, Pass, SampleArgs, Sampled, StepRow,
+        Backend, Drafted, Exit, Pass, SampleArgs, Sampled, StepRow,
         cpu::{CpuBackend, Trainable},
         cuda::{BLOCK_SIZE, CudaBackend, CudaSizes},
     },
@@ -153,9 +153,13 @@ fn distributions_are_those_of_the_cpu() {
                     }),
                 })
                 .collect();
+            let dense = |drafted: Vec<Drafted>| -> Vec<Vec<f32>> {
+                let dense = |d: Drafted| d.distribution.dense().unwrap().into_owned();
+                drafted.into_iter().map(dense).collect()
+            };
             let (expected, found) = (
-                cpu.propose(&rows, Exit::Final).unwrap(),
-                gpu.propose(&rows, Exit::Final).unwrap(),
+                dense(cpu.propose(&rows, Exit::Final).unwrap()),
+                dense(gpu.propose(&rows, Exit::Final).unwrap()),
             );
             for (s, (e, f)) in expected.iter().zip(&found).enumerate() {
                 let d = distance(e, f);

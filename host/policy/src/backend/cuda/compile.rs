@@ -20,7 +20,13 @@ pub const SOURCES: [(&str, &str); 4] = [
         ),
     ),
     ("skinny.cu", include_str!("kernels/skinny.cu")),
-    ("sample.cu", include_str!("kernels/sample.cu")),
+    (
+        "sample.cu",
+        concat!(
+            include_str!("kernels/sample.cu"),
+            include_str!("kernels/draw.cu")
+        ),
+    ),
 ];
 
 /// NVRTC's architecture of a compute capability. Hopper's own instructions need the `a`.

@@ -40,6 +40,7 @@ pub(super) struct Kernels {
     pub(super) sum_chunks: CudaFunction,
     pub(super) sample: CudaFunction,
     pub(super) advance: CudaFunction,
+    pub(super) draw: CudaFunction,
 }
 
 impl Gpu {
@@ -128,6 +129,7 @@ impl Kernels {
             sum_chunks: get("sum_chunks")?,
             sample: get("sample")?,
             advance: get("advance")?,
+            draw: roomy("draw")?,
         })
     }
 }

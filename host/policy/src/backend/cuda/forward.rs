@@ -40,7 +40,7 @@ pub(super) struct Work {
     /// What a layer adds to the residual stream, `[T, H]`.
     pub(super) delta: CudaSlice<bf16>,
     /// Hidden states that are sampled from, `[R, H]`.
-    picked: CudaSlice<bf16>,
+    pub(super) picked: CudaSlice<bf16>,
     /// `[R, V]`.
     pub(super) logits: CudaSlice<f32>,
     pub(super) partial: CudaSlice<f32>,
@@ -105,6 +105,16 @@ impl CudaBackend {
         at: &Addresses,
         pass: &PassArgs,
     ) -> Result<(), PolicyError> {
+        self.run_first_layers(self.spec.num_hidden_layers, at, pass)
+    }
+
+    /// The same with only the first `layers` layers.
+    pub(super) fn run_first_layers(
+        &mut self,
+        layers: usize,
+        at: &Addresses,
+        pass: &PassArgs,
+    ) -> Result<(), PolicyError> {
         let tokens = pass.counts.tokens;
         let (h, stream) = (self.spec.hidden_size, self.gpu.stream.clone());
         let table = self.weights.embed.device_ptr(&stream).0;
@@ -122,7 +132,7 @@ impl CudaBackend {
             let eps = self.spec.rms_norm_eps as f32;
             self.gpu.rms_norm((x, 0, norm, out), 0, tokens, h, eps)?;
         }
-        for index in 0..self.spec.num_hidden_layers {
+        for index in 0..layers {
             let keys = base + 2 * index as u64 * layer_bytes;
             self.run_layer(index, at, pass, (keys, keys + layer_bytes))?;
         }
@@ -207,13 +217,24 @@ impl CudaBackend {
         } else {
             picked
         };
+        self.unembed(pass, picked, n)
+    }
+
+    /// Logits of `n` normalised hidden states at an address.
+    pub(super) fn unembed(
+        &mut self,
+        pass: &PassArgs,
+        hidden: u64,
+        n: usize,
+    ) -> Result<(), PolicyError> {
         let shape = Shape {
             tokens: n,
-            outputs: v,
-            inputs: h,
+            outputs: self.spec.vocab_size,
+            inputs: self.spec.hidden_size,
             out: Out::F32,
         };
-        self.matmul(pass, Matrix::Head, shape, picked, logits)
+        let logits = self.work.logits.device_ptr(&self.gpu.stream).0;
+        self.matmul(pass, Matrix::Head, shape, hidden, logits)
     }
 
     pub(super) fn matmul(
@@ -290,7 +311,7 @@ pub(super) struct Addresses {
     q_start: u64,
     q_len: u64,
     kv_len: u64,
-    sampled: u64,
+    pub(super) sampled: u64,
     tables: u64,
     table_width: i32,
 }

@@ -8,15 +8,19 @@
 
 mod compile;
 mod device;
+mod draws;
 mod error;
+mod exit;
 mod forward;
 mod gemm;
 mod graph;
 mod inputs;
 mod launch;
 mod layer;
+mod propose;
 mod step;
 mod survey;
+mod verify;
 mod weights;
 
 use std::{
@@ -30,20 +34,24 @@ use half::bf16;
 
 pub use compile::{SOURCES, architecture, compile};
 pub use error::CudaError;
+pub use propose::DeviceRow;
 pub use survey::{GpuFacts, Survey, survey};
 
 use crate::{
-    backend::{Backend, BlockId, Exit, OptimStep, Pass, Sampled, StepRow},
+    backend::{Backend, BlockId, Drafted, Exit, OptimStep, Pass, Sampled, StepRow},
     engine::sampler,
     error::PolicyError,
     spec::ModelSpec,
     types::{PackedBatch, TokenScores, TopTokens},
 };
 use device::Gpu;
+use draws::Draws;
+use exit::EarlyExit;
 use forward::Work;
 use gemm::Gemm;
-use graph::Decode;
+use graph::{Captured, Decode, MAX_BURST};
 use inputs::{Inputs, Layout};
+use propose::Shelf;
 use weights::Weights;
 
 /// Tokens of a KV block: what one warp reads at a time (attention.cu).
@@ -82,7 +90,11 @@ pub struct CudaBackend {
     /// For passes of any shape, run kernel by kernel.
     inputs: Inputs,
     decode: Decode,
-    graphs: HashMap<usize, CudaGraph>,
+    draws: Draws,
+    /// What drafts of this model left their probabilities in.
+    shelf: Shelf,
+    early_exit: Option<EarlyExit>,
+    graphs: HashMap<Captured, CudaGraph>,
     scratch: sampler::Scratch,
 }
 
@@ -148,9 +160,20 @@ impl CudaBackend {
             sequences: sizes.max_batch,
             width: sizes.max_model_len.div_ceil(BLOCK_SIZE),
         };
+        let work = Work::new(&gpu, &spec, &sizes)?;
+        let draws = Draws::new(
+            &gpu,
+            spec.vocab_size,
+            work.max_rows,
+            sizes.max_step_tokens,
+            MAX_BURST * sizes.max_batch,
+        )?;
         Ok(Self {
             gemm: Gemm::new(&gpu.stream)?,
-            work: Work::new(&gpu, &spec, &sizes)?,
+            work,
+            draws,
+            shelf: Shelf::default(),
+            early_exit: None,
             inputs: Inputs::new(&gpu.stream, layout)?,
             decode: Decode::new(&gpu, layout, spec.vocab_size)?,
             graphs: HashMap::new(),
@@ -186,7 +209,7 @@ impl Backend for CudaBackend {
     }
 
     fn max_ahead(&self) -> usize {
-        graph::MAX_BURST - 1
+        MAX_BURST - 1
     }
 
     fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError> {
@@ -221,17 +244,19 @@ impl Backend for CudaBackend {
     }
 
     fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError> {
-        if step::is_plain_decoding(rows) {
-            return self.burst(rows);
+        if let Some(sampling) = step::decoding(rows) {
+            return self.burst(rows, sampling);
+        }
+        if step::decided_on_device(rows)
+            && let Some(verified) = self.verify_rows(rows)?
+        {
+            return Ok(verified);
         }
         self.mixed_step(rows)
     }
 
-    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Vec<f32>>, PolicyError> {
-        match exit {
-            Exit::Final => self.propose_rows(rows),
-            Exit::Early => Err(CudaError::NotYet("drafting with the first layers").into()),
-        }
+    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Drafted>, PolicyError> {
+        self.propose_rows(rows, exit)
     }
 
     fn score(

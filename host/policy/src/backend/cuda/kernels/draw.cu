@@ -1,0 +1,461 @@
+// Drawing from what top-k, top-p and min-p leave, and verifying drafted tokens: a block per row of logits. The oracle is
+// engine/sampler on the CPU: same truncations, same order of tokens, same random number, hence the same token.
+//
+// A token has a distance, top − logit, whose bits rise with it: its key. Tokens rank by (key, id). Every truncation keeps
+// the first tokens of that ranking, so what may be drawn is known by its last token. A token's weight is
+// exp(−distance / temperature) · 2^44, rounded to a whole number: sums do not depend on their order, and what rounds to 0
+// is never drawn. The ranking is searched (thresholds in eighths, sums below each) and never sorted; mostly among the
+// few tokens near the top, which are listed first, else in the whole row.
+
+// Warps of a block. Also its lanes: sums of warps are summed by one.
+#define WARPS 32
+// Tokens that are listed, at most.
+#define LIST 8192
+#define CUTS 3
+#define ONE 17592186044416.f
+#define FARTHEST 0x7f800000u
+
+// `proposed` of a row that wants a draw only, and of padding.
+#define NOTHING (-1)
+#define PADDING (-2)
+
+// What a row wants (draws.rs).
+struct Ask {
+    const float* q;    // probabilities of the draft, [V]; null: it is certain of `proposed`
+    float* dense;      // where to leave the probabilities drawn from, [V], drawing in the order of ids as drafts do; or null
+    double accept;     // random number of the acceptance
+    float floor;       // greatest distance that min-p leaves; infinity: off
+    float top_p;       // 1: off
+    int top_k;         // 0: off
+    int proposed;
+};
+
+// Of the proposed token.
+struct Verdict {
+    int accepted;
+    float logprob, policy;
+};
+
+struct Draw {
+    const float* logits;       // [R, V]
+    const Chunk* chunks;       // [R, ⌈V / CHUNK⌉]
+    const float* temperature;  // [R]; 0: greedy
+    const Ask* asks;           // [R]
+    const double* uniform;     // [steps, stride], as token, logprob and policy
+    int* token;
+    float *logprob, *policy;
+    Verdict* verdicts;         // [R]
+    const int* step;
+    int stride, vocab;
+};
+
+static __device__ __forceinline__ u64 warp_sum(u64 x) {
+#pragma unroll
+    for (int o = 16; o; o >>= 1) x += __shfl_xor_sync(FULL, x, o);
+    return x;
+}
+
+// Sums over the block, for every thread.
+template <int N>
+static __device__ __forceinline__ void block_sums(u64 (&v)[N]) {
+    __shared__ u64 part[WARPS][N], all[N];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+        u64 sum = warp_sum(v[j]);
+        if (lane == 0) part[warp][j] = sum;
+    }
+    __syncthreads();
+    if (warp < N) {
+        u64 sum = warp_sum(part[lane][warp]);
+        if (lane == 0) all[warp] = sum;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < N; j++) v[j] = all[j];
+}
+
+// Everything about the row that its tokens are measured by.
+struct Scale {
+    float top, scale;  // scale: log2(e) / temperature
+
+    __device__ __forceinline__ u32 key(float logit) const { return __float_as_uint(top - logit); }
+    __device__ __forceinline__ float likelihood(u32 key) const { return exp2_fast(-(__uint_as_float(key) * scale)); }
+    __device__ __forceinline__ u64 weight(u32 key) const { return __float2ull_rn(likelihood(key) * ONE); }
+    __device__ __forceinline__ double logprob(u32 key) const {
+        return -(double)(__uint_as_float(key) * scale) * 0.6931471805599453;
+    }
+};
+
+// All tokens of the row, or those that are listed; in the order of ids.
+struct Whole {
+    const float* x;
+    int count;
+    Scale at;
+
+    template <class F>
+    __device__ __forceinline__ void each(int from, int to, int stride, F f) const {
+        for (int i = from; i < to; i += 4 * stride) {
+            float v[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) v[j] = i + j * stride < to ? __ldcg(x + i + j * stride) : 0.f;
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                if (i + j * stride < to) f(i + j * stride, at.key(v[j]));
+        }
+    }
+    __device__ __forceinline__ int id(int i) const { return i; }
+};
+struct Listed {
+    const u32* keys;
+    const int* ids;
+    int count;
+
+    template <class F>
+    __device__ __forceinline__ void each(int from, int to, int stride, F f) const {
+        for (int i = from; i < to; i += stride) f(ids[i], keys[i]);
+    }
+    __device__ __forceinline__ int id(int i) const { return ids[i]; }
+};
+
+// The last token that may be drawn.
+struct Bound {
+    u32 key;
+    int id;
+
+    __device__ __forceinline__ bool holds(int i, u32 k) const { return k < key || (k == key && i <= id); }
+};
+
+// What is summed of a token. One type for all, so that the searches below are compiled once.
+enum Kind { COUNT, MASS, RESIDUAL };
+struct Weight {
+    Scale at;
+    Bound bound;
+    Kind kind;
+    const float* q;   // of the residual, with the proposed token and 2^44 over the mass of what may be drawn
+    int proposed;
+    float inverse;
+
+    __device__ __forceinline__ u64 operator()(int id, u32 key) const {
+        if (!bound.holds(id, key)) return 0;
+        if (kind != RESIDUAL) {
+            u64 w = at.weight(key);
+            return kind == MASS ? w : (u64)(w > 0);
+        }
+        float rest = at.likelihood(key) * inverse - (q ? q[id] : id == proposed ? 1.f : 0.f);
+        // Probabilities in 2^-61.
+        return rest > 0.f ? __float2ull_rn(rest * 2305843009213693952.f) : 0;
+    }
+};
+
+template <class S>
+static __device__ __noinline__ u64 total(const S s, const Weight weight) {
+    u64 sum[1] = {0};
+    s.each(threadIdx.x, s.count, 32 * WARPS, [&](int id, u32 key) { sum[0] += weight(id, key); });
+    block_sums(sum);
+    return sum[0];
+}
+
+#define ANY 0xffffffffu
+
+// First token, in the order of ids, with which the summed weights of tokens with key `only` exceed `target`, which all of
+// them do.
+template <class S>
+static __device__ __noinline__ int in_order(const S s, const Weight weight, u64 target, u32 only) {
+    __shared__ u64 sums[WARPS];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, low = 0, high = s.count;
+    while (high - low > 1) {
+        int width = (high - low + WARPS - 1) / WARPS, from = low + warp * width;
+        u64 sum = 0;
+        s.each(from + lane, min(high, from + width), 32, [&](int id, u32 key) {
+            if (only == ANY || key == only) sum += weight(id, key);
+        });
+        sum = warp_sum(sum);
+        if (lane == 0) sums[warp] = sum;
+        __syncthreads();
+        u64 mine = sums[lane], upto = mine;
+#pragma unroll
+        for (int o = 1; o < 32; o <<= 1) {
+            u64 other = __shfl_up_sync(FULL, upto, o);
+            if (lane >= o) upto += other;
+        }
+        int chosen = __ffs(__ballot_sync(FULL, upto > target)) - 1;
+        target -= __shfl_sync(FULL, upto - mine, chosen);
+        low += chosen * width;
+        high = min(high, low + width);
+        __syncthreads();
+    }
+    return s.id(low);
+}
+
+// The same in the order of the ranking, among all keys. No key with a weight is above `high`.
+template <class S>
+static __device__ __noinline__ Bound ranked(const S s, const Weight weight, u64 target, u32 high) {
+    u32 low = 0;
+    u64 below = 0;
+    while (low < high) {
+        u32 step = (high - low) / 8 + 1;
+        u64 upto[7] = {};
+        s.each(threadIdx.x, s.count, 32 * WARPS, [&](int id, u32 key) {
+            if (key < low || key > high) return;
+            u64 w = weight(id, key);
+#pragma unroll
+            for (int j = 0; j < 7; j++)
+                if (key < low + (j + 1) * step) upto[j] += w;
+        });
+        block_sums(upto);
+        u32 from = low + 7 * step, to = high;
+        u64 before = upto[6];
+#pragma unroll
+        for (int j = 6; j >= 0; j--)
+            if (below + upto[j] > target) {
+                from = low + j * step;
+                to = min(high, from + step - 1);
+                before = j ? upto[j - 1] : 0;
+            }
+        low = from, high = to;
+        below += before;
+    }
+    return {high, in_order(s, weight, target - below, high)};
+}
+
+// Truncated distributions are drawn from by rank, others and a draft's in the order of ids.
+template <class S>
+static __device__ int pick(const S& s, const Weight& weight, u64 target, bool by_rank) {
+    return by_rank ? ranked(s, weight, target, weight.bound.key).id : in_order(s, weight, target, ANY);
+}
+
+// The part `share` of a total as a target, which is always below the total.
+static __device__ __forceinline__ u64 part_of(u64 all, double share) {
+    u64 target = (u64)((double)all * share);
+    return target < all ? target : all - 1;
+}
+
+// Smallest sum that top-p is content with.
+static __device__ __forceinline__ u64 goal_of(u64 all, float top_p) {
+    u64 goal = (u64)ceil((double)all * (double)top_p);
+    return goal > 1 ? min(goal, all) : 1;
+}
+
+// What is known of a row before anything is drawn.
+struct Known {
+    Scale at;
+    double log_total;
+    int first;   // most likely token
+    int tokens;  // that have a weight
+    u64 mass;    // of all
+    u32 high;    // no key with a weight is above
+};
+
+// Top-k, top-p and min-p. `s` holds all they leave.
+template <class S>
+static __device__ Bound truncated(const S& s, const Ask& ask, const Known& row) {
+    Bound bound = {row.high, 0x7fffffff};
+    u64 base = row.mass;
+    if (ask.top_k > 0 && ask.top_k < row.tokens) {
+        bound = ranked(s, Weight{row.at, bound, COUNT}, ask.top_k - 1, row.high);
+        base = total(s, Weight{row.at, bound, MASS});
+    }
+    if (ask.top_p < 1.f) {
+        bound = ranked(s, Weight{row.at, bound, MASS}, goal_of(base, ask.top_p) - 1, bound.key);
+    }
+    u32 floor = __float_as_uint(ask.floor);
+    if (floor < bound.key) bound = {floor, 0x7fffffff};
+    return bound;
+}
+
+static __device__ void answer(const Draw& p, int row, int at, int token, const Known& known, double log_mass) {
+    if (threadIdx.x) return;
+    double scaled = known.at.logprob(known.at.key(__ldcg(p.logits + (size_t)row * p.vocab + token)));
+    p.token[at] = token;
+    p.logprob[at] = (float)(scaled - log_mass);
+    p.policy[at] = (float)(scaled - known.log_total);
+}
+
+// Verifies and draws. `mass`: of what `bound` holds.
+template <class S>
+static __device__ void decide(const S& s, const Draw& p, const Ask& ask, const Known& known, Bound bound, bool by_rank,
+                              int row, int at) {
+    const Scale& scale = known.at;
+    Weight plain = {scale, bound, MASS};
+    u64 mass = total(s, plain);
+    double log_mass = by_rank || ask.dense ? log((double)mass / (double)ONE) : known.log_total;
+    double u = p.uniform[at];
+    if (ask.proposed < 0) return answer(p, row, at, pick(s, plain, part_of(mass, u), by_rank), known, log_mass);
+    u32 key = ask.proposed < p.vocab ? scale.key(__ldcg(p.logits + (size_t)row * p.vocab + ask.proposed)) : FARTHEST;
+    double likely = bound.holds(ask.proposed, key) ? (double)scale.weight(key) / (double)mass : 0.0;
+    double certain = ask.q ? (ask.proposed < p.vocab ? (double)ask.q[ask.proposed] : 0.0) : 1.0;
+    bool accepted = ask.accept * certain < likely;
+    if (threadIdx.x == 0)
+        p.verdicts[row] = {accepted, (float)(scale.logprob(key) - log_mass), (float)(scale.logprob(key) - known.log_total)};
+    if (accepted) return;
+    float inverse = (float)((double)ONE / (double)mass);
+    Weight residual = {scale, bound, RESIDUAL, ask.q, ask.proposed, inverse};
+    u64 rest = total(s, residual);
+    // Nothing is left where p and q are equal but for rounding.
+    int token = rest ? pick(s, residual, part_of(rest, u), by_rank) : pick(s, plain, part_of(mass, u), by_rank);
+    answer(p, row, at, token, known, log_mass);
+}
+
+// Greedy: one token has all the probability.
+static __device__ void decide_greedy(const Draw& p, const Ask& ask, const Known& known, int row, int at) {
+    if (ask.dense)
+        for (int i = threadIdx.x; i < p.vocab; i += 32 * WARPS) ask.dense[i] = i == known.first ? 1.f : 0.f;
+    answer(p, row, at, known.first, known, known.log_total);
+    float logprob = (float)(known.at.logprob(0) - known.log_total);
+    if (threadIdx.x == 0) p.verdicts[row] = {ask.proposed == known.first, logprob, logprob};
+}
+
+// What sum_chunks found, over the whole row. False: a logit is not finite.
+static __device__ bool know(const Draw& p, int row, Known& known) {
+    __shared__ float tops[WARPS];
+    __shared__ int firsts[WARPS];
+    __shared__ double sums[WARPS];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = (p.vocab + CHUNK - 1) / CHUNK;
+    float degree = p.temperature[row];
+    known.at.scale = 1.4426950408889634f / (degree == 0.f ? 1.f : degree);
+    Chunk own = {NEG_INF, 0.f, 0x7fffffff};
+    if (threadIdx.x < count) own = p.chunks[(size_t)row * count + threadIdx.x];
+    float top = warp_max(own.top);
+    if (lane == 0) tops[warp] = top;
+    __syncthreads();
+    top = warp_max(tops[lane]);
+    known.at.top = top;
+    int first = own.top == top ? own.first : 0x7fffffff;
+    double sum = threadIdx.x < count ? (double)own.sum * exp2_fast((own.top - top) * known.at.scale) : 0.0;
+#pragma unroll
+    for (int o = 16; o; o >>= 1) {
+        first = min(first, __shfl_xor_sync(FULL, first, o));
+        sum += __shfl_xor_sync(FULL, sum, o);
+    }
+    if (lane == 0) firsts[warp] = first, sums[warp] = sum;
+    __syncthreads();
+    first = firsts[lane], sum = sums[lane];
+#pragma unroll
+    for (int o = 16; o; o >>= 1) {
+        first = min(first, __shfl_xor_sync(FULL, first, o));
+        sum += __shfl_xor_sync(FULL, sum, o);
+    }
+    known.first = first;
+    known.log_total = log(sum);
+    return sum == sum;
+}
+
+// How many tokens, and how much of the mass, lie within some distances of the top; the first distance that is enough for the
+// truncations, CUTS for none.
+static __device__ int survey(const Whole& s, const Ask& ask, Known& known, const float (&cuts)[CUTS], u32 (*found)[CUTS + 1],
+                             int from, int to) {
+    u64 sums[2 * CUTS + 2] = {};
+    s.each(from + threadIdx.x % 32, to, 32, [&](int, u32 key) {
+        u64 w = known.at.weight(key);
+        float t = __uint_as_float(key) * known.at.scale;
+#pragma unroll
+        for (int j = 0; j < CUTS; j++)
+            if (t <= cuts[j]) sums[2 * j]++, sums[2 * j + 1] += w;
+        sums[2 * CUTS] += w > 0;
+        sums[2 * CUTS + 1] += w;
+    });
+#pragma unroll
+    for (int j = 0; j <= CUTS; j++) {
+        u64 mine = warp_sum(sums[2 * j]);
+        if (threadIdx.x % 32 == 0) found[threadIdx.x / 32][j] = (u32)mine;
+    }
+    block_sums(sums);
+    known.tokens = (int)sums[2 * CUTS];
+    known.mass = sums[2 * CUTS + 1];
+    bool counted = ask.top_k > 0 && ask.top_k < known.tokens;
+    u64 goal = ask.top_p < 1.f ? goal_of(known.mass, ask.top_p) : ~(u64)0;
+    int enough = CUTS;
+    u64 tokens = sums[2 * CUTS];
+#pragma unroll
+    for (int j = CUTS - 1; j >= 0; j--) {
+        bool reached = counted         ? sums[2 * j] >= ask.top_k
+                       : ask.top_p < 1.f ? sums[2 * j + 1] >= goal
+                                         : ask.floor * known.at.scale <= cuts[j];
+        if (reached) enough = j, tokens = sums[2 * j];
+    }
+    return tokens <= LIST ? enough : CUTS + 1;
+}
+
+// Lists the tokens within `cut` (those with a weight, if infinite) in the order of ids. `before`: those of the warps before.
+static __device__ void list(const Whole& s, const Known& known, float cut, int before, u32* keys, int* ids, int from, int to) {
+    int lane = threadIdx.x % 32;
+    for (int i = from; i < to; i += 128) {
+        float v[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) v[j] = i + 32 * j + lane < to ? __ldcg(s.x + i + 32 * j + lane) : 0.f;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            u32 key = known.at.key(v[j]);
+            bool near = i + 32 * j + lane < to && __uint_as_float(key) * known.at.scale <= cut && (cut < 100.f || known.at.weight(key));
+            u32 claims = __ballot_sync(FULL, near);
+            if (near) {
+                int slot = before + __popc(claims & ((1u << lane) - 1));
+                keys[slot] = key, ids[slot] = i + 32 * j + lane;
+            }
+            before += __popc(claims);
+        }
+    }
+}
+
+// Leaves the probabilities of a draft's row and draws from them, in the order of ids.
+static __device__ void decide_dense(const Whole& s, const Draw& p, const Ask& ask, const Known& known, Bound bound, int row, int at) {
+    u64 mass = total(s, Weight{known.at, bound, MASS});
+    float inverse = (float)((double)ONE / (double)mass);
+    s.each(threadIdx.x, s.count, 32 * WARPS,
+           [&](int id, u32 key) { ask.dense[id] = bound.holds(id, key) ? known.at.likelihood(key) * inverse : 0.f; });
+    decide(s, p, ask, known, bound, false, row, at);
+}
+
+// See the file header. Grid: (R), 32 warps; dynamic shared memory: LIST keys and ids. A logit that is not finite makes
+// the log-probs NaN.
+extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) draw(const __grid_constant__ Draw p) {
+    extern __shared__ u32 room[];
+    __shared__ u32 found[WARPS][CUTS + 1];
+    int row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    let_next_start();
+    wait_for_previous();
+    Ask ask = p.asks[row];
+    if (ask.proposed == PADDING) return;
+    int at = *p.step * p.stride + row;
+    Known known;
+    if (!know(p, row, known)) {
+        float bad = __uint_as_float(0x7fc00000u);
+        if (threadIdx.x == 0) p.token[at] = 0, p.logprob[at] = p.policy[at] = bad, p.verdicts[row] = {0, bad, bad};
+        return;
+    }
+    if (p.temperature[row] == 0.f) return decide_greedy(p, ask, known, row, at);
+    Whole whole = {p.logits + (size_t)row * p.vocab, p.vocab, known.at};
+    Bound bound = {FARTHEST, 0x7fffffff};
+    bool by_rank = ask.top_k > 0 || ask.top_p < 1.f || ask.floor < __uint_as_float(FARTHEST);
+    if (!by_rank) {
+        if (ask.dense) return decide_dense(whole, p, ask, known, bound, row, at);
+        return decide(whole, p, ask, known, bound, false, row, at);
+    }
+    // In log2: e^-2, e^-5 and e^-12 times as likely as the best.
+    const float cuts[CUTS] = {2.885f, 7.213f, 17.312f};
+    int width = (p.vocab + WARPS - 1) / WARPS, from = min(p.vocab, warp * width), to = min(p.vocab, from + width);
+    int chosen = survey(whole, ask, known, cuts, found, from, to);
+    // 2^-45 is the least that does not round to 0. The few bits more are for what is rounded here.
+    float cut = chosen == 0 ? cuts[0] : chosen == 1 ? cuts[1] : chosen == 2 ? cuts[2] : 45.5f;
+    known.high = min(FARTHEST, __float_as_uint(cut / known.at.scale) + 16);
+    if (chosen > CUTS) {
+        bound = truncated(whole, ask, known);
+        if (ask.dense) return decide_dense(whole, p, ask, known, bound, row, at);
+        return decide(whole, p, ask, known, bound, true, row, at);
+    }
+    u32 mine = found[lane][chosen];
+    int before = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+        u32 other = __shfl_sync(FULL, mine, w);
+        if (w < warp) before += other;
+    }
+    int count = (int)warp_sum((u64)mine);
+    Listed listed = {room, (int*)room + LIST, count};
+    list(whole, known, chosen == CUTS ? 1000.f : cut, before, room, (int*)room + LIST, from, to);
+    __syncthreads();
+    bound = truncated(listed, ask, known);
+    if (ask.dense) return decide_dense(whole, p, ask, known, bound, row, at);
+    decide(listed, p, ask, known, bound, true, row, at);
+}
