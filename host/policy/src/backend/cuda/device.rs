@@ -40,6 +40,7 @@ pub(super) struct Kernels {
     pub(super) sum_chunks: CudaFunction,
     pub(super) sample: CudaFunction,
     pub(super) advance: CudaFunction,
+    pub(super) survey_chunks: CudaFunction,
     pub(super) draw: CudaFunction,
 }
 
@@ -129,6 +130,7 @@ impl Kernels {
             sum_chunks: get("sum_chunks")?,
             sample: get("sample")?,
             advance: get("advance")?,
+            survey_chunks: get("survey_chunks")?,
             draw: roomy("draw")?,
         })
     }

@@ -5,7 +5,7 @@ use cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, ValidAsZeroBits};
 use super::{
     CudaError, MAX_BATCH,
     device::Gpu,
-    launch::{CHUNK, CHUNK_WORDS, Draw},
+    launch::{CHUNK, CHUNK_WORDS, Draw, NEAR_WORDS},
 };
 use crate::{
     backend::{SampleArgs, Sampled},
@@ -57,7 +57,8 @@ fn farthest(min_p: f32, temperature: f32) -> f32 {
     }
     let floor = f64::from(min_p).ln();
     let stays = |distance: f32| f64::from(-distance) / f64::from(temperature) >= floor;
-    let mut distance = (-floor * f64::from(temperature)) as f32;
+    // Never -0, whose bits the kernel would take for the largest distance.
+    let mut distance = (floor * f64::from(temperature)).abs() as f32;
     while distance > 0.0 && !stays(distance) {
         distance = distance.next_down();
     }
@@ -172,6 +173,7 @@ pub(super) struct Draws {
     verdicts: CudaSlice<Verdict>,
     /// Of one row of logits each.
     chunks: CudaSlice<u32>,
+    near: CudaSlice<u64>,
     /// For what is not a burst.
     first_step: CudaSlice<i32>,
 }
@@ -203,6 +205,7 @@ impl Draws {
             policy: stream.alloc_zeros(cells)?,
             verdicts: stream.alloc_zeros(sampled)?,
             chunks: stream.alloc_zeros(rows * vocab.div_ceil(CHUNK) * CHUNK_WORDS)?,
+            near: stream.alloc_zeros(rows * vocab.div_ceil(CHUNK) * NEAR_WORDS)?,
             first_step: stream.alloc_zeros(1)?,
         })
     }
@@ -232,6 +235,7 @@ impl Draws {
         let draw = Draw {
             logits,
             chunks: self.chunks.device_ptr(stream).0,
+            near: self.near.device_ptr(stream).0,
             temperature: numbers(&self.temperature),
             asks: asks + (first * size_of::<Ask>()) as u64,
             uniform: self.uniform.device_ptr(stream).0 + (first * size_of::<f64>()) as u64,
@@ -349,6 +353,7 @@ mod tests {
             );
         }
         assert_eq!(farthest(0.0, 1.0), f32::INFINITY);
-        assert_eq!(farthest(1.0, 1.0), 0.0);
+        assert_eq!(farthest(1.0, 1.0).to_bits(), 0);
+        assert_eq!(farthest(0.1, 0.0).to_bits(), 0);
     }
 }

@@ -18,8 +18,9 @@ use crate::{error::PolicyError, spec::ModelSpec};
 /// Up to so many tokens the hand-written products are faster than cublasLt's.
 const SKINNY_TOKENS: usize = 8;
 
-/// Rows of logits, at least: those of the longest proposal of one sequence must fit together.
-const MIN_LOGITS: usize = 32;
+/// Rows of logits, at least: those of the longest proposal of one sequence must fit together, and where a verification does
+/// not fit, the head's weights are read again for each part.
+const MIN_LOGITS: usize = 256;
 
 /// Splits of a sequence's keys, at most.
 const MAX_SPLITS: usize = 8;

@@ -224,6 +224,14 @@ impl CudaBackend {
             .max()
             .unwrap_or(1)
             .min(MAX_BURST);
+        let stride = self.decode.rows;
+        match sampling {
+            Sampling::Plain => self.decode.send_randomness(&self.gpu, &args, steps)?,
+            Sampling::Truncated => {
+                let asks = Asks::burst(&args, steps, stride);
+                self.draws.send(&self.gpu, &asks)?;
+            }
+        }
         let key = Captured::Decode {
             rows: size,
             sampling,
@@ -237,14 +245,6 @@ impl CudaBackend {
         self.decode
             .inputs
             .fill(&self.gpu.stream, rows, pad, group)?;
-        let stride = self.decode.rows;
-        match sampling {
-            Sampling::Plain => self.decode.send_randomness(&self.gpu, &args, steps)?,
-            Sampling::Truncated => {
-                let asks = Asks::burst(&args, steps, stride);
-                self.draws.send(&self.gpu, &asks)?;
-            }
-        }
         for _ in 0..steps {
             self.graphs[&key].launch().map_err(CudaError::from)?;
         }

@@ -132,6 +132,9 @@ pub(super) struct SampleArgs {
     pub(super) vocab: i32,
 }
 
+/// Words of 8 bytes of what draw.cu finds in a chunk.
+pub(super) const NEAR_WORDS: usize = 6;
+
 /// Tokens that draw.cu lists in shared memory.
 const DRAW_LIST: usize = 8192;
 
@@ -141,6 +144,7 @@ const DRAW_LIST: usize = 8192;
 pub(super) struct Draw {
     pub(super) logits: u64,
     pub(super) chunks: u64,
+    pub(super) near: u64,
     pub(super) temperature: u64,
     pub(super) asks: u64,
     pub(super) uniform: u64,
@@ -346,6 +350,12 @@ impl Gpu {
     pub(super) fn draw(&self, draw: &Draw, rows: usize) -> Result<(), CudaError> {
         let of = (draw.logits, draw.temperature, draw.chunks);
         self.sum_chunks(of, draw.vocab, rows)?;
+        let chunks = (draw.vocab as usize).div_ceil(CHUNK);
+        let launch = Launch {
+            grid: (chunks.div_ceil(8), rows, 1),
+            ..Launch::of(1, 256)
+        };
+        launch!(self, &self.kernels.survey_chunks, launch, draw)?;
         let launch = Launch {
             shared: DRAW_LIST * 8,
             ..Launch::of(rows, 1024)

@@ -79,6 +79,8 @@ impl Shelf {
         if let Some(buffer) = self.buffers.iter().find(free) {
             return Ok(buffer.clone());
         }
+        // All that are free are too small for what the batch has grown to.
+        self.buffers.retain(|b| Arc::strong_count(b) > 1);
         let buffer = Arc::new(stream.alloc_zeros(len)?);
         self.buffers.push(Arc::clone(&buffer));
         Ok(buffer)

@@ -15,6 +15,9 @@
 #define ONE 17592186044416.f
 #define FARTHEST 0x7f800000u
 
+// In log2: e^-2, e^-5 and e^-12 times as likely as the best; then all that have a weight, of which 2^-45 is the least.
+static __device__ __forceinline__ float cut_of(int j) { return j == 0 ? 2.885f : j == 1 ? 7.213f : j == 2 ? 17.312f : 45.5f; }
+
 // `proposed` of a row that wants a draw only, and of padding.
 #define NOTHING (-1)
 #define PADDING (-2)
@@ -30,6 +33,12 @@ struct Ask {
     int proposed;
 };
 
+// What a chunk has within each cut, and with a weight: mass and tokens.
+struct Near {
+    u64 mass[CUTS + 1];
+    u32 tokens[CUTS + 1];
+};
+
 // Of the proposed token.
 struct Verdict {
     int accepted;
@@ -38,7 +47,8 @@ struct Verdict {
 
 struct Draw {
     const float* logits;       // [R, V]
-    const Chunk* chunks;       // [R, ⌈V / CHUNK⌉]
+    const Chunk* chunks;       // [R, ⌈V / CHUNK⌉], as near
+    Near* near;
     const float* temperature;  // [R]; 0: greedy
     const Ask* asks;           // [R]
     const double* uniform;     // [steps, stride], as token, logprob and policy
@@ -158,10 +168,16 @@ static __device__ __noinline__ u64 total(const S s, const Weight weight) {
 
 #define ANY 0xffffffffu
 
+// The part `share` of a total as a target, which is always below the total.
+static __device__ __forceinline__ u64 part_of(u64 all, double share) {
+    u64 target = (u64)((double)all * share);
+    return target < all ? target : all - 1;
+}
+
 // First token, in the order of ids, with which the summed weights of tokens with key `only` exceed `target`, which all of
-// them do.
+// them do. A `share` ≥ 0 stands for that part of their sum; -1 where that is 0.
 template <class S>
-static __device__ __noinline__ int in_order(const S s, const Weight weight, u64 target, u32 only) {
+static __device__ __noinline__ int in_order(const S s, const Weight weight, u64 target, u32 only, double share) {
     __shared__ u64 sums[WARPS];
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, low = 0, high = s.count;
     while (high - low > 1) {
@@ -178,6 +194,11 @@ static __device__ __noinline__ int in_order(const S s, const Weight weight, u64 
         for (int o = 1; o < 32; o <<= 1) {
             u64 other = __shfl_up_sync(FULL, upto, o);
             if (lane >= o) upto += other;
+        }
+        if (share >= 0.0) {
+            u64 all = __shfl_sync(FULL, upto, 31);
+            if (all == 0) return -1;
+            target = part_of(all, share), share = -1.0;
         }
         int chosen = __ffs(__ballot_sync(FULL, upto > target)) - 1;
         target -= __shfl_sync(FULL, upto - mine, chosen);
@@ -216,19 +237,7 @@ static __device__ __noinline__ Bound ranked(const S s, const Weight weight, u64 
         low = from, high = to;
         below += before;
     }
-    return {high, in_order(s, weight, target - below, high)};
-}
-
-// Truncated distributions are drawn from by rank, others and a draft's in the order of ids.
-template <class S>
-static __device__ int pick(const S& s, const Weight& weight, u64 target, bool by_rank) {
-    return by_rank ? ranked(s, weight, target, weight.bound.key).id : in_order(s, weight, target, ANY);
-}
-
-// The part `share` of a total as a target, which is always below the total.
-static __device__ __forceinline__ u64 part_of(u64 all, double share) {
-    u64 target = (u64)((double)all * share);
-    return target < all ? target : all - 1;
+    return {high, in_order(s, weight, target - below, high, -1.0)};
 }
 
 // Smallest sum that top-p is content with.
@@ -272,29 +281,45 @@ static __device__ void answer(const Draw& p, int row, int at, int token, const K
     p.policy[at] = (float)(scaled - known.log_total);
 }
 
-// Verifies and draws. `mass`: of what `bound` holds.
+// A token of what `weight` counts: by rank from truncated distributions, in the order of ids from others. -1: it is 0.
 template <class S>
-static __device__ void decide(const S& s, const Draw& p, const Ask& ask, const Known& known, Bound bound, bool by_rank,
-                              int row, int at) {
+static __device__ int pick(const S& s, const Weight& weight, double u, bool by_rank) {
+    if (!by_rank) return in_order(s, weight, 0, ANY, u);
+    u64 all = total(s, weight);
+    return all ? ranked(s, weight, part_of(all, u), weight.bound.key).id : -1;
+}
+
+// Verifies and draws. `log_mass`: of what `bound` holds.
+template <class S>
+static __device__ void decide(const S& s, const Draw& p, const Ask& ask, const Known& known, Bound bound, double log_mass,
+                              bool by_rank, int row, int at) {
     const Scale& scale = known.at;
     Weight plain = {scale, bound, MASS};
-    u64 mass = total(s, plain);
-    double log_mass = by_rank || ask.dense ? log((double)mass / (double)ONE) : known.log_total;
     double u = p.uniform[at];
-    if (ask.proposed < 0) return answer(p, row, at, pick(s, plain, part_of(mass, u), by_rank), known, log_mass);
-    u32 key = ask.proposed < p.vocab ? scale.key(__ldcg(p.logits + (size_t)row * p.vocab + ask.proposed)) : FARTHEST;
-    double likely = bound.holds(ask.proposed, key) ? (double)scale.weight(key) / (double)mass : 0.0;
-    double certain = ask.q ? (ask.proposed < p.vocab ? (double)ask.q[ask.proposed] : 0.0) : 1.0;
+    if (ask.proposed < 0) return answer(p, row, at, pick(s, plain, u, by_rank), known, log_mass);
+    bool real = ask.proposed < p.vocab;
+    u32 key = real ? scale.key(__ldcg(p.logits + (size_t)row * p.vocab + ask.proposed)) : FARTHEST;
+    double scaled = scale.logprob(key);
+    double likely = bound.holds(ask.proposed, key) ? exp(scaled - log_mass) : 0.0;
+    double certain = !ask.q ? 1.0 : real ? (double)ask.q[ask.proposed] : 0.0;
     bool accepted = ask.accept * certain < likely;
     if (threadIdx.x == 0)
-        p.verdicts[row] = {accepted, (float)(scale.logprob(key) - log_mass), (float)(scale.logprob(key) - known.log_total)};
+        p.verdicts[row] = {accepted, (float)(scaled - log_mass), (float)(scaled - known.log_total)};
     if (accepted) return;
-    float inverse = (float)((double)ONE / (double)mass);
-    Weight residual = {scale, bound, RESIDUAL, ask.q, ask.proposed, inverse};
-    u64 rest = total(s, residual);
+    Weight residual = {scale, bound, RESIDUAL, ask.q, ask.proposed, (float)exp(-log_mass)};
+    int token = pick(s, residual, u, by_rank);
     // Nothing is left where p and q are equal but for rounding.
-    int token = rest ? pick(s, residual, part_of(rest, u), by_rank) : pick(s, plain, part_of(mass, u), by_rank);
+    if (token < 0) token = pick(s, plain, u, by_rank);
     answer(p, row, at, token, known, log_mass);
+}
+
+// A draft's row: leaves its probabilities and draws in the order of ids.
+static __device__ void decide_dense(const Whole& s, const Draw& p, const Ask& ask, const Known& known, Bound bound,
+                                    double log_mass, int row, int at) {
+    float inverse = (float)exp(-log_mass);
+    s.each(threadIdx.x, s.count, 32 * WARPS,
+           [&](int id, u32 key) { ask.dense[id] = bound.holds(id, key) ? known.at.likelihood(key) * inverse : 0.f; });
+    decide(s, p, ask, known, bound, log_mass, false, row, at);
 }
 
 // Greedy: one token has all the probability.
@@ -341,78 +366,127 @@ static __device__ bool know(const Draw& p, int row, Known& known) {
     return sum == sum;
 }
 
-// How many tokens, and how much of the mass, lie within some distances of the top; the first distance that is enough for the
-// truncations, CUTS for none.
-static __device__ int survey(const Whole& s, const Ask& ask, Known& known, const float (&cuts)[CUTS], u32 (*found)[CUTS + 1],
-                             int from, int to) {
-    u64 sums[2 * CUTS + 2] = {};
-    s.each(from + threadIdx.x % 32, to, 32, [&](int, u32 key) {
-        u64 w = known.at.weight(key);
-        float t = __uint_as_float(key) * known.at.scale;
+// The nearest cut with enough tokens for the truncations, or CUTS for all, if so many can be listed, else CUTS + 1; and
+// how many tokens within it come before each chunk.
+static __device__ int survey(const Draw& p, int row, const Ask& ask, Known& known, int* before, int* listed) {
+    __shared__ u64 sums_of[WARPS];
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, count = (p.vocab + CHUNK - 1) / CHUNK;
+    Near own = {};
+    if (threadIdx.x < count) own = p.near[(size_t)row * count + threadIdx.x];
+    u64 sums[2 * CUTS + 2];
 #pragma unroll
-        for (int j = 0; j < CUTS; j++)
-            if (t <= cuts[j]) sums[2 * j]++, sums[2 * j + 1] += w;
-        sums[2 * CUTS] += w > 0;
-        sums[2 * CUTS + 1] += w;
-    });
-#pragma unroll
-    for (int j = 0; j <= CUTS; j++) {
-        u64 mine = warp_sum(sums[2 * j]);
-        if (threadIdx.x % 32 == 0) found[threadIdx.x / 32][j] = (u32)mine;
-    }
+    for (int j = 0; j <= CUTS; j++) sums[2 * j] = own.tokens[j], sums[2 * j + 1] = own.mass[j];
     block_sums(sums);
     known.tokens = (int)sums[2 * CUTS];
     known.mass = sums[2 * CUTS + 1];
     bool counted = ask.top_k > 0 && ask.top_k < known.tokens;
-    u64 goal = ask.top_p < 1.f ? goal_of(known.mass, ask.top_p) : ~(u64)0;
-    int enough = CUTS;
-    u64 tokens = sums[2 * CUTS];
+    u64 goal = ask.top_p < 1.f ? goal_of(known.mass, ask.top_p) : 0, tokens = sums[2 * CUTS], mine = own.tokens[CUTS];
+    int chosen = CUTS;
 #pragma unroll
     for (int j = CUTS - 1; j >= 0; j--) {
         bool reached = counted         ? sums[2 * j] >= ask.top_k
                        : ask.top_p < 1.f ? sums[2 * j + 1] >= goal
-                                         : ask.floor * known.at.scale <= cuts[j];
-        if (reached) enough = j, tokens = sums[2 * j];
+                                         : ask.floor * known.at.scale <= cut_of(j);
+        if (reached) chosen = j, tokens = sums[2 * j], mine = own.tokens[j];
     }
-    return tokens <= LIST ? enough : CUTS + 1;
+    u64 upto = mine;
+#pragma unroll
+    for (int o = 1; o < 32; o <<= 1) {
+        u64 other = __shfl_up_sync(FULL, upto, o);
+        if (lane >= o) upto += other;
+    }
+    if (lane == 31) sums_of[warp] = upto;
+    __syncthreads();
+    u64 others = warp_sum(lane < warp ? sums_of[lane] : 0);
+    before[threadIdx.x] = (int)(others + upto - mine);
+    *listed = (int)tokens;
+    __syncthreads();
+    return tokens <= LIST ? chosen : CUTS + 1;
 }
 
-// Lists the tokens within `cut` (those with a weight, if infinite) in the order of ids. `before`: those of the warps before.
-static __device__ void list(const Whole& s, const Known& known, float cut, int before, u32* keys, int* ids, int from, int to) {
-    int lane = threadIdx.x % 32;
-    for (int i = from; i < to; i += 128) {
-        float v[4];
+// Whether a token counts as within a cut.
+static __device__ __forceinline__ bool within(const Scale& at, u32 key, int cut) {
+    return cut == CUTS ? at.weight(key) > 0 : __uint_as_float(key) * at.scale <= cut_of(cut);
+}
+
+// Lists the tokens within a cut in the order of ids: a warp per chunk.
+static __device__ void list(const Draw& p, int row, const Known& known, int cut, const int* before, int listed, u32* keys,
+                            int* ids) {
+    int lane = threadIdx.x % 32, count = (p.vocab + CHUNK - 1) / CHUNK;
+    const float* x = p.logits + (size_t)row * p.vocab;
+    for (int c = threadIdx.x / 32; c < count; c += WARPS) {
+        int slot = before[c], end = c + 1 < count ? before[c + 1] : listed;
+        if (slot == end) continue;
+        float v[CHUNK / 32];
 #pragma unroll
-        for (int j = 0; j < 4; j++) v[j] = i + 32 * j + lane < to ? __ldcg(s.x + i + 32 * j + lane) : 0.f;
+        for (int j = 0; j < CHUNK / 32; j++) {
+            int i = c * CHUNK + 32 * j + lane;
+            v[j] = i < p.vocab ? __ldcg(x + i) : NEG_INF;
+        }
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
+        for (int j = 0; j < CHUNK / 32; j++) {
             u32 key = known.at.key(v[j]);
-            bool near = i + 32 * j + lane < to && __uint_as_float(key) * known.at.scale <= cut && (cut < 100.f || known.at.weight(key));
+            bool near = v[j] > NEG_INF && within(known.at, key, cut);
             u32 claims = __ballot_sync(FULL, near);
             if (near) {
-                int slot = before + __popc(claims & ((1u << lane) - 1));
-                keys[slot] = key, ids[slot] = i + 32 * j + lane;
+                int place = slot + __popc(claims & ((1u << lane) - 1));
+                keys[place] = key, ids[place] = c * CHUNK + 32 * j + lane;
             }
-            before += __popc(claims);
+            slot += __popc(claims);
         }
     }
 }
 
-// Leaves the probabilities of a draft's row and draws from them, in the order of ids.
-static __device__ void decide_dense(const Whole& s, const Draw& p, const Ask& ask, const Known& known, Bound bound, int row, int at) {
-    u64 mass = total(s, Weight{known.at, bound, MASS});
-    float inverse = (float)((double)ONE / (double)mass);
-    s.each(threadIdx.x, s.count, 32 * WARPS,
-           [&](int id, u32 key) { ask.dense[id] = bound.holds(id, key) ? known.at.likelihood(key) * inverse : 0.f; });
-    decide(s, p, ask, known, bound, false, row, at);
+static __device__ __forceinline__ bool truncates(const Ask& ask) {
+    return ask.top_k > 0 || ask.top_p < 1.f || ask.floor < __uint_as_float(FARTHEST);
+}
+
+// Finds out what is near the top, for truncated rows. One warp per chunk and row; arguments as `draw`'s. Grid:
+// (⌈chunks / 8⌉, R), 8 warps.
+extern "C" __global__ void __launch_bounds__(256) survey_chunks(const __grid_constant__ Draw p) {
+    int count = (p.vocab + CHUNK - 1) / CHUNK;
+    int row = blockIdx.y, c = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    let_next_start();
+    wait_for_previous();
+    Ask ask = p.asks[row];
+    float degree = p.temperature[row], top = NEG_INF;
+    if (c >= count || ask.proposed == PADDING || degree == 0.f || !truncates(ask)) return;
+    for (int i = lane; i < count; i += 32) top = fmaxf(top, p.chunks[(size_t)row * count + i].top);
+    Scale at = {warp_max(top), 1.4426950408889634f / degree};
+    const float* x = p.logits + (size_t)row * p.vocab;
+    float v[CHUNK / 32];
+#pragma unroll
+    for (int j = 0; j < CHUNK / 32; j++) {
+        int i = c * CHUNK + 32 * j + lane;
+        v[j] = i < p.vocab ? __ldcg(x + i) : NEG_INF;
+    }
+    // Sixteen bits for each count, of which the largest is 512.
+    u64 mass[CUTS + 1] = {}, tokens = 0;
+#pragma unroll
+    for (int j = 0; j < CHUNK / 32; j++) {
+        if (!(v[j] > NEG_INF)) continue;
+        u32 key = at.key(v[j]);
+        u64 w = at.weight(key);
+#pragma unroll
+        for (int cut = 0; cut <= CUTS; cut++)
+            if (within(at, key, cut)) mass[cut] += w, tokens += (u64)1 << (16 * cut);
+    }
+    tokens = warp_sum(tokens);
+    Near found;
+#pragma unroll
+    for (int cut = 0; cut <= CUTS; cut++) {
+        found.mass[cut] = warp_sum(mass[cut]);
+        found.tokens[cut] = (u32)(tokens >> (16 * cut)) & 0xffff;
+    }
+    if (lane == 0) p.near[(size_t)row * count + c] = found;
 }
 
 // See the file header. Grid: (R), 32 warps; dynamic shared memory: LIST keys and ids. A logit that is not finite makes
 // the log-probs NaN.
 extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) draw(const __grid_constant__ Draw p) {
     extern __shared__ u32 room[];
-    __shared__ u32 found[WARPS][CUTS + 1];
-    int row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __shared__ int before[32 * WARPS];
+    int row = blockIdx.x, listed = 0;
     let_next_start();
     wait_for_previous();
     Ask ask = p.asks[row];
@@ -427,35 +501,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, 1) draw(const __grid_co
     if (p.temperature[row] == 0.f) return decide_greedy(p, ask, known, row, at);
     Whole whole = {p.logits + (size_t)row * p.vocab, p.vocab, known.at};
     Bound bound = {FARTHEST, 0x7fffffff};
-    bool by_rank = ask.top_k > 0 || ask.top_p < 1.f || ask.floor < __uint_as_float(FARTHEST);
-    if (!by_rank) {
-        if (ask.dense) return decide_dense(whole, p, ask, known, bound, row, at);
-        return decide(whole, p, ask, known, bound, false, row, at);
+    if (!truncates(ask)) {
+        if (ask.dense) return decide_dense(whole, p, ask, known, bound, known.log_total, row, at);
+        return decide(whole, p, ask, known, bound, known.log_total, false, row, at);
     }
-    // In log2: e^-2, e^-5 and e^-12 times as likely as the best.
-    const float cuts[CUTS] = {2.885f, 7.213f, 17.312f};
-    int width = (p.vocab + WARPS - 1) / WARPS, from = min(p.vocab, warp * width), to = min(p.vocab, from + width);
-    int chosen = survey(whole, ask, known, cuts, found, from, to);
-    // 2^-45 is the least that does not round to 0. The few bits more are for what is rounded here.
-    float cut = chosen == 0 ? cuts[0] : chosen == 1 ? cuts[1] : chosen == 2 ? cuts[2] : 45.5f;
-    known.high = min(FARTHEST, __float_as_uint(cut / known.at.scale) + 16);
-    if (chosen > CUTS) {
+    int cut = survey(p, row, ask, known, before, &listed);
+    // A few bits more, for what is rounded here.
+    known.high = min(FARTHEST, __float_as_uint(cut_of(cut) / known.at.scale) + 16);
+    if (cut > CUTS) {
         bound = truncated(whole, ask, known);
-        if (ask.dense) return decide_dense(whole, p, ask, known, bound, row, at);
-        return decide(whole, p, ask, known, bound, true, row, at);
+        double log_mass = log((double)total(whole, Weight{known.at, bound, MASS}) / (double)ONE);
+        if (ask.dense) return decide_dense(whole, p, ask, known, bound, log_mass, row, at);
+        return decide(whole, p, ask, known, bound, log_mass, true, row, at);
     }
-    u32 mine = found[lane][chosen];
-    int before = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-        u32 other = __shfl_sync(FULL, mine, w);
-        if (w < warp) before += other;
-    }
-    int count = (int)warp_sum((u64)mine);
-    Listed listed = {room, (int*)room + LIST, count};
-    list(whole, known, chosen == CUTS ? 1000.f : cut, before, room, (int*)room + LIST, from, to);
+    Listed near = {room, (int*)room + LIST, listed};
+    list(p, row, known, cut, before, listed, room, (int*)room + LIST);
     __syncthreads();
-    bound = truncated(listed, ask, known);
-    if (ask.dense) return decide_dense(whole, p, ask, known, bound, row, at);
-    decide(listed, p, ask, known, bound, true, row, at);
+    bound = truncated(near, ask, known);
+    double log_mass = log((double)total(near, Weight{known.at, bound, MASS}) / (double)ONE);
+    if (ask.dense) return decide_dense(whole, p, ask, known, bound, log_mass, row, at);
+    decide(near, p, ask, known, bound, log_mass, true, row, at);
 }
