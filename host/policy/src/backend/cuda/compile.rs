@@ -24,6 +24,7 @@ pub const SOURCES: [(&str, &str); 4] = [
         "sample.cu",
         concat!(
             include_str!("kernels/sample.cu"),
+            include_str!("kernels/select.cu"),
             include_str!("kernels/draw.cu")
         ),
     ),
