@@ -1,73 +1,19 @@
 //! The CUDA backend beside the CPU one, on random models of every family and many shapes. Needs a GPU, so CI leaves it
 //! out; run it with `cargo test --release --test cuda -- --ignored --nocapture --test-threads 1`.
 
-use std::collections::BTreeMap;
+mod cuda_models;
 
-use candle_core::{DType, Tensor};
+use cuda_models::{SIZES, cache, spec, weights};
 use grpo_policy::{
     backend::{
-        Backend, Exit, Pass, SampleArgs, Sampled, StepRow,
+        Backend, Drafted, Exit, Pass, SampleArgs, Sampled, StepRow,
         cpu::{CpuBackend, Trainable},
-        cuda::{BLOCK_SIZE, CudaBackend, CudaSizes},
+        cuda::{BLOCK_SIZE, CudaBackend},
     },
     engine::{Engine, EngineConfig},
-    spec::{Family, ModelSpec, RopeScaling},
+    spec::{Family, ModelSpec},
     tokenizer::Tokenizer,
     types::{Completion, PackedBatch, Request, SamplingParams},
-    weights::random_weights,
-};
-
-/// A decoder with `query` and `key` heads of `dim`.
-fn spec(family: Family, (query, key, dim): (usize, usize, usize), vocab: usize) -> ModelSpec {
-    ModelSpec {
-        family,
-        vocab_size: vocab,
-        hidden_size: 160,
-        intermediate_size: 288,
-        num_hidden_layers: 3,
-        num_attention_heads: query,
-        num_key_value_heads: key,
-        head_dim: dim,
-        max_position_embeddings: 1024,
-        rms_norm_eps: 1e-6,
-        rope_theta: 1e4,
-        rope_scaling: (family == Family::Llama).then_some(RopeScaling {
-            factor: 4.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_max_position_embeddings: 128,
-        }),
-        tie_word_embeddings: family != Family::Llama,
-        qkv_bias: family == Family::Qwen2,
-        o_bias: false,
-        qk_norm: family == Family::Qwen3,
-    }
-}
-
-/// Weights that bf16 holds exactly, large enough for attention and logits to be far from uniform, with norms and
-/// biases that are not all alike.
-fn weights(spec: &ModelSpec, seed: u64) -> BTreeMap<String, Tensor> {
-    let varied = |tensor: Tensor, name: &str| -> candle_core::Result<Tensor> {
-        let n = tensor.elem_count();
-        let wave = |i: usize| ((i * 37 + name.len()) % 19) as f32 / 19.0 - 0.5;
-        let waves = Tensor::from_vec((0..n).map(wave).collect::<Vec<_>>(), n, tensor.device())?;
-        let tensor = match tensor.dims().len() {
-            1 => tensor.add(&waves.affine(0.6, 0.0)?)?,
-            _ if name.contains("embed") || name.contains("lm_head") => tensor.affine(8.0, 0.0)?,
-            _ => tensor.affine(5.0, 0.0)?,
-        };
-        tensor.to_dtype(DType::BF16)?.to_dtype(DType::F32)
-    };
-    let all = random_weights(spec, seed).unwrap();
-    all.into_iter()
-        .map(|(name, tensor)| (name.clone(), varied(tensor, &name).unwrap()))
-        .collect()
-}
-
-const SIZES: CudaSizes = CudaSizes {
-    max_step_tokens: 1024,
-    max_batch: 64,
-    max_model_len: 512,
 };
 
 fn shapes() -> Vec<ModelSpec> {
@@ -124,7 +70,7 @@ fn distributions_are_those_of_the_cpu() {
     for spec in shapes() {
         let tensors = weights(&spec, 7);
         let mut cpu = CpuBackend::new(spec.clone(), &tensors, &Trainable::Nothing, false).unwrap();
-        let mut gpu = CudaBackend::new(0, spec.clone(), &tensors, SIZES, None).unwrap();
+        let mut gpu = CudaBackend::new(0, spec.clone(), &tensors, SIZES, cache()).unwrap();
         cpu.init_kv(128, BLOCK_SIZE).unwrap();
         gpu.init_kv(128, BLOCK_SIZE).unwrap();
         let params = SamplingParams::default();
@@ -153,9 +99,13 @@ fn distributions_are_those_of_the_cpu() {
                     }),
                 })
                 .collect();
+            let dense = |drafted: Vec<Drafted>| -> Vec<Vec<f32>> {
+                let dense = |d: Drafted| d.distribution.dense().unwrap().into_owned();
+                drafted.into_iter().map(dense).collect()
+            };
             let (expected, found) = (
-                cpu.propose(&rows, Exit::Final).unwrap(),
-                gpu.propose(&rows, Exit::Final).unwrap(),
+                dense(cpu.propose(&rows, Exit::Final).unwrap()),
+                dense(gpu.propose(&rows, Exit::Final).unwrap()),
             );
             for (s, (e, f)) in expected.iter().zip(&found).enumerate() {
                 let d = distance(e, f);
@@ -225,7 +175,7 @@ fn log_probs_of_completions_are_those_of_the_cpu() {
     for spec in shapes() {
         let tensors = weights(&spec, 3);
         let mut cpu = CpuBackend::new(spec.clone(), &tensors, &Trainable::Nothing, false).unwrap();
-        let mut gpu = CudaBackend::new(0, spec.clone(), &tensors, SIZES, None).unwrap();
+        let mut gpu = CudaBackend::new(0, spec.clone(), &tensors, SIZES, cache()).unwrap();
         let work = requests(&spec, 6, 7, 70);
         let completions = generate(&mut gpu, work.clone(), 40);
         let mut batch = PackedBatch::default();
@@ -267,7 +217,8 @@ fn draws_are_those_of_the_cpu_sampler() {
     const ROWS: usize = 60;
     for (vocab, temperature) in [(17, 1.0), (600, 0.7), (5003, 1.0), (5004, 1.3), (700, 0.0)] {
         let spec = spec(Family::Qwen2, (4, 2, 32), vocab);
-        let mut gpu = CudaBackend::new(0, spec.clone(), &weights(&spec, 5), SIZES, None).unwrap();
+        let mut gpu =
+            CudaBackend::new(0, spec.clone(), &weights(&spec, 5), SIZES, cache()).unwrap();
         gpu.init_kv(ROWS, BLOCK_SIZE).unwrap();
         let params = SamplingParams {
             temperature,

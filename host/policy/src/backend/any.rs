@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 use super::{
-    Backend, BlockId, Exit, OptimStep, Pass, Sampled, StepRow,
+    Backend, BlockId, Drafted, Exit, OptimStep, Pass, Sampled, StepRow,
     cpu::{CpuBackend, Trainable},
     cuda::{CudaBackend, CudaError},
 };
@@ -81,14 +81,13 @@ impl AnyBackend {
     /// [`CpuBackend::add_early_exit`].
     ///
     /// # Errors
-    /// As there; [`CudaError::NotYet`] on a GPU.
+    /// As there.
     pub fn add_early_exit(
         &mut self,
         layers: usize,
         trained: Option<&BTreeMap<String, Tensor>>,
     ) -> Result<(), PolicyError> {
-        self.on_cpu_mut("drafting with the first layers")?
-            .add_early_exit(layers, trained)
+        on_device!(self, backend => backend.add_early_exit(layers, trained))
     }
 
     /// Layers below the early exit.
@@ -190,7 +189,7 @@ impl Backend for AnyBackend {
         on_device!(self, backend => backend.step(rows))
     }
 
-    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Vec<f32>>, PolicyError> {
+    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Drafted>, PolicyError> {
         on_device!(self, backend => backend.propose(rows, exit))
     }
 

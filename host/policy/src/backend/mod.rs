@@ -10,7 +10,7 @@ pub mod cuda;
 pub use any::AnyBackend;
 
 use crate::{
-    engine::sampler::Proposal,
+    engine::sampler::{Distribution, Proposal},
     error::PolicyError,
     spec::ModelSpec,
     types::{PackedBatch, SamplingParams, TokenScores, TopTokens},
@@ -59,6 +59,13 @@ pub struct Sampled {
     pub top: TopTokens,
 }
 
+/// A draft's draw: the token and what it was drawn from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Drafted {
+    pub token: u32,
+    pub distribution: Distribution,
+}
+
 /// Which weights a scoring pass uses and whether it can be followed by [`Backend::backward`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pass {
@@ -87,7 +94,7 @@ pub struct OptimStep {
 /// A backend has at most one early exit, made together with it by its own constructor: a head over the first
 /// layers that drafts for the whole model and learns to (self-speculation). An enum and not the head's
 /// weights, because these stay on the device, as do the hidden states that it reads.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Exit {
     /// Behind the last layer.
     Final,
@@ -122,9 +129,9 @@ pub trait Backend {
     /// ([`crate::engine::sampler::verify`]), or without a proposal up to `ahead` more.
     fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError>;
 
-    /// Runs all rows as [`Backend::step`] does, but only up to `exit`, and returns what the next token of each
-    /// row would be drawn from, `[V]`: a draft at work. Every row must sample.
-    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Vec<f32>>, PolicyError>;
+    /// Runs all rows as [`Backend::step`] does, but only up to `exit`, and draws the next token of each as a draft
+    /// does ([`crate::engine::sampler::draft`]). Every row must sample.
+    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Drafted>, PolicyError>;
 
     /// Log-prob and entropy of every scored token at `temperature` (> 0).
     fn score(

@@ -10,7 +10,7 @@ mod target;
 mod truncate;
 mod verify;
 
-pub use verify::{Proposal, draw_proposal, verify};
+pub use verify::{Distribution, Proposal, accept_uniform, draft, draft_uniform, verify};
 
 use rand_chacha::{
     ChaCha8Rng,

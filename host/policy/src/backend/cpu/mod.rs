@@ -33,7 +33,7 @@ use self::{
     training::Saved,
 };
 use crate::{
-    backend::{Backend, BlockId, Exit, OptimStep, Pass, Sampled, StepRow},
+    backend::{Backend, BlockId, Drafted, Exit, OptimStep, Pass, Sampled, StepRow},
     engine::sampler,
     error::PolicyError,
     spec::ModelSpec,
@@ -350,7 +350,7 @@ impl Backend for CpuBackend {
         Ok(out)
     }
 
-    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Vec<f32>>, PolicyError> {
+    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Drafted>, PolicyError> {
         let layers = match exit {
             Exit::Final => self.decoder.layers.len(),
             Exit::Early => self.early_exit()?.layers(),
@@ -367,7 +367,7 @@ impl Backend for CpuBackend {
         args.enumerate()
             .map(|(i, args)| {
                 let args = args.ok_or(PolicyError::Misuse("every row of a draft samples"))?;
-                sampler::distribution(logits.row(i), args.params, args.history)
+                sampler::draft(logits.row(i), args)
             })
             .collect()
     }

@@ -21,7 +21,14 @@ pub const SOURCES: [(&str, &str); 5] = [
     ),
     ("skinny.cu", include_str!("kernels/skinny.cu")),
     ("hopper.cu", include_str!("kernels/hopper.cu")),
-    ("sample.cu", include_str!("kernels/sample.cu")),
+    (
+        "sample.cu",
+        concat!(
+            include_str!("kernels/sample.cu"),
+            include_str!("kernels/select.cu"),
+            include_str!("kernels/draw.cu")
+        ),
+    ),
 ];
 
 /// NVRTC's architecture of a compute capability. Hopper's own instructions need the `a`.

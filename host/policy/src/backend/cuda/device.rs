@@ -43,6 +43,8 @@ pub(super) struct Kernels {
     pub(super) sum_chunks: CudaFunction,
     pub(super) sample: CudaFunction,
     pub(super) advance: CudaFunction,
+    pub(super) survey_chunks: CudaFunction,
+    pub(super) draw: CudaFunction,
 }
 
 /// A kernel of attention.cu, whose number of warps is its own.
@@ -207,6 +209,8 @@ impl Kernels {
             sum_chunks: get("sum_chunks")?,
             sample: get("sample")?,
             advance: get("advance")?,
+            survey_chunks: get("survey_chunks")?,
+            draw: roomy("draw")?,
         })
     }
 }

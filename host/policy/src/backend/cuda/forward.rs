@@ -20,8 +20,9 @@ use crate::{error::PolicyError, spec::ModelSpec};
 /// Up to so many tokens the hand-written products are faster than cublasLt's.
 const SKINNY_TOKENS: usize = 4;
 
-/// Rows of logits, at least: those of the longest proposal of one sequence must fit together.
-const MIN_LOGITS: usize = 32;
+/// Rows of logits, at least: those of the longest proposal of one sequence must fit together, and where a verification does
+/// not fit, the head's weights are read again for each part.
+const MIN_LOGITS: usize = 256;
 
 /// Splits of a sequence's keys, at most.
 const MAX_SPLITS: usize = 8;
@@ -55,7 +56,7 @@ pub(super) struct Work {
     /// Sums of squares of the residual stream, of each row tile that wrote it ([`super::product`]).
     pub(super) sums: CudaSlice<f32>,
     /// Hidden states that are sampled from, `[R, H]`.
-    picked: CudaSlice<bf16>,
+    pub(super) picked: CudaSlice<bf16>,
     /// `[R, V]`.
     pub(super) logits: CudaSlice<f32>,
     pub(super) partial: CudaSlice<f32>,
@@ -121,6 +122,16 @@ impl CudaBackend {
         at: &Addresses,
         pass: &PassArgs,
     ) -> Result<(), PolicyError> {
+        self.run_first_layers(self.spec.num_hidden_layers, at, pass)
+    }
+
+    /// The same with only the first `layers` layers.
+    pub(super) fn run_first_layers(
+        &mut self,
+        layers: usize,
+        at: &Addresses,
+        pass: &PassArgs,
+    ) -> Result<(), PolicyError> {
         let tokens = pass.counts.tokens;
         let (h, stream) = (self.spec.hidden_size, self.gpu.stream.clone());
         let table = self.weights.embed.device_ptr(&stream).0;
@@ -148,7 +159,7 @@ impl CudaBackend {
             let eps = self.spec.rms_norm_eps as f32;
             self.gpu.rms_norm((x, 0, norm, out), 0, tokens, h, eps)?;
         }
-        for index in 0..self.spec.num_hidden_layers {
+        for index in 0..layers {
             let keys = base + 2 * index as u64 * layer_bytes;
             self.run_layer(index, at, pass, (keys, keys + layer_bytes))?;
         }
@@ -161,9 +172,9 @@ impl CudaBackend {
             self.spec.q_dim() + 2 * self.spec.kv_dim(),
             self.spec.hidden_size,
         ];
-        if tokens <= std::env::var("GS").map_or(SKINNY_TOKENS, |v| v.parse().unwrap()) && widths.iter().all(|width| width.is_multiple_of(16)) {
+        if tokens <= SKINNY_TOKENS && widths.iter().all(|width| width.is_multiple_of(16)) {
             Path::Skinny
-        } else if tokens <= std::env::var("GP").map_or(product::MAX_TOKENS, |v| v.parse().unwrap()) && self.maps.is_some() {
+        } else if tokens <= product::MAX_TOKENS && self.maps.is_some() {
             Path::Products
         } else {
             Path::Library
@@ -279,13 +290,24 @@ impl CudaBackend {
         } else {
             picked
         };
+        self.unembed(pass, picked, n)
+    }
+
+    /// Logits of `n` normalised hidden states at an address.
+    pub(super) fn unembed(
+        &mut self,
+        pass: &PassArgs,
+        hidden: u64,
+        n: usize,
+    ) -> Result<(), PolicyError> {
         let shape = Shape {
             tokens: n,
-            outputs: v,
-            inputs: h,
+            outputs: self.spec.vocab_size,
+            inputs: self.spec.hidden_size,
             out: Out::F32,
         };
-        self.matmul(pass, Matrix::Head, shape, picked, logits)
+        let logits = self.work.logits.device_ptr(&self.gpu.stream).0;
+        self.matmul(pass, Matrix::Head, shape, hidden, logits)
     }
 
     pub(super) fn matmul(
@@ -362,7 +384,7 @@ pub(super) struct Addresses {
     q_start: u64,
     q_len: u64,
     kv_len: u64,
-    sampled: u64,
+    pub(super) sampled: u64,
     tables: u64,
     table_width: i32,
 }

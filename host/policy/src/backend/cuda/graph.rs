@@ -9,12 +9,14 @@ use cudarc::driver::{
 use super::{
     CudaBackend, CudaError,
     device::Gpu,
+    draws::{Asks, Steps},
     forward::{Addresses, PassArgs},
     inputs::{Field, Inputs, Layout},
     launch::{CHUNK, CHUNK_WORDS, SampleArgs},
+    step::Sampling,
 };
 use crate::{
-    backend::{Sampled, StepRow},
+    backend::{Exit, Sampled, StepRow},
     engine::sampler,
     error::PolicyError,
     types::TopTokens,
@@ -23,6 +25,24 @@ use crate::{
 /// Steps replayed between two looks of the host. Long enough that its part is small, short enough that what a
 /// finished sequence draws in vain is too.
 pub(super) const MAX_BURST: usize = 16;
+
+/// What a graph was captured for. `rows`: sequences; `width`: tokens of each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Captured {
+    Decode {
+        rows: usize,
+        sampling: Sampling,
+    },
+    Verify {
+        rows: usize,
+        width: usize,
+    },
+    Propose {
+        rows: usize,
+        width: usize,
+        exit: Exit,
+    },
+}
 
 /// Inputs and results of bursts.
 pub(super) struct Decode {
@@ -125,8 +145,13 @@ impl Decode {
         Ok(drawn)
     }
 
-    fn advance(&self, gpu: &Gpu, rows: usize) -> Result<(), CudaError> {
-        let token = self.token.device_ptr(&gpu.stream).0;
+    /// Sequences of a burst, at most.
+    pub(super) fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// `token`: address of what was drawn, `[steps, rows]`.
+    fn advance(&self, gpu: &Gpu, token: u64, rows: usize) -> Result<(), CudaError> {
         let at = |field| self.inputs.at(field);
         let fields = [
             at(Field::Ids),
@@ -171,7 +196,7 @@ impl Drawn {
 }
 
 /// Rows of the graph that serves `rows`: every number up to 8, then steps that waste at most an eighth.
-fn bucket(rows: usize, most: usize) -> usize {
+pub(super) fn bucket(rows: usize, most: usize) -> usize {
     let size = match rows {
         0..=8 => rows,
         9..=256 => rows.next_multiple_of(8),
@@ -182,7 +207,11 @@ fn bucket(rows: usize, most: usize) -> usize {
 
 impl CudaBackend {
     /// Draws up to `ahead + 1` tokens for every row.
-    pub(super) fn burst(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError> {
+    pub(super) fn burst(
+        &mut self,
+        rows: &[StepRow<'_>],
+        sampling: Sampling,
+    ) -> Result<Vec<Vec<Sampled>>, PolicyError> {
         let size = bucket(rows.len(), self.decode.rows);
         let args: Vec<_> = rows.iter().filter_map(|row| row.sample.as_ref()).collect();
         let steps = args
@@ -191,31 +220,50 @@ impl CudaBackend {
             .max()
             .unwrap_or(1)
             .min(MAX_BURST);
-        if !self.graphs.contains_key(&size) {
-            let graph = self.capture(size, rows)?;
-            self.graphs.insert(size, graph);
+        let stride = self.decode.rows;
+        match sampling {
+            Sampling::Plain => self.decode.send_randomness(&self.gpu, &args, steps)?,
+            Sampling::Truncated => {
+                let asks = Asks::burst(&args, steps, stride);
+                self.draws.send(&self.gpu, &asks)?;
+            }
+        }
+        let key = Captured::Decode {
+            rows: size,
+            sampling,
+        };
+        if !self.graphs.contains_key(&key) {
+            let graph = self.capture(size, rows, sampling)?;
+            self.graphs.insert(key, graph);
         }
         let group = self.group();
         let pad = size - rows.len();
         self.decode
             .inputs
             .fill(&self.gpu.stream, rows, pad, group)?;
-        self.decode.send_randomness(&self.gpu, &args, steps)?;
         for _ in 0..steps {
-            self.graphs[&size].launch().map_err(CudaError::from)?;
+            self.graphs[&key].launch().map_err(CudaError::from)?;
+        }
+        if sampling == Sampling::Truncated {
+            let answers = self.draws.read(&self.gpu, steps * stride, 0)?;
+            return each_step(&args, steps, |step, i, position| {
+                answers.drawn(step * stride + i, position)
+            });
         }
         let drawn = self.decode.drawn(&self.gpu, steps)?;
-        let of_row = |(i, args): (usize, &&crate::backend::SampleArgs<'_>)| {
-            (0..=args.ahead.min(steps - 1))
-                .map(|step| drawn.get(step, i, args.position as usize + step))
-                .collect()
-        };
-        args.iter().enumerate().map(of_row).collect()
+        each_step(&args, steps, |step, i, position| {
+            drawn.get(step, i, position as usize)
+        })
     }
 
     /// Records a step of `size` rows, after running it once to load, tune and allocate what capturing must not. `rows`
     /// are real ones; the step they are run for here is run again.
-    fn capture(&mut self, size: usize, rows: &[StepRow<'_>]) -> Result<CudaGraph, PolicyError> {
+    fn capture(
+        &mut self,
+        size: usize,
+        rows: &[StepRow<'_>],
+        sampling: Sampling,
+    ) -> Result<CudaGraph, PolicyError> {
         let (group, pad) = (self.group(), size - rows.len());
         let counts = self
             .decode
@@ -227,16 +275,26 @@ impl CudaBackend {
             decode: true,
             tune: true,
         };
-        self.queue_step(&pass)?;
+        self.record(&pass, |backend, pass| backend.queue_step(pass, sampling))
+    }
+
+    /// Records what `queue` queues for `pass`, after running it once; the inputs are there already.
+    pub(super) fn record(
+        &mut self,
+        pass: &PassArgs,
+        queue: impl Fn(&mut Self, &PassArgs) -> Result<(), PolicyError>,
+    ) -> Result<CudaGraph, PolicyError> {
+        queue(self, pass)?;
         self.gpu.stream.synchronize().map_err(CudaError::from)?;
         let stream = self.gpu.stream.clone();
         stream
             .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
             .map_err(CudaError::from)?;
-        let queued = self.queue_step(&PassArgs {
+        let untuned = PassArgs {
             tune: false,
-            ..pass
-        });
+            ..*pass
+        };
+        let queued = queue(self, &untuned);
         let graph = stream
             .end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH)
             .map_err(CudaError::from)?;
@@ -244,16 +302,44 @@ impl CudaBackend {
         graph.ok_or(PolicyError::Misuse("nothing was captured"))
     }
 
-    fn queue_step(&mut self, pass: &PassArgs) -> Result<(), PolicyError> {
+    fn queue_step(&mut self, pass: &PassArgs, sampling: Sampling) -> Result<(), PolicyError> {
         let at = Addresses::of(&self.decode.inputs);
         let n = pass.counts.tokens;
         self.run_layers(&at, pass)?;
         self.head(&at, pass, 0, n)?;
         let logits = self.work.logits.device_ptr(&self.gpu.stream).0;
-        self.decode
-            .sample(&self.gpu, logits, self.spec.vocab_size, n)?;
-        Ok(self.decode.advance(&self.gpu, n)?)
+        let token = match sampling {
+            Sampling::Plain => {
+                self.decode
+                    .sample(&self.gpu, logits, self.spec.vocab_size, n)?;
+                self.decode.token.device_ptr(&self.gpu.stream).0
+            }
+            Sampling::Truncated => {
+                let steps = Steps {
+                    counter: self.decode.inputs.at(Field::Step),
+                    stride: self.decode.rows,
+                };
+                let of = (logits, self.spec.vocab_size);
+                self.draws.queue(&self.gpu, of, (0, n), Some(steps))?;
+                self.draws.tokens(&self.gpu)
+            }
+        };
+        Ok(self.decode.advance(&self.gpu, token, n)?)
     }
+}
+
+/// What `get(step, row, position)` gives for every step that each row asked for.
+fn each_step(
+    rows: &[&crate::backend::SampleArgs<'_>],
+    steps: usize,
+    get: impl Fn(usize, usize, u64) -> Result<Sampled, PolicyError>,
+) -> Result<Vec<Vec<Sampled>>, PolicyError> {
+    let of_row = |(i, args): (usize, &&crate::backend::SampleArgs<'_>)| {
+        (0..=args.ahead.min(steps - 1))
+            .map(|step| get(step, i, args.position + step as u64))
+            .collect()
+    };
+    rows.iter().enumerate().map(of_row).collect()
 }
 
 #[cfg(test)]

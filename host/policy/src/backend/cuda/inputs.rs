@@ -84,7 +84,22 @@ pub(super) struct Counts {
     pub(super) sampled: usize,
 }
 
+/// The shape of a pass in which all sequences have as many tokens.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Uniform {
+    pub(super) size: usize,
+    pub(super) width: usize,
+    /// Query heads that share a key head.
+    pub(super) group: usize,
+    pub(super) last_only: bool,
+}
+
 impl Inputs {
+    /// Tokens there is room for.
+    pub(super) fn tokens(&self) -> usize {
+        self.layout.tokens
+    }
+
     pub(super) fn new(stream: &Arc<CudaStream>, layout: Layout) -> Result<Self, CudaError> {
         let device = stream.alloc_zeros::<i32>(layout.len())?;
         let base = device.device_ptr(stream).0;
@@ -119,15 +134,7 @@ impl Inputs {
     ) -> Result<Counts, CudaError> {
         let tokens: usize = rows.iter().map(|row| row.tokens.len()).sum();
         let blocks = rows.iter().map(|row| row.blocks.len()).max().unwrap_or(0);
-        for (what, asked, most) in [
-            ("tokens", tokens + pad, self.layout.tokens),
-            ("sequences", rows.len() + pad, self.layout.sequences),
-            ("KV blocks of a sequence", blocks, self.layout.width),
-        ] {
-            if asked > most {
-                return Err(CudaError::Capacity { what, asked, most });
-            }
-        }
+        self.check(tokens + pad, rows.len() + pad, blocks)?;
         let mut n = Counts::default();
         for row in rows {
             self.add(row, (TILE_ROWS / group).max(1), &mut n);
@@ -136,9 +143,93 @@ impl Inputs {
             self.add_padding(&mut n);
         }
         self.set(Field::Step, 0, 0);
-        let used = self.layout.offset(Field::Tables) + rows.len() * self.layout.width;
-        stream.memcpy_htod(&self.host[..used], &mut self.device.slice_mut(..used))?;
+        self.send(stream, rows.len())?;
         Ok(n)
+    }
+
+    /// The same for `size` sequences of `width` tokens each, the shape a captured graph has: what a row lacks is padding,
+    /// and so are the sequences beyond the rows. Sampled from: every token, or each row's last.
+    ///
+    /// # Errors
+    /// As [`Inputs::fill`].
+    pub(super) fn fill_uniform(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        rows: &[StepRow<'_>],
+        shape: &Uniform,
+    ) -> Result<Counts, CudaError> {
+        let tokens = shape.size * shape.width;
+        let blocks = rows.iter().map(|row| row.blocks.len()).max().unwrap_or(0);
+        self.check(tokens, shape.size, blocks)?;
+        let mut n = Counts {
+            tokens,
+            sequences: shape.size,
+            ..Counts::default()
+        };
+        for s in 0..shape.size {
+            self.add_uniform(s, rows.get(s), shape, &mut n);
+        }
+        self.set(Field::Step, 0, 0);
+        self.send(stream, rows.len())?;
+        Ok(n)
+    }
+
+    fn add_uniform(
+        &mut self,
+        s: usize,
+        row: Option<&StepRow<'_>>,
+        shape: &Uniform,
+        n: &mut Counts,
+    ) {
+        let (start, len) = (s * shape.width, row.map_or(0, |row| row.tokens.len()));
+        let cached = row.map_or(0, |row| row.position);
+        self.set(Field::QStart, s, start as i32);
+        self.set(Field::QLen, s, len.max(1) as i32);
+        self.set(Field::KvLen, s, (cached + len) as i32);
+        self.set(Field::Left, s, 0);
+        for (i, block) in row.iter().flat_map(|row| row.blocks).enumerate() {
+            self.set(Field::Tables, s * self.layout.width + i, *block as i32);
+        }
+        for i in 0..shape.width {
+            let id = row.and_then(|row| row.tokens.get(i));
+            let position = id.map_or(-1, |_| (cached + i) as i32);
+            self.set(Field::Ids, start + i, id.map_or(0, |id| *id as i32));
+            self.set(Field::Positions, start + i, position);
+            self.set(Field::Sequences, start + i, s as i32);
+        }
+        // A tile behind the last token of its row has no query and writes nothing.
+        for first in (0..shape.width).step_by((TILE_ROWS / shape.group).max(1)) {
+            self.set(Field::TileSequence, n.tiles, s as i32);
+            self.set(Field::TileFirst, n.tiles, first as i32);
+            n.tiles += 1;
+        }
+        let sampled = match shape.last_only {
+            true => start + len.max(1) - 1..start + len.max(1),
+            false => start..start + shape.width,
+        };
+        for token in sampled {
+            self.set(Field::Sampled, n.sampled, token as i32);
+            n.sampled += 1;
+        }
+    }
+
+    fn check(&self, tokens: usize, sequences: usize, blocks: usize) -> Result<(), CudaError> {
+        for (what, asked, most) in [
+            ("tokens", tokens, self.layout.tokens),
+            ("sequences", sequences, self.layout.sequences),
+            ("KV blocks of a sequence", blocks, self.layout.width),
+        ] {
+            if asked > most {
+                return Err(CudaError::Capacity { what, asked, most });
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends everything, with the block tables of the first `rows` sequences.
+    fn send(&mut self, stream: &Arc<CudaStream>, rows: usize) -> Result<(), CudaError> {
+        let used = self.layout.offset(Field::Tables) + rows * self.layout.width;
+        Ok(stream.memcpy_htod(&self.host[..used], &mut self.device.slice_mut(..used))?)
     }
 
     fn set(&mut self, field: Field, index: usize, value: i32) {

@@ -148,6 +148,31 @@ impl AttentionKernel {
     }
 }
 
+/// Words of 8 bytes of what draw.cu finds in a chunk.
+pub(super) const NEAR_WORDS: usize = 6;
+
+/// Tokens that draw.cu lists in shared memory.
+const DRAW_LIST: usize = 8192;
+
+/// `draw.cu`'s parameters, field by field.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Draw {
+    pub(super) logits: u64,
+    pub(super) chunks: u64,
+    pub(super) near: u64,
+    pub(super) temperature: u64,
+    pub(super) asks: u64,
+    pub(super) uniform: u64,
+    pub(super) token: u64,
+    pub(super) logprob: u64,
+    pub(super) policy: u64,
+    pub(super) verdicts: u64,
+    pub(super) step: u64,
+    pub(super) stride: i32,
+    pub(super) vocab: i32,
+}
+
 impl Gpu {
     /// Where the GPU can, a kernel is launched while the one before it ends (common.cu says how they keep order).
     pub(super) fn queue(
@@ -368,21 +393,40 @@ impl Gpu {
         )
     }
 
-    pub(super) fn sample(&self, a: &SampleArgs, rows: usize) -> Result<(), CudaError> {
-        let count = (a.vocab as usize).div_ceil(CHUNK);
-        let sums = Launch {
+    fn sum_chunks(
+        &self,
+        (logits, temperature, chunks): (u64, u64, u64),
+        vocab: i32,
+        rows: usize,
+    ) -> Result<(), CudaError> {
+        let count = (vocab as usize).div_ceil(CHUNK);
+        let launch = Launch {
             grid: (count.div_ceil(8), rows, 1),
             ..Launch::of(1, 256)
         };
-        launch!(
-            self,
-            &self.kernels.sum_chunks,
-            sums,
-            &a.logits,
-            &a.temperature,
-            &a.chunks,
-            &a.vocab
-        )?;
+        let kernel = &self.kernels.sum_chunks;
+        launch!(self, kernel, launch, &logits, &temperature, &chunks, &vocab)
+    }
+
+    /// Truncated draws and verification of `rows` rows.
+    pub(super) fn draw(&self, draw: &Draw, rows: usize) -> Result<(), CudaError> {
+        let of = (draw.logits, draw.temperature, draw.chunks);
+        self.sum_chunks(of, draw.vocab, rows)?;
+        let chunks = (draw.vocab as usize).div_ceil(CHUNK);
+        let launch = Launch {
+            grid: (chunks.div_ceil(8), rows, 1),
+            ..Launch::of(1, 256)
+        };
+        launch!(self, &self.kernels.survey_chunks, launch, draw)?;
+        let launch = Launch {
+            shared: DRAW_LIST * 8,
+            ..Launch::of(rows, 1024)
+        };
+        launch!(self, &self.kernels.draw, launch, draw)
+    }
+
+    pub(super) fn sample(&self, a: &SampleArgs, rows: usize) -> Result<(), CudaError> {
+        self.sum_chunks((a.logits, a.temperature, a.chunks), a.vocab, rows)?;
         launch!(
             self,
             &self.kernels.sample,

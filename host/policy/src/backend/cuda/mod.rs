@@ -8,7 +8,9 @@
 
 mod compile;
 mod device;
+mod draws;
 mod error;
+mod exit;
 mod forward;
 mod gemm;
 mod graph;
@@ -18,8 +20,10 @@ mod layer;
 mod maps;
 mod memory;
 mod product;
+mod propose;
 mod step;
 mod survey;
+mod verify;
 mod weights;
 
 use std::{
@@ -35,21 +39,25 @@ pub use compile::{SOURCES, architecture, compile};
 pub use device::count;
 pub use error::CudaError;
 pub use memory::{Budget, MemoryPlan, PoolNeeds, weight_bytes};
+pub use propose::DeviceRow;
 pub use survey::{GpuFacts, Survey, survey};
 
 use crate::{
-    backend::{Backend, BlockId, Exit, OptimStep, Pass, Sampled, StepRow},
+    backend::{Backend, BlockId, Drafted, Exit, OptimStep, Pass, Sampled, StepRow},
     engine::sampler,
     error::PolicyError,
     spec::ModelSpec,
     types::{PackedBatch, TokenScores, TopTokens},
 };
 use device::Gpu;
+use draws::Draws;
+use exit::EarlyExit;
 use forward::Work;
 use gemm::Gemm;
-use graph::Decode;
+use graph::{Captured, Decode, MAX_BURST};
 use inputs::{Inputs, Layout};
 use maps::Maps;
+use propose::Shelf;
 use weights::Weights;
 
 /// Tokens of a KV block: what one warp reads at a time (attention.cu).
@@ -90,7 +98,11 @@ pub struct CudaBackend {
     /// For passes of any shape, run kernel by kernel.
     inputs: Inputs,
     decode: Decode,
-    graphs: HashMap<usize, CudaGraph>,
+    draws: Draws,
+    /// What drafts of this model left their probabilities in.
+    shelf: Shelf,
+    early_exit: Option<EarlyExit>,
+    graphs: HashMap<Captured, CudaGraph>,
     scratch: sampler::Scratch,
 }
 
@@ -168,10 +180,20 @@ impl CudaBackend {
             Some(_) => Some(Maps::new(&gpu.stream, &spec, &weights, &work)?),
             None => None,
         };
+        let draws = Draws::new(
+            &gpu,
+            spec.vocab_size,
+            work.max_rows,
+            sizes.max_step_tokens,
+            MAX_BURST * sizes.max_batch,
+        )?;
         Ok(Self {
             gemm,
             work,
             maps,
+            draws,
+            shelf: Shelf::default(),
+            early_exit: None,
             inputs: Inputs::new(&gpu.stream, layout)?,
             decode: Decode::new(&gpu, layout, spec.vocab_size)?,
             graphs: HashMap::new(),
@@ -199,7 +221,7 @@ impl Backend for CudaBackend {
     }
 
     fn max_ahead(&self) -> usize {
-        graph::MAX_BURST - 1
+        MAX_BURST - 1
     }
 
     fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError> {
@@ -234,17 +256,19 @@ impl Backend for CudaBackend {
     }
 
     fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError> {
-        if step::is_plain_decoding(rows) {
-            return self.burst(rows);
+        if let Some(sampling) = step::decoding(rows) {
+            return self.burst(rows, sampling);
+        }
+        if step::decided_on_device(rows)
+            && let Some(verified) = self.verify_rows(rows)?
+        {
+            return Ok(verified);
         }
         self.mixed_step(rows)
     }
 
-    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Vec<f32>>, PolicyError> {
-        match exit {
-            Exit::Final => self.propose_rows(rows),
-            Exit::Early => Err(CudaError::NotYet("drafting with the first layers").into()),
-        }
+    fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Drafted>, PolicyError> {
+        self.propose_rows(rows, exit)
     }
 
     fn score(

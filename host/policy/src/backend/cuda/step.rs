@@ -1,5 +1,4 @@
-//! Passes of any shape, run kernel by kernel: prompts, mixed steps, verification of drafts, and whatever sampling the
-//! kernel does not do.
+//! Passes of any shape, run kernel by kernel: prompts, mixed steps, and whatever sampling the kernels do not do.
 
 use cudarc::driver::DevicePtr;
 
@@ -13,28 +12,59 @@ use crate::{
     error::PolicyError,
 };
 
-/// Whether the kernel draws from these parameters; the rest is drawn on the host from a copy of the logits.
-fn is_simple(args: &SampleArgs<'_>) -> bool {
-    let p = args.params;
-    let whole = p.top_k == 0 && p.top_p >= 1.0 && p.min_p <= 0.0;
-    whole && p.repetition_penalty == 1.0 && args.proposal.is_none() && args.top == 0
+/// How the next tokens of a step are drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Sampling {
+    /// From the whole distribution, by the fastest kernel (sample.cu).
+    Plain,
+    /// Some rows have top-k, top-p or min-p (draw.cu).
+    Truncated,
 }
 
-/// Every row runs one token and draws its successor from the whole distribution.
-pub(super) fn is_plain_decoding(rows: &[StepRow<'_>]) -> bool {
-    let plain =
-        |row: &StepRow<'_>| row.tokens.len() == 1 && row.sample.as_ref().is_some_and(is_simple);
-    rows.iter().all(plain)
+/// Whether kernels draw and verify; the rest is left to the host, on a copy of the logits: a penalty needs the text, and
+/// likely tokens are only reported while a draft learns.
+fn is_for_device(args: &SampleArgs<'_>) -> bool {
+    args.params.repetition_penalty == 1.0 && args.top == 0
+}
+
+fn is_plain(args: &SampleArgs<'_>) -> bool {
+    let p = args.params;
+    let whole = p.top_k == 0 && p.top_p >= 1.0 && p.min_p <= 0.0;
+    // Greedy draws are not truncated.
+    let whole = whole || p.temperature < sampler::GREEDY_BELOW;
+    whole && is_for_device(args) && args.proposal.is_none()
+}
+
+/// Whether kernels draw for every row that samples.
+pub(super) fn decided_on_device(rows: &[StepRow<'_>]) -> bool {
+    rows.iter()
+        .filter_map(|row| row.sample.as_ref())
+        .all(is_for_device)
+}
+
+/// How to draw where every row runs one token and draws its successor on the device; `None` for all other steps.
+pub(super) fn decoding(rows: &[StepRow<'_>]) -> Option<Sampling> {
+    let mut sampling = Sampling::Plain;
+    for row in rows {
+        let args = row.sample.as_ref()?;
+        if row.tokens.len() != 1 || !is_for_device(args) || args.proposal.is_some() {
+            return None;
+        }
+        if !is_plain(args) {
+            sampling = Sampling::Truncated;
+        }
+    }
+    Some(sampling)
 }
 
 /// Logits of some sampled tokens on the host.
-struct HostLogits {
+pub(super) struct HostLogits {
     values: Vec<f32>,
     vocab: usize,
 }
 
 impl HostLogits {
-    fn row(&self, index: usize) -> &[f32] {
+    pub(super) fn row(&self, index: usize) -> &[f32] {
         &self.values[index * self.vocab..][..self.vocab]
     }
 }
@@ -47,8 +77,10 @@ impl CudaBackend {
     ) -> Result<Vec<Vec<Sampled>>, PolicyError> {
         let (at, pass) = self.run_rows(rows)?;
         let args: Vec<&SampleArgs<'_>> = rows.iter().filter_map(|r| r.sample.as_ref()).collect();
-        let drawn = if args.iter().all(|args| is_simple(args)) {
+        let drawn = if args.iter().all(|args| is_plain(args)) {
             self.draw_on_device(&at, &pass, &args)?
+        } else if decided_on_device(rows) {
+            self.decide_on_device(&at, &pass, &args)?
         } else {
             self.draw_on_host(&at, &pass, &args)?
         };
@@ -58,30 +90,6 @@ impl CudaBackend {
             None => Vec::new(),
         };
         Ok(rows.iter().map(&mut next).collect())
-    }
-
-    /// See [`crate::backend::Backend::propose`].
-    pub(super) fn propose_rows(
-        &mut self,
-        rows: &[StepRow<'_>],
-    ) -> Result<Vec<Vec<f32>>, PolicyError> {
-        let (at, pass) = self.run_rows(rows)?;
-        let missing = PolicyError::Misuse("every row of a draft samples");
-        let args: Option<Vec<&SampleArgs<'_>>> = rows.iter().map(|r| r.sample.as_ref()).collect();
-        let args = args.ok_or(missing)?;
-        let mut out = Vec::with_capacity(rows.len());
-        for first in (0..args.len()).step_by(self.work.max_rows) {
-            let n = self.work.max_rows.min(args.len() - first);
-            let logits = self.host_logits(&at, &pass, first, n)?;
-            for (i, args) in args[first..first + n].iter().enumerate() {
-                out.push(sampler::distribution(
-                    logits.row(i),
-                    args.params,
-                    args.history,
-                )?);
-            }
-        }
-        Ok(out)
     }
 
     fn run_rows(&mut self, rows: &[StepRow<'_>]) -> Result<(Addresses, PassArgs), PolicyError> {
@@ -166,6 +174,11 @@ impl CudaBackend {
         n: usize,
     ) -> Result<HostLogits, PolicyError> {
         self.head(at, pass, first, n)?;
+        self.fetch_logits(n)
+    }
+
+    /// The first `n` rows of logits.
+    pub(super) fn fetch_logits(&self, n: usize) -> Result<HostLogits, PolicyError> {
         let (stream, vocab) = (&self.gpu.stream, self.spec.vocab_size);
         let values = stream.clone_dtoh(&self.work.logits.slice(..n * vocab));
         let values = values.map_err(CudaError::from)?;

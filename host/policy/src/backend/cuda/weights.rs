@@ -156,6 +156,18 @@ impl Weights {
     }
 }
 
+/// Norm `[hidden]` and adapter `[hidden, hidden]` of an early exit, by the names the CPU exports them under.
+pub(super) fn draft_head(
+    stream: &Arc<CudaStream>,
+    tensors: &BTreeMap<String, Tensor>,
+    hidden: usize,
+) -> Result<(CudaSlice<f32>, CudaSlice<bf16>), PolicyError> {
+    let upload = Upload { stream, tensors };
+    let norm = upload.floats(&["draft_head.norm.weight"], &[hidden])?;
+    let adapter = upload.matrix(&["draft_head.adapter.weight"], &[hidden], hidden)?;
+    Ok((norm, adapter))
+}
+
 /// Cosines and sines of every position (Su et al. 2021), in f64 and then rounded.
 fn rope(spec: &ModelSpec, positions: usize) -> Vec<f32> {
     let d = spec.head_dim;

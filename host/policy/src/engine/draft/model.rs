@@ -5,10 +5,7 @@ use std::collections::HashMap;
 use super::{Ask, PromptPart};
 use crate::{
     backend::{Backend, BlockId, Exit, SampleArgs, StepRow},
-    engine::{
-        sampler::{Proposal, draw_proposal},
-        sequence::SequenceId,
-    },
+    engine::{sampler::Proposal, sequence::SequenceId},
     error::PolicyError,
     spec::ModelSpec,
 };
@@ -131,11 +128,10 @@ pub(super) fn autoregress(
         };
         let rows: Vec<StepRow<'_>> = live.iter().map(row).collect();
         let drawn = backend.propose(&rows, exit)?;
-        for (i, q) in live.into_iter().zip(drawn) {
-            let token = draw_proposal(&q, asks[i].stream, texts[i].len() as u64);
+        for (i, drafted) in live.into_iter().zip(drawn) {
             from[i] = texts[i].len();
-            texts[i].push(token);
-            probabilities[i].push(q);
+            texts[i].push(drafted.token);
+            probabilities[i].push(drafted.distribution);
         }
     }
     let proposal = |((ask, text), probabilities): ((&Ask<'_>, Vec<u32>), _)| Proposal {

@@ -4,9 +4,11 @@
 //! Each decision has random numbers of its own, keyed by stream and position: one for the draft's draw, one
 //! for acceptance, and the one a plain draw would use for the residual and the bonus token.
 
-use super::{Scratch, mix, sample, target::Target, uniform};
+use std::borrow::Cow;
+
+use super::{Scratch, distribution, mix, sample, target::Target, uniform};
 use crate::{
-    backend::{SampleArgs, Sampled},
+    backend::{Drafted, SampleArgs, Sampled, cuda::DeviceRow},
     error::PolicyError,
 };
 
@@ -18,25 +20,57 @@ const ACCEPT_STREAM: u64 = 0x6163_6365_7074_0001;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Proposal {
     pub tokens: Vec<u32>,
-    /// The distribution each token was drawn from, `[k]` of `[V]`. Empty for a draft that is certain of
-    /// its tokens (prompt lookup): then each has probability 1.
-    pub probabilities: Vec<Vec<f32>>,
+    /// What each token was drawn from, `[k]`. Empty for a draft that is certain of its tokens (prompt lookup): then
+    /// each has probability 1.
+    pub probabilities: Vec<Distribution>,
 }
 
-impl Proposal {
-    /// `q(token)` at position `at`.
-    fn probability(&self, at: usize, token: usize) -> f64 {
-        match self.probabilities.get(at) {
-            Some(q) => q.get(token).map_or(0.0, |q| f64::from(*q)),
-            None => f64::from(u8::from(self.tokens[at] as usize == token)),
-        }
+/// Probabilities `[V]` that a draft drew a token from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Distribution {
+    Host(Vec<f32>),
+    /// Left on the GPU that drafted, for a policy that verifies there.
+    Gpu(DeviceRow),
+}
+
+impl Distribution {
+    /// The numbers, fetched if they are on a GPU.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn dense(&self) -> Result<Cow<'_, [f32]>, PolicyError> {
+        Ok(match self {
+            Self::Host(values) => Cow::Borrowed(values),
+            Self::Gpu(row) => Cow::Owned(row.fetch()?),
+        })
     }
 }
 
+/// A draft's draw from logits `[V]`, at the stream and position of `args`.
+///
+/// Errors: [`PolicyError::NonFiniteLogits`].
+pub fn draft(logits: &[f32], args: &SampleArgs<'_>) -> Result<Drafted, PolicyError> {
+    let q = distribution(logits, args.params, args.history)?;
+    Ok(Drafted {
+        token: draw_proposal(&q, args.stream, args.position),
+        distribution: Distribution::Host(q),
+    })
+}
+
+/// The number that decides what a draft draws at `position` of `stream`.
+pub fn draft_uniform(stream: u64, position: u64) -> f64 {
+    uniform(mix(stream ^ DRAFT_STREAM), position)
+}
+
+/// The number that decides whether the token drafted for `position` of `stream` is accepted.
+pub fn accept_uniform(stream: u64, position: u64) -> f64 {
+    uniform(mix(stream ^ ACCEPT_STREAM), position)
+}
+
 /// A draft's draw at `position` of `stream` from its probabilities `[V]`, which need not add up to 1.
-pub fn draw_proposal(probabilities: &[f32], stream: u64, position: u64) -> u32 {
+fn draw_proposal(probabilities: &[f32], stream: u64, position: u64) -> u32 {
     let total: f64 = probabilities.iter().map(|p| f64::from(*p)).sum();
-    let mut target = uniform(mix(stream ^ DRAFT_STREAM), position) * total;
+    let mut target = draft_uniform(stream, position) * total;
     let mut last = 0;
     for (token, p) in probabilities.iter().enumerate().filter(|(_, p)| **p > 0.0) {
         last = token;
@@ -69,13 +103,20 @@ pub fn verify<'l>(
         let position = args.position + i as u64;
         let target = Target::of(logits(i), args.params, &history, scratch)?;
         let p = target.probability(token as usize);
-        let q = proposal.probability(i, token as usize);
-        if uniform(mix(args.stream ^ ACCEPT_STREAM), position) * q < p {
+        let dense = proposal
+            .probabilities
+            .get(i)
+            .map(Distribution::dense)
+            .transpose()?;
+        let q = |id: usize| match &dense {
+            Some(q) => q.get(id).map_or(0.0, |q| f64::from(*q)),
+            None => f64::from(u8::from(token as usize == id)),
+        };
+        if accept_uniform(args.stream, position) * q(token as usize) < p {
             out.push(target.sampled(token as usize, args.top));
             history.push(token);
             continue;
         }
-        let q = |token| proposal.probability(i, token);
         let replacement = target.draw_residual(q, uniform(args.stream, position));
         out.push(target.sampled(replacement, args.top));
         return Ok(out);

@@ -8,10 +8,10 @@
 use std::collections::HashSet;
 
 use crate::{
-    backend::{Backend, BlockId, Exit, OptimStep, Pass, SampleArgs, Sampled, StepRow},
+    backend::{Backend, BlockId, Drafted, Exit, OptimStep, Pass, SampleArgs, Sampled, StepRow},
     engine::{
         EngineConfig,
-        sampler::{Scratch, distribution, sample, stream_key, verify},
+        sampler::{Scratch, draft, sample, stream_key, verify},
     },
     error::PolicyError,
     spec::{Family, ModelSpec},
@@ -271,7 +271,7 @@ impl Backend for ScriptedBackend {
         rows.iter().map(sample).collect()
     }
 
-    fn propose(&mut self, rows: &[StepRow<'_>], _: Exit) -> Result<Vec<Vec<f32>>, PolicyError> {
+    fn propose(&mut self, rows: &[StepRow<'_>], _: Exit) -> Result<Vec<Drafted>, PolicyError> {
         self.proposals += 1;
         if self.diverges_at.is_some_and(|at| self.proposals >= at) {
             return Err(PolicyError::NonFiniteLogits { position: 0 });
@@ -279,7 +279,7 @@ impl Backend for ScriptedBackend {
         self.write(rows);
         let propose = |row: &StepRow<'_>| {
             let args = row.sample.as_ref().unwrap();
-            distribution(&self.row_logits(row, args)[0], args.params, args.history)
+            draft(&self.row_logits(row, args)[0], args)
         };
         rows.iter().map(propose).collect()
     }
