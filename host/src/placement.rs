@@ -17,7 +17,7 @@ use grpo_policy::{
 
 use crate::{
     cli::Environment,
-    config::{Device, DraftKind, RunConfig},
+    config::{Device, RunConfig},
 };
 
 /// Tokens per KV block on a CPU (vLLM's default).
@@ -56,8 +56,8 @@ pub struct Place {
     pub gpu_memory_utilization: f64,
     /// Folder in which compiled kernels are kept.
     pub cache: Option<PathBuf>,
-    /// The policy drafts with its first layers, which a GPU cannot yet.
-    pub early_exit: bool,
+    /// [`CudaBackend::set_deterministic`].
+    pub deterministic: bool,
 }
 
 /// A model on its device.
@@ -89,7 +89,7 @@ impl Place {
             device: config.hardware.device,
             gpu_memory_utilization: config.hardware.gpu_memory_utilization,
             cache: environment.cache.clone(),
-            early_exit: matches!(config.generation.draft, DraftKind::Layers(_)),
+            deterministic: config.hardware.deterministic,
         }
     }
 
@@ -133,9 +133,6 @@ impl Place {
         (spec, tensors): (&ModelSpec, &Weights),
         capacity: Capacity,
     ) -> Result<Placed, PolicyError> {
-        if self.early_exit {
-            return Err(CudaError::NotYet("drafting with the first layers").into());
-        }
         let max_batch = capacity.max_batch.unwrap_or(GPU_BATCH);
         let sizes = CudaSizes {
             max_step_tokens: STEP_TOKENS.max(max_batch),
@@ -145,7 +142,11 @@ impl Place {
         let budget = Budget::open(ordinal, self.gpu_memory_utilization)?;
         budget.admit(spec, &sizes)?;
         let cache = self.cache.clone();
-        let backend = CudaBackend::new(ordinal, spec.clone(), tensors, sizes, cache.as_deref())?;
+        let mut backend =
+            CudaBackend::new(ordinal, spec.clone(), tensors, sizes, cache.as_deref())?;
+        if self.deterministic {
+            backend.set_deterministic()?;
+        }
         let weights = cuda::weight_bytes(spec, sizes.max_model_len);
         let free_without_draft = budget.free()?;
         let needs = PoolNeeds {

@@ -26,7 +26,7 @@ fn place(device: Device) -> Place {
         device,
         gpu_memory_utilization: 0.5,
         cache: Some(env!("CARGO_TARGET_TMPDIR").into()),
-        early_exit: false,
+        deterministic: false,
     }
 }
 

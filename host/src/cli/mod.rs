@@ -117,6 +117,9 @@ pub struct ModelArgs {
     /// Of a GPU's memory, what this process may use, up to 1 [default: 0.9]
     #[arg(long, value_name = "FRACTION")]
     pub gpu_memory_utilization: Option<f64>,
+    /// On a GPU, make logits independent of what else is in the batch; slower
+    #[arg(long)]
+    pub deterministic: bool,
     /// CPU threads [default: one per core]
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
@@ -142,6 +145,13 @@ impl ModelArgs {
             "gpu_memory_utilization",
             "--gpu-memory-utilization",
             self.gpu_memory_utilization,
+        )?;
+        let deterministic = self.deterministic.then_some(true);
+        set(
+            &mut base,
+            "deterministic",
+            "--deterministic",
+            deterministic,
         )?;
         set(&mut base, "threads", "--threads", self.threads)?;
         set(&mut base, "seed", "--seed", self.seed)?;

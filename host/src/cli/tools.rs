@@ -59,6 +59,9 @@ pub struct BenchRolloutArgs {
     /// Runs measured, after one to warm up; the best counts
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub repeats: u32,
+    /// Go on behind an end-of-text token. It is always so here; the flag is for scripts that run vLLM's benchmark too
+    #[arg(long)]
+    pub ignore_eos: bool,
     #[command(flatten)]
     pub shape: ShapeArgs,
     #[command(flatten)]

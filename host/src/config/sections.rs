@@ -388,6 +388,8 @@ pub struct HardwareConfig {
     pub device: Device,
     /// Of a GPU's memory, what this process may use, above 0 and up to 1.
     pub gpu_memory_utilization: f64,
+    /// On a GPU, make logits independent of what else is computed beside them. On a CPU they always are.
+    pub deterministic: bool,
     /// CPU threads. `null`: one per core.
     pub threads: Option<u32>,
     /// Index of this process, below `world_size`.
@@ -401,6 +403,7 @@ impl Default for HardwareConfig {
         Self {
             device: Device::default(),
             gpu_memory_utilization: 0.9,
+            deterministic: false,
             threads: None,
             rank: 0,
             world_size: 1,

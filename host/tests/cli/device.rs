@@ -89,18 +89,6 @@ fn auto_passes_over_a_gpu_with_an_old_driver_and_says_so() {
 }
 
 #[test]
-fn what_a_gpu_cannot_do_yet_goes_to_the_cpu_or_is_refused() {
-    let lab = lab_with(OLD);
-    let reason = "drafting with the first layers is not done on a GPU yet";
-    let layers = format!("{ROLLOUT} --draft layers:1 --draft-tokens 2");
-    let auto = run(&lab, &layers).fine();
-    let expected = format!("warning: running on the CPU: {reason}\nhint: use --device cpu\n");
-    assert!(auto.stderr.contains(&expected), "{auto:?}");
-    let named = run(&lab, &format!("{layers} --device cuda:0"));
-    assert_eq!(named.refused(FAILURE), (reason, "use --device cpu"));
-}
-
-#[test]
 fn a_gpu_that_is_named_is_not_passed_over() {
     let lab = lab_with(OLD);
     for command in [

@@ -93,17 +93,19 @@ impl AnyBackend {
     /// Layers below the early exit.
     ///
     /// # Errors
-    /// [`PolicyError::Misuse`] where there is none; [`CudaError::NotYet`] on a GPU.
+    /// [`PolicyError::Misuse`] where there is none.
     pub fn early_exit_layers(&self) -> Result<usize, PolicyError> {
-        let cpu = self.on_cpu("drafting with the first layers")?;
-        Ok(cpu.early_exit()?.layers())
+        match self {
+            Self::Cpu(cpu) => Ok(cpu.early_exit()?.layers()),
+            Self::Cuda(cuda) => Ok(cuda.early_exit()?.layers()),
+        }
     }
 
     /// Whether there is an early exit whose head is more than the policy's own.
     pub fn has_trained_exit(&self) -> bool {
         match self {
             Self::Cpu(cpu) => cpu.early_exit().is_ok_and(|exit| exit.is_trained()),
-            Self::Cuda(_) => false,
+            Self::Cuda(cuda) => cuda.early_exit().is_ok_and(|exit| exit.is_trained()),
         }
     }
 

@@ -16,7 +16,7 @@ use super::{
 use crate::error::PolicyError;
 
 /// See the file header.
-pub(super) struct EarlyExit {
+pub(crate) struct EarlyExit {
     layers: usize,
     /// `[H]`.
     norm: CudaSlice<f32>,
@@ -26,7 +26,26 @@ pub(super) struct EarlyExit {
     ones: CudaSlice<f32>,
 }
 
+impl EarlyExit {
+    /// Layers below it.
+    pub(crate) fn layers(&self) -> usize {
+        self.layers
+    }
+
+    /// Whether its head is more than the policy's own.
+    pub(crate) fn is_trained(&self) -> bool {
+        self.adapter.is_some()
+    }
+}
+
 impl CudaBackend {
+    /// # Errors
+    /// [`PolicyError::Misuse`] where there is none.
+    pub(crate) fn early_exit(&self) -> Result<&EarlyExit, PolicyError> {
+        let none = PolicyError::Misuse("the model has no early exit");
+        self.early_exit.as_ref().ok_or(none)
+    }
+
     /// Makes the early exit behind the first `layers` layers: with weights as the CPU exports them, else untrained, which
     /// is the policy's own head.
     ///

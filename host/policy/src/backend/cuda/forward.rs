@@ -53,7 +53,7 @@ pub(super) struct Work {
     pub(super) act: CudaSlice<bf16>,
     /// What a layer adds to the residual stream, `[T, H]`.
     pub(super) delta: CudaSlice<bf16>,
-    /// Sums of squares of the residual stream, of each row tile that wrote it ([`super::product`]).
+    /// Sums of squares of the residual stream, of each row tile that wrote it ([`super::product`]), `[tiles, T]`.
     pub(super) sums: CudaSlice<f32>,
     /// Hidden states that are sampled from, `[R, H]`.
     pub(super) picked: CudaSlice<bf16>,
@@ -61,6 +61,8 @@ pub(super) struct Work {
     pub(super) logits: CudaSlice<f32>,
     pub(super) partial: CudaSlice<f32>,
     pub(super) tickets: CudaSlice<u32>,
+    /// Rows of the first buffers, `T`.
+    pub(super) max_tokens: usize,
     /// Rows of `logits`.
     pub(super) max_rows: usize,
     /// Tiles that may be split; a pass with more has work enough.
@@ -83,11 +85,12 @@ impl Work {
             gate_up: stream.alloc_zeros(t * 2 * f)?,
             act: stream.alloc_zeros(t * f)?,
             delta: stream.alloc_zeros(t * h)?,
-            sums: stream.alloc_zeros(h.div_ceil(64) * product::MAX_TOKENS)?,
+            sums: stream.alloc_zeros(product::row_tiles(h) * t)?,
             picked: stream.alloc_zeros(r * h)?,
             logits: stream.alloc_zeros(r * spec.vocab_size)?,
             partial: stream.alloc_zeros(cells * MAX_SPLITS * 16 * (spec.head_dim + 2))?,
             tickets: stream.alloc_zeros(cells)?,
+            max_tokens: t,
             max_rows: r,
             split_tiles,
         })
@@ -109,7 +112,7 @@ pub(super) struct PassArgs {
 impl CudaBackend {
     /// Parts to divide the keys into, so that `tiles` fill the GPU.
     pub(super) fn splits(&self, tiles: usize) -> usize {
-        if tiles > self.work.split_tiles {
+        if self.deterministic || tiles > self.work.split_tiles {
             return 1;
         }
         let blocks = tiles * self.spec.num_key_value_heads;
@@ -172,7 +175,9 @@ impl CudaBackend {
             self.spec.q_dim() + 2 * self.spec.kv_dim(),
             self.spec.hidden_size,
         ];
-        if tokens <= SKINNY_TOKENS && widths.iter().all(|width| width.is_multiple_of(16)) {
+        if self.deterministic {
+            Path::Products
+        } else if tokens <= SKINNY_TOKENS && widths.iter().all(|width| width.is_multiple_of(16)) {
             Path::Skinny
         } else if tokens <= product::MAX_TOKENS && self.maps.is_some() {
             Path::Products
@@ -182,12 +187,7 @@ impl CudaBackend {
     }
 
     pub(super) fn maps(&self) -> Result<&Maps, CudaError> {
-        self.maps.as_ref().ok_or(CudaError::NotYet("this product"))
-    }
-
-    /// The tile of a product of [`super::product`].
-    pub(super) fn tile(&self, form: Form, tokens: usize, rows: usize, k: usize) -> Tile {
-        Tile::of(form, tokens, rows, k, self.gpu.multiprocessors)
+        self.maps.as_ref().ok_or(CudaError::NotYet("deterministic mode before Hopper (compute capability 9.0)"))
     }
 
     pub(super) fn product(
@@ -198,10 +198,10 @@ impl CudaBackend {
         args: &ProductArgs,
     ) -> Result<(), CudaError> {
         let (tokens, rows, k) = (args.tokens as usize, args.n as usize, args.k as usize);
-        let tile = self.tile(form, tokens, rows, k);
+        let tile = Tile::of(form, tokens, rows, k, self.gpu.multiprocessors);
         let products = self.gpu.products.as_ref();
         products
-            .ok_or(CudaError::NotYet("this product"))?
+            .ok_or(CudaError::NotYet("deterministic mode before Hopper (compute capability 9.0)"))?
             .run(&self.gpu, (form, tile), (w, x), args)
     }
 
@@ -263,13 +263,13 @@ impl CudaBackend {
             )?;
             return Ok(());
         }
-        if in_order && path == Path::Products {
-            let last = self.tile(Form::Residual, n, h, self.spec.intermediate_size);
+        // In the deterministic mode a token's logits come in one way only, whatever else the pass has.
+        if in_order && path == Path::Products && !self.deterministic {
             let args = ProductArgs {
                 y: logits,
                 sums_in: self.work.sums.device_ptr(&stream).0,
-                tiles_in: last.row_tiles(h) as i32,
-                stride: product::MAX_TOKENS as i32,
+                tiles_in: product::row_tiles(h) as i32,
+                stride: self.work.max_tokens as i32,
                 tokens: n as i32,
                 n: v as i32,
                 k: h as i32,
@@ -282,7 +282,10 @@ impl CudaBackend {
         // The last layer has left them normalised.
         let ready = in_order && path == Path::Library;
         if !ready {
-            let rows = at.sampled + (first * size_of::<i32>()) as u64;
+            let rows = match in_order {
+                true => 0,
+                false => at.sampled + (first * size_of::<i32>()) as u64,
+            };
             self.gpu.rms_norm((x, 0, norm, picked), rows, n, h, eps)?;
         }
         let picked = if ready {
@@ -293,7 +296,7 @@ impl CudaBackend {
         self.unembed(pass, picked, n)
     }
 
-    /// Logits of `n` normalised hidden states at an address.
+    /// Logits of `n` normalised hidden states at an address: in the deterministic mode `work.picked`'s.
     pub(super) fn unembed(
         &mut self,
         pass: &PassArgs,
@@ -307,6 +310,17 @@ impl CudaBackend {
             out: Out::F32,
         };
         let logits = self.work.logits.device_ptr(&self.gpu.stream).0;
+        if self.deterministic {
+            let maps = self.maps()?;
+            let args = ProductArgs {
+                y: logits,
+                tokens: n as i32,
+                n: shape.outputs as i32,
+                k: shape.inputs as i32,
+                ..ProductArgs::default()
+            };
+            return Ok(self.product(Form::Logits, &maps.head, &maps.picked, &args)?);
+        }
         self.matmul(pass, Matrix::Head, shape, hidden, logits)
     }
 

@@ -46,9 +46,9 @@ impl Run<'_> {
         }
     }
 
-    fn args(&self, n: usize, k: usize) -> ProductArgs {
+    fn args(&self, stride: usize, n: usize, k: usize) -> ProductArgs {
         ProductArgs {
-            stride: product::MAX_TOKENS as i32,
+            stride: stride as i32,
             tokens: self.tokens() as i32,
             n: n as i32,
             k: k as i32,
@@ -107,28 +107,28 @@ impl CudaBackend {
         let (layer, work, maps) = (&run.layer, &run.work, self.maps()?);
         let (h, q, f) = (run.hidden, run.q_dim, run.ff);
         let of = &maps.layers[run.index];
-        let adds = |form, k| self.tile(form, run.tokens(), h, k).row_tiles(h) as i32;
-        // Who wrote the sums that this layer begins with.
-        let tiles_in = if run.index == 0 { 1 } else { adds(Form::Residual, f) };
+        let tiles = product::row_tiles(h) as i32;
+        // The embedding writes one sum of a token, the layers after it one for each of their tiles.
+        let tiles_in = if run.index == 0 { 1 } else { tiles };
         let scaled = |y: u64, n: usize, tiles_in: i32| ProductArgs {
             y,
             sums_in: work.sums,
             tiles_in,
-            ..run.args(n, h)
+            ..run.args(self.work.max_tokens, n, h)
         };
         let added = |norm: u64, k: usize| ProductArgs {
             y: work.h,
             x: work.x,
             norm,
             sums_out: work.sums,
-            ..run.args(h, k)
+            ..run.args(self.work.max_tokens, h, k)
         };
         let args = scaled(work.qkv, run.qkv_width, tiles_in);
         self.product(Form::Store, &of.qkv, &maps.h, &args)?;
         self.attend(run)?;
         let args = added(layer.mlp_norm, q);
         self.product(Form::Residual, &of.o, &maps.attended, &args)?;
-        let args = scaled(work.act, 2 * f, adds(Form::Residual, q));
+        let args = scaled(work.act, 2 * f, tiles);
         self.product(Form::Swiglu, &of.gate_up, &maps.h, &args)?;
         let args = added(self.norm_before(run.index + 1), f);
         Ok(self.product(Form::Residual, &of.down, &maps.act, &args)?)
@@ -186,7 +186,8 @@ impl CudaBackend {
             eps: run.eps,
         };
         let attention = run.at.attention(work, run.cache, spec, pass.splits);
-        if pass.decode {
+        // One kernel for all passes makes the same sums in all of them.
+        if pass.decode && !self.deterministic {
             return Ok(self.gpu.decode(&attention, &projection, run.tokens())?);
         }
         let places = run.at.places();

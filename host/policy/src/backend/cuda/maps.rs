@@ -28,6 +28,7 @@ pub(super) struct Maps {
     pub(super) h: TokenMaps,
     pub(super) attended: TokenMaps,
     pub(super) act: TokenMaps,
+    pub(super) picked: TokenMaps,
 }
 
 impl Maps {
@@ -58,6 +59,7 @@ impl Maps {
             h: tokens(&work.h, h)?,
             attended: tokens(&work.attended, q)?,
             act: tokens(&work.act, f)?,
+            picked: tokens(&work.picked, h)?,
         })
     }
 }

@@ -94,6 +94,7 @@ pub struct CudaBackend {
     work: Work,
     /// On Hopper.
     maps: Option<Maps>,
+    deterministic: bool,
     kv: Option<KvPool>,
     /// For passes of any shape, run kernel by kernel.
     inputs: Inputs,
@@ -191,6 +192,7 @@ impl CudaBackend {
             gemm,
             work,
             maps,
+            deterministic: false,
             draws,
             shelf: Shelf::default(),
             early_exit: None,
@@ -203,6 +205,19 @@ impl CudaBackend {
             gpu,
             spec,
         })
+    }
+
+    /// From now on the logits of a token depend on nothing but the tokens before it: neither on what else is in the pass,
+    /// nor on how prompts are divided, nor on drafts (batch invariance, He et al. 2025). Every sum is made in one order.
+    /// Drafts' own passes stay as they are.
+    ///
+    /// # Errors
+    /// [`CudaError::NotYet`] where there are no products of our own for all sizes.
+    pub fn set_deterministic(&mut self) -> Result<(), CudaError> {
+        self.maps()?;
+        self.deterministic = true;
+        self.graphs.clear();
+        Ok(())
     }
 
     /// Query heads that share a key head.
