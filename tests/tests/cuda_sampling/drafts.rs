@@ -2,8 +2,7 @@
 
 use grpo_policy::{
     backend::{
-        Backend, Drafted, Exit, StepRow,
-        cpu::{CpuBackend, Trainable},
+        Backend, Exit, StepRow,
         cuda::{BLOCK_SIZE, CudaBackend},
     },
     engine::{
@@ -71,19 +70,6 @@ fn sources(spec: &ModelSpec) -> Vec<(&'static str, Source<CudaBackend>)> {
     ]
 }
 
-/// Probabilities `[V]` behind a text, by the CPU.
-fn next(cpu: &mut CpuBackend, text: &[u32], params: &SamplingParams) -> Vec<f32> {
-    let blocks: Vec<u32> = (0..16).collect();
-    let row = StepRow {
-        tokens: text,
-        position: 0,
-        blocks: &blocks,
-        sample: Some(args(params, 0, 0, None, 0)),
-    };
-    let drafted: Drafted = cpu.propose(&[row], Exit::Final).unwrap().remove(0);
-    drafted.distribution.dense().unwrap().into_owned()
-}
-
 /// Greedy with each draft is plain greedy; where one differs from the other, the two tokens are as good as equal.
 #[test]
 #[ignore = "needs a GPU"]
@@ -92,8 +78,8 @@ fn greedy_with_drafts_is_plain_greedy() {
     let tensors = weights(&spec, 21);
     let mut gpu = CudaBackend::new(0, spec.clone(), &tensors, SIZES, cache()).unwrap();
     gpu.add_early_exit(2, None).unwrap();
-    let mut cpu = CpuBackend::new(spec.clone(), &tensors, &Trainable::Nothing, false).unwrap();
-    cpu.init_kv(64, BLOCK_SIZE).unwrap();
+    // Else near-ties fall one way in a step of one token and the other way in a step of five.
+    gpu.set_deterministic().unwrap();
     let greedy = SamplingParams {
         temperature: 0.0,
         max_tokens: 60,
@@ -106,28 +92,18 @@ fn greedy_with_drafts_is_plain_greedy() {
         let mut draft = Draft::new(source, Length::Fixed(4)).unwrap();
         let found = generate(&mut gpu, Some(&mut draft), work.clone());
         assert!(draft.fault().is_none());
-        let (mut differ, mut widest) = (0, 0f32);
-        for (p, f) in plain.iter().zip(&found) {
-            let Some(at) = (0..p.tokens.len()).find(|&i| p.tokens[i] != f.tokens[i]) else {
-                continue;
-            };
-            differ += 1;
-            let text = [&work[p.request as usize].prompt[..], &p.tokens[..at]].concat();
-            let likely = next(&mut cpu, &text, &SamplingParams::default());
-            let of = |c: &Completion| likely[c.tokens[at] as usize].ln();
-            widest = widest.max((of(p) - of(f)).abs());
-        }
+        let pairs = plain.iter().zip(&found);
+        let differ = pairs.filter(|(p, f)| p.tokens != f.tokens).count();
         let sum = |of: fn(&Completion) -> u32| found.iter().map(of).sum::<u32>();
         let (drafted, accepted) = (
             sum(|c| c.telemetry.draft_tokens),
             sum(|c| c.telemetry.accepted_tokens),
         );
         println!(
-            "{name}: {differ} of {} differ, first where log-probs are at most {widest:.3} apart; {accepted} of {drafted} accepted",
+            "{name}: {differ} of {} differ; {accepted} of {drafted} accepted",
             plain.len()
         );
-        // bf16 leaves a relative error of about 1 % in logits whose spread is about 10.
-        assert!(widest < 0.3 && differ * 2 <= plain.len(), "{name}");
+        assert_eq!(differ, 0, "{name}");
         assert!(drafted > 0);
     }
 }

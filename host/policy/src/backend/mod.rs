@@ -112,7 +112,8 @@ pub trait Backend {
     fn kv_bytes_per_token(&self) -> usize;
 
     /// Tokens the backend likes to draw beyond the one a step asks for, so that it need not wait for the host
-    /// after each ([`SampleArgs::ahead`]).
+    /// after each ([`SampleArgs::ahead`]). It may go on with those that it has not returned yet while the host is at work:
+    /// a sequence keeps the blocks that it was given for them until it ends or is preempted.
     fn max_ahead(&self) -> usize {
         0
     }

@@ -240,6 +240,7 @@ impl Engine {
         }
         let (rows, context) = (self.scheduler.running.len(), self.config.max_model_len);
         let ahead = backend.max_ahead();
+        self.scheduler.kept = if draft.is_none() { ahead } else { 0 };
         let mut drafts = |sequence: &Sequence, request: &Request| {
             // The last token a completion may have is never guessed: it comes with the step itself.
             let tokens = request.sampling.max_tokens as usize - sequence.generated();

@@ -36,12 +36,14 @@ pub(super) struct Plan {
     pub(super) copies: Vec<(BlockId, BlockId)>,
     pub(super) preempted: usize,
     tokens: usize,
+    /// What is planned beyond each row's tokens is drawn one after the other, not run together in one step.
+    ahead: bool,
 }
 
 impl Plan {
     fn push(&mut self, id: SequenceId, tokens: usize, drafts: usize) {
         self.rows.push(Planned { id, tokens, drafts });
-        self.tokens += tokens + drafts;
+        self.tokens += tokens + if self.ahead { 0 } else { drafts };
     }
 }
 
@@ -74,6 +76,8 @@ pub(super) struct Scheduler {
     pub(super) sequences: BTreeMap<SequenceId, Sequence>,
     pub(super) waiting: BTreeSet<SequenceId>,
     pub(super) running: BTreeSet<SequenceId>,
+    /// Tokens beyond its cached ones for which a sequence keeps blocks that it has ([`crate::backend::Backend::max_ahead`]).
+    pub(super) kept: usize,
     next_group: GroupId,
     next_sequence: SequenceId,
 }
@@ -92,6 +96,7 @@ impl Scheduler {
             sequences: BTreeMap::new(),
             waiting: BTreeSet::new(),
             running: BTreeSet::new(),
+            kept: 0,
             next_group: 0,
             next_sequence: 0,
         }
@@ -118,7 +123,10 @@ impl Scheduler {
         now: Instant,
         drafts: &mut dyn FnMut(&Sequence, &Request) -> usize,
     ) -> Result<Plan, PolicyError> {
-        let mut plan = Plan::default();
+        let mut plan = Plan {
+            ahead: self.kept > 0,
+            ..Plan::default()
+        };
         self.plan_running(&mut plan, drafts)?;
         // Whoever was preempted just now would come back first and push the next one out.
         if plan.preempted == 0 {
@@ -144,7 +152,10 @@ impl Scheduler {
                     1 => drafts(sequence, &self.groups[&sequence.group].request),
                     _ => 0,
                 };
-                let drafts = drafts.min(budget - tokens);
+                let drafts = match plan.ahead {
+                    true => drafts,
+                    false => drafts.min(budget - tokens),
+                };
                 if drafts > 0 && self.reserve(id, tokens + drafts, plan) {
                     plan.push(id, tokens, drafts);
                     break;
@@ -267,10 +278,12 @@ impl Scheduler {
             return false;
         };
         let pool = &mut self.pool;
-        let new = pool.blocks_for(sequence.cached + tokens) - sequence.blocks.len();
-        // Of the blocks a sequence has, only a partly filled last one is written to.
+        let wanted = pool.blocks_for(sequence.cached + tokens);
+        let new = wanted.saturating_sub(sequence.blocks.len());
+        // Of the blocks that hold something, only a partly filled last one is written to.
         let partial = !sequence.cached.is_multiple_of(pool.block_size());
-        let written = sequence.blocks.last_mut().filter(|_| partial);
+        let last = sequence.cached / pool.block_size();
+        let written = sequence.blocks.get_mut(last).filter(|_| partial);
         let shared = written.filter(|block| !pool.make_private(**block));
         if pool.available() < new + usize::from(shared.is_some()) {
             return false;
@@ -349,7 +362,7 @@ impl Scheduler {
         let size = self.pool.block_size();
         sequence.cached += tokens;
         // Blocks for drafted tokens that were rejected.
-        let used = self.pool.blocks_for(sequence.cached);
+        let used = self.pool.blocks_for(sequence.cached + self.kept);
         let mut unused = sequence.blocks.split_off(used.min(sequence.blocks.len()));
         self.pool.release_all(&mut unused);
         while (sequence.registered + 1) * size <= sequence.cached {
@@ -377,8 +390,10 @@ impl Scheduler {
 
     /// Takes a sequence out and gives its blocks back.
     pub(super) fn remove(&mut self, id: SequenceId) -> Option<Removed> {
-        let blocks = &self.sequences.get(&id)?.blocks;
-        let kv_blocks = blocks.iter().map(|block| self.pool.share(*block)).sum();
+        let sequence = self.sequences.get(&id)?;
+        let used = self.pool.blocks_for(sequence.cached);
+        let blocks = sequence.blocks.iter().take(used);
+        let kv_blocks = blocks.map(|block| self.pool.share(*block)).sum();
         self.vacate(id);
         self.waiting.remove(&id);
         let sequence = self.sequences.remove(&id)?;

@@ -1,5 +1,6 @@
 //! The engine against naive generation, on a backend whose answers depend on every key it can reach.
 
+mod ahead;
 mod cases;
 mod early_exit;
 mod failing_drafts;

@@ -2,7 +2,7 @@
 //! positions and lengths advance on the device; what was drawn is read once at the end.
 
 use cudarc::driver::{
-    CudaGraph, CudaSlice, DevicePtr,
+    CudaGraph, CudaSlice, DevicePtr, PinnedHostSlice,
     sys::{CUgraphInstantiate_flags, CUstreamCaptureMode},
 };
 
@@ -11,7 +11,7 @@ use super::{
     device::Gpu,
     draws::{Asks, Steps},
     forward::{Addresses, PassArgs},
-    inputs::{Field, Inputs, Layout},
+    inputs::{Counts, Field, Inputs, Layout},
     launch::{CHUNK, CHUNK_WORDS, SampleArgs},
     step::Sampling,
 };
@@ -76,25 +76,26 @@ impl Decode {
         })
     }
 
-    /// Sends temperatures and random numbers of `steps` steps.
+    /// Sends temperatures and random numbers of `steps` steps, behind the first `skipped` of each row.
     pub(super) fn send_randomness(
         &mut self,
         gpu: &Gpu,
         rows: &[&crate::backend::SampleArgs<'_>],
+        skipped: &[usize],
         steps: usize,
     ) -> Result<(), CudaError> {
         let mut temperature = vec![1f32; self.rows];
         let mut uniform = vec![0f64; steps * self.rows];
-        for (i, args) in rows.iter().enumerate() {
+        for (i, (args, skipped)) in rows.iter().zip(skipped).enumerate() {
             let degree = args.params.temperature;
             temperature[i] = if degree < sampler::GREEDY_BELOW {
                 0.0
             } else {
                 degree
             };
-            for step in 0..steps.min(args.ahead + 1) {
-                uniform[step * self.rows + i] =
-                    sampler::uniform(args.stream, args.position + step as u64);
+            for step in 0..steps.min((args.ahead + 1).saturating_sub(*skipped)) {
+                let position = args.position + (skipped + step) as u64;
+                uniform[step * self.rows + i] = sampler::uniform(args.stream, position);
             }
         }
         let stream = &gpu.stream;
@@ -132,17 +133,47 @@ impl Decode {
         Ok(())
     }
 
-    /// What was drawn, `[steps][rows]`.
-    pub(super) fn drawn(&self, gpu: &Gpu, steps: usize) -> Result<Drawn, CudaError> {
-        let n = steps * self.rows;
+    /// What was drawn in one step.
+    pub(super) fn drawn_once(&self, gpu: &Gpu) -> Result<(Vec<i32>, Vec<f32>), CudaError> {
         let stream = &gpu.stream;
-        let drawn = Drawn {
-            token: stream.clone_dtoh(&self.token.slice(..n))?,
-            logprob: stream.clone_dtoh(&self.logprob.slice(..n))?,
-            stride: self.rows,
-        };
+        let token = stream.clone_dtoh(&self.token.slice(..self.rows))?;
+        let logprob = stream.clone_dtoh(&self.logprob.slice(..self.rows))?;
         stream.synchronize()?;
-        Ok(drawn)
+        Ok((token, logprob))
+    }
+
+    /// Sends the inputs of decoding: `rows`, and `pad` rows of padding.
+    pub(super) fn send_rows(
+        &mut self,
+        gpu: &Gpu,
+        rows: &[StepRow<'_>],
+        pad: usize,
+        group: usize,
+    ) -> Result<Counts, CudaError> {
+        self.inputs.fill(&gpu.stream, rows, pad, group)
+    }
+
+    /// Sends what the same rows need to go on from where the device has come to: how many tokens each, and new blocks.
+    pub(super) fn send_more(
+        &mut self,
+        gpu: &Gpu,
+        rows: &[StepRow<'_>],
+        left: &[usize],
+    ) -> Result<(), CudaError> {
+        self.inputs.refill(&gpu.stream, rows, left)
+    }
+
+    /// Queues the copy of what `steps` steps have drawn, `[steps, rows]`.
+    pub(super) fn send_home(
+        &self,
+        gpu: &Gpu,
+        steps: usize,
+        token: &mut PinnedHostSlice<i32>,
+        logprob: &mut PinnedHostSlice<f32>,
+    ) -> Result<(), CudaError> {
+        let n = steps * self.rows;
+        gpu.stream.memcpy_dtoh(&self.token.slice(..n), token)?;
+        Ok(gpu.stream.memcpy_dtoh(&self.logprob.slice(..n), logprob)?)
     }
 
     /// Sequences of a burst, at most.
@@ -165,14 +196,14 @@ impl Decode {
     }
 }
 
-/// Tokens and log-probs of some steps.
-pub(super) struct Drawn {
-    token: Vec<i32>,
-    logprob: Vec<f32>,
-    stride: usize,
+/// Tokens and log-probs of some steps, `stride` apart.
+pub(super) struct Drawn<'a> {
+    pub(super) token: &'a [i32],
+    pub(super) logprob: &'a [f32],
+    pub(super) stride: usize,
 }
 
-impl Drawn {
+impl Drawn<'_> {
     /// # Errors
     /// [`PolicyError::NonFiniteLogits`] at `position`.
     pub(super) fn get(
@@ -206,28 +237,43 @@ pub(super) fn bucket(rows: usize, most: usize) -> usize {
 }
 
 impl CudaBackend {
-    /// Draws up to `ahead + 1` tokens for every row.
-    pub(super) fn burst(
+    /// Draws up to `ahead + 1` tokens for every row, some from truncated distributions.
+    pub(super) fn truncated_burst(
         &mut self,
         rows: &[StepRow<'_>],
-        sampling: Sampling,
     ) -> Result<Vec<Vec<Sampled>>, PolicyError> {
         let size = bucket(rows.len(), self.decode.rows);
         let args: Vec<_> = rows.iter().filter_map(|row| row.sample.as_ref()).collect();
-        let steps = args
-            .iter()
-            .map(|a| a.ahead + 1)
-            .max()
-            .unwrap_or(1)
-            .min(MAX_BURST);
-        let stride = self.decode.rows;
-        match sampling {
-            Sampling::Plain => self.decode.send_randomness(&self.gpu, &args, steps)?,
-            Sampling::Truncated => {
-                let asks = Asks::burst(&args, steps, stride);
-                self.draws.send(&self.gpu, &asks)?;
-            }
+        let most = args.iter().map(|a| a.ahead + 1).max().unwrap_or(1);
+        let (steps, stride) = (most.min(MAX_BURST), self.decode.rows);
+        let asks = Asks::burst(&args, steps, stride);
+        self.draws.send(&self.gpu, &asks)?;
+        let key = Captured::Decode {
+            rows: size,
+            sampling: Sampling::Truncated,
+        };
+        if !self.graphs.contains_key(&key) {
+            let graph = self.capture(size, rows, Sampling::Truncated)?;
+            self.graphs.insert(key, graph);
         }
+        let (group, pad) = (self.group(), size - rows.len());
+        self.decode.send_rows(&self.gpu, rows, pad, group)?;
+        for _ in 0..steps {
+            self.graphs[&key].launch().map_err(CudaError::from)?;
+        }
+        let answers = self.draws.read(&self.gpu, steps * stride, 0)?;
+        each_step(&args, steps, |step, i, position| {
+            answers.drawn(step * stride + i, position)
+        })
+    }
+
+    /// Makes the graph of plain decoding for `size` rows, if it is not there.
+    pub(super) fn captured(
+        &mut self,
+        size: usize,
+        rows: &[StepRow<'_>],
+    ) -> Result<(), PolicyError> {
+        let sampling = Sampling::Plain;
         let key = Captured::Decode {
             rows: size,
             sampling,
@@ -236,24 +282,7 @@ impl CudaBackend {
             let graph = self.capture(size, rows, sampling)?;
             self.graphs.insert(key, graph);
         }
-        let group = self.group();
-        let pad = size - rows.len();
-        self.decode
-            .inputs
-            .fill(&self.gpu.stream, rows, pad, group)?;
-        for _ in 0..steps {
-            self.graphs[&key].launch().map_err(CudaError::from)?;
-        }
-        if sampling == Sampling::Truncated {
-            let answers = self.draws.read(&self.gpu, steps * stride, 0)?;
-            return each_step(&args, steps, |step, i, position| {
-                answers.drawn(step * stride + i, position)
-            });
-        }
-        let drawn = self.decode.drawn(&self.gpu, steps)?;
-        each_step(&args, steps, |step, i, position| {
-            drawn.get(step, i, position as usize)
-        })
+        Ok(())
     }
 
     /// Records a step of `size` rows, after running it once to load, tune and allocate what capturing must not. `rows`

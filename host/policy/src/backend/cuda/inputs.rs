@@ -147,7 +147,33 @@ impl Inputs {
         Ok(n)
     }
 
-    /// The same for `size` sequences of `width` tokens each, the shape a captured graph has: what a row lacks is padding,
+    /// Sends what the same rows need to decode on behind what the device has drawn: `left` tokens each, in blocks of which
+    /// some may be new. Tokens, positions and lengths are on the device.
+    ///
+    /// # Errors
+    /// As [`Inputs::fill`].
+    pub(super) fn refill(
+        &mut self,
+        stream: &Arc<CudaStream>,
+        rows: &[StepRow<'_>],
+        left: &[usize],
+    ) -> Result<(), CudaError> {
+        let blocks = rows.iter().map(|row| row.blocks.len()).max().unwrap_or(0);
+        self.check(rows.len(), rows.len(), blocks)?;
+        for (s, (row, left)) in rows.iter().zip(left).enumerate() {
+            self.set(Field::Left, s, *left as i32);
+            for (i, block) in row.blocks.iter().enumerate() {
+                self.set(Field::Tables, s * self.layout.width + i, *block as i32);
+            }
+        }
+        self.set(Field::Step, 0, 0);
+        let first = self.layout.offset(Field::Left);
+        let used = self.layout.offset(Field::Tables) + rows.len() * self.layout.width;
+        let to = &mut self.device.slice_mut(first..used);
+        Ok(stream.memcpy_htod(&self.host[first..used], to)?)
+    }
+
+    /// [`Inputs::fill`] for `size` sequences of `width` tokens each, the shape a captured graph has: what a row lacks is padding,
     /// and so are the sequences beyond the rows. Sampled from: every token, or each row's last.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 
 #![expect(unsafe_code, reason = "the one place that talks to a device")]
 
+mod ahead;
 mod compile;
 mod device;
 mod draws;
@@ -49,6 +50,7 @@ use crate::{
     spec::ModelSpec,
     types::{PackedBatch, TokenScores, TopTokens},
 };
+use ahead::Ahead;
 use device::Gpu;
 use draws::Draws;
 use exit::EarlyExit;
@@ -99,6 +101,7 @@ pub struct CudaBackend {
     /// For passes of any shape, run kernel by kernel.
     inputs: Inputs,
     decode: Decode,
+    ahead: Ahead,
     draws: Draws,
     /// What drafts of this model left their probabilities in.
     shelf: Shelf,
@@ -198,6 +201,7 @@ impl CudaBackend {
             early_exit: None,
             inputs: Inputs::new(&gpu.stream, layout)?,
             decode: Decode::new(&gpu, layout, spec.vocab_size)?,
+            ahead: Ahead::new(&gpu.stream, sizes.max_batch)?,
             graphs: HashMap::new(),
             scratch: sampler::Scratch::default(),
             kv: None,
@@ -216,6 +220,7 @@ impl CudaBackend {
     pub fn set_deterministic(&mut self) -> Result<(), CudaError> {
         self.maps()?;
         self.deterministic = true;
+        self.ahead.forget();
         self.graphs.clear();
         Ok(())
     }
@@ -236,7 +241,8 @@ impl Backend for CudaBackend {
     }
 
     fn max_ahead(&self) -> usize {
-        MAX_BURST - 1
+        // One burst to read, and one that runs meanwhile.
+        2 * MAX_BURST - 1
     }
 
     fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError> {
@@ -262,6 +268,7 @@ impl Backend for CudaBackend {
             base,
             blocks,
         });
+        self.ahead.forget();
         self.graphs.clear();
         Ok(())
     }
@@ -271,15 +278,7 @@ impl Backend for CudaBackend {
     }
 
     fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError> {
-        if let Some(sampling) = step::decoding(rows) {
-            return self.burst(rows, sampling);
-        }
-        if step::decided_on_device(rows)
-            && let Some(verified) = self.verify_rows(rows)?
-        {
-            return Ok(verified);
-        }
-        self.mixed_step(rows)
+        self.next_step(rows)
     }
 
     fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Drafted>, PolicyError> {

@@ -5,6 +5,7 @@ use cudarc::driver::DevicePtr;
 use super::{
     BLOCK_SIZE, CudaBackend, CudaError,
     forward::{Addresses, PassArgs},
+    graph::Drawn,
 };
 use crate::{
     backend::{BlockId, SampleArgs, Sampled, StepRow},
@@ -70,11 +71,26 @@ impl HostLogits {
 }
 
 impl CudaBackend {
-    /// See [`crate::backend::Backend::step`].
-    pub(super) fn mixed_step(
+    /// A step that nothing has been prepared for.
+    pub(super) fn step_anew(
         &mut self,
         rows: &[StepRow<'_>],
     ) -> Result<Vec<Vec<Sampled>>, PolicyError> {
+        match decoding(rows) {
+            Some(Sampling::Plain) => return self.burst(rows),
+            Some(Sampling::Truncated) => return self.truncated_burst(rows),
+            None => {}
+        }
+        if decided_on_device(rows)
+            && let Some(verified) = self.verify_rows(rows)?
+        {
+            return Ok(verified);
+        }
+        self.mixed_step(rows)
+    }
+
+    /// Prompts, and whatever else no graph is for.
+    fn mixed_step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError> {
         let (at, pass) = self.run_rows(rows)?;
         let args: Vec<&SampleArgs<'_>> = rows.iter().filter_map(|r| r.sample.as_ref()).collect();
         let drawn = if args.iter().all(|args| is_plain(args)) {
@@ -118,11 +134,17 @@ impl CudaBackend {
             let part = &args[first..first + n];
             self.head(at, pass, first, n)?;
             self.decode.rewind(&self.gpu)?;
-            self.decode.send_randomness(&self.gpu, part, 1)?;
+            self.decode
+                .send_randomness(&self.gpu, part, &vec![0; n], 1)?;
             let logits = self.work.logits.device_ptr(&self.gpu.stream).0;
             self.decode
                 .sample(&self.gpu, logits, self.spec.vocab_size, n)?;
-            let drawn = self.decode.drawn(&self.gpu, 1)?;
+            let (token, logprob) = self.decode.drawn_once(&self.gpu)?;
+            let drawn = Drawn {
+                token: &token,
+                logprob: &logprob,
+                stride: 0,
+            };
             for (i, args) in part.iter().enumerate() {
                 out.push(vec![drawn.get(0, i, args.position as usize)?]);
             }

@@ -1,0 +1,244 @@
+//! Bursts of plain decoding, one ahead of the host: while it looks at what one has drawn, the next is running on the same
+//! sequences, from the tokens that are still on the device. What it draws for a sequence that turns out to have ended is
+//! thrown away; so is all of it when the host comes with something else.
+//!
+//! The blocks of a sequence that has ended may have a new owner while the burst still writes to them. That is harmless:
+//! everything is on one stream, so the new owner writes later.
+
+use std::{collections::HashMap, sync::Arc};
+
+use cudarc::driver::{CudaEvent, CudaStream, PinnedHostSlice};
+
+use super::{
+    CudaBackend, CudaError,
+    graph::{Captured, Drawn, MAX_BURST, bucket},
+    step::Sampling,
+};
+use crate::{
+    backend::{Sampled, StepRow},
+    error::PolicyError,
+};
+
+/// Where what a burst draws arrives on the host, `[steps, rows]`.
+struct Landing {
+    token: PinnedHostSlice<i32>,
+    logprob: PinnedHostSlice<f32>,
+    /// Behind the copies: the slices' own events are off, like all event tracking.
+    arrived: CudaEvent,
+}
+
+impl Landing {
+    fn new(stream: &Arc<CudaStream>, cells: usize) -> Result<Self, CudaError> {
+        let context = stream.context();
+        // SAFETY: not read before a copy has filled what is read.
+        let (token, logprob) = unsafe {
+            (
+                context.alloc_pinned_with_flags(cells, 0)?,
+                context.alloc_pinned_with_flags(cells, 0)?,
+            )
+        };
+        Ok(Self {
+            token,
+            logprob,
+            arrived: context.new_event(None)?,
+        })
+    }
+}
+
+/// A sequence of a burst.
+struct Flying {
+    stream: u64,
+    /// Of the first token drawn.
+    position: u64,
+    drawn: usize,
+    /// It can go on behind the burst.
+    live: bool,
+}
+
+/// A burst that is running.
+struct Burst {
+    rows: Vec<Flying>,
+    landing: usize,
+}
+
+/// See the file header.
+pub(super) struct Ahead {
+    landings: [Landing; 2],
+    /// The one to use next.
+    free: usize,
+    flying: Option<Burst>,
+}
+
+impl Ahead {
+    pub(super) fn new(stream: &Arc<CudaStream>, rows: usize) -> Result<Self, CudaError> {
+        let landing = || Landing::new(stream, MAX_BURST * rows);
+        Ok(Self {
+            landings: [landing()?, landing()?],
+            free: 0,
+            flying: None,
+        })
+    }
+
+    /// Forgets what is running.
+    pub(super) fn forget(&mut self) {
+        self.flying = None;
+    }
+}
+
+/// Tokens that a row may have from its position on.
+fn allowed(row: &StepRow<'_>) -> usize {
+    row.sample.as_ref().map_or(0, |args| args.ahead + 1)
+}
+
+impl Burst {
+    /// Where each row is in it. A row that the burst has not continued from where it stands is in none.
+    fn places(&self, rows: &[StepRow<'_>]) -> Vec<Option<usize>> {
+        let by_stream: HashMap<u64, usize> = (0..self.rows.len())
+            .map(|i| (self.rows[i].stream, i))
+            .collect();
+        let place = |row: &StepRow<'_>| {
+            let args = row.sample.as_ref()?;
+            let i = *by_stream.get(&args.stream)?;
+            let same = self.rows[i].position == args.position && self.rows[i].drawn > 0;
+            (same && row.tokens.len() == 1 && args.proposal.is_none()).then_some(i)
+        };
+        rows.iter().map(place).collect()
+    }
+}
+
+impl CudaBackend {
+    /// See [`crate::backend::Backend::step`].
+    pub(super) fn next_step(
+        &mut self,
+        rows: &[StepRow<'_>],
+    ) -> Result<Vec<Vec<Sampled>>, PolicyError> {
+        let Some(burst) = self.ahead.flying.take() else {
+            return self.step_anew(rows);
+        };
+        let places = burst.places(rows);
+        if places.iter().all(Option::is_none) {
+            return self.step_anew(rows);
+        }
+        if places
+            .iter()
+            .enumerate()
+            .all(|(i, place)| *place == Some(i))
+            && rows.len() == burst.rows.len()
+        {
+            self.ahead.flying = self.follow(&burst, rows)?;
+        }
+        let mut out = self.land(&burst, &places, rows)?;
+        // The others take one step, and from then on all go together again.
+        let others = || (0..rows.len()).filter(|i| places[*i].is_none());
+        let mut rest: Vec<StepRow<'_>> = others().map(|i| rows[i].clone()).collect();
+        for args in rest.iter_mut().filter_map(|row| row.sample.as_mut()) {
+            args.ahead = 0;
+        }
+        if !rest.is_empty() {
+            for (i, sampled) in others().zip(self.step_anew(&rest)?) {
+                out[i] = sampled;
+            }
+        }
+        Ok(out)
+    }
+
+    /// Draws up to `ahead + 1` tokens for every row from its whole distribution.
+    pub(super) fn burst(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError> {
+        let steps = rows.iter().map(allowed).max().unwrap_or(1).min(MAX_BURST);
+        let args: Vec<_> = rows.iter().filter_map(|row| row.sample.as_ref()).collect();
+        let size = bucket(rows.len(), self.decode.rows());
+        self.captured(size, rows)?;
+        self.decode
+            .send_randomness(&self.gpu, &args, &vec![0; rows.len()], steps)?;
+        let group = self.group();
+        self.decode
+            .send_rows(&self.gpu, rows, size - rows.len(), group)?;
+        let flying = args.iter().map(|args| Flying {
+            stream: args.stream,
+            position: args.position,
+            drawn: (args.ahead + 1).min(steps),
+            live: args.ahead + 1 > steps,
+        });
+        let flying = flying.collect();
+        let burst = self.fly(flying, size, steps)?;
+        self.ahead.flying = self.follow(&burst, rows)?;
+        let places: Vec<_> = (0..rows.len()).map(Some).collect();
+        self.land(&burst, &places, rows)
+    }
+
+    /// Starts the burst behind one that is running, for the same rows.
+    fn follow(
+        &mut self,
+        burst: &Burst,
+        rows: &[StepRow<'_>],
+    ) -> Result<Option<Burst>, PolicyError> {
+        let left = |(row, flying): (&StepRow<'_>, &Flying)| match flying.live {
+            true => allowed(row).saturating_sub(flying.drawn),
+            false => 0,
+        };
+        let left: Vec<usize> = rows.iter().zip(&burst.rows).map(left).collect();
+        let steps = left.iter().copied().max().unwrap_or(0).min(MAX_BURST);
+        if steps == 0 {
+            return Ok(None);
+        }
+        let args: Vec<_> = rows.iter().filter_map(|row| row.sample.as_ref()).collect();
+        let drawn: Vec<usize> = burst.rows.iter().map(|flying| flying.drawn).collect();
+        self.decode
+            .send_randomness(&self.gpu, &args, &drawn, steps)?;
+        self.decode.send_more(&self.gpu, rows, &left)?;
+        let next = |(flying, left): (&Flying, &usize)| Flying {
+            stream: flying.stream,
+            position: flying.position + flying.drawn as u64,
+            drawn: (*left).min(steps),
+            live: *left > steps,
+        };
+        let flying = burst.rows.iter().zip(&left).map(next).collect();
+        let size = bucket(rows.len(), self.decode.rows());
+        Ok(Some(self.fly(flying, size, steps)?))
+    }
+
+    /// Queues the steps, and the way of what they draw to the host.
+    fn fly(&mut self, rows: Vec<Flying>, size: usize, steps: usize) -> Result<Burst, CudaError> {
+        let key = Captured::Decode {
+            rows: size,
+            sampling: Sampling::Plain,
+        };
+        for _ in 0..steps {
+            self.graphs[&key].launch()?;
+        }
+        let landing = self.ahead.free;
+        self.ahead.free = 1 - landing;
+        let to = &mut self.ahead.landings[landing];
+        self.decode
+            .send_home(&self.gpu, steps, &mut to.token, &mut to.logprob)?;
+        to.arrived.record(&self.gpu.stream)?;
+        Ok(Burst { rows, landing })
+    }
+
+    /// Waits for a burst and takes what it drew for the rows at these places; nothing for the others.
+    fn land(
+        &mut self,
+        burst: &Burst,
+        places: &[Option<usize>],
+        rows: &[StepRow<'_>],
+    ) -> Result<Vec<Vec<Sampled>>, PolicyError> {
+        let landing = &self.ahead.landings[burst.landing];
+        landing.arrived.synchronize().map_err(CudaError::from)?;
+        let drawn = Drawn {
+            token: landing.token.as_slice().map_err(CudaError::from)?,
+            logprob: landing.logprob.as_slice().map_err(CudaError::from)?,
+            stride: self.decode.rows(),
+        };
+        let of_place = |(place, row): (&Option<usize>, &StepRow<'_>)| {
+            let Some(i) = *place else {
+                return Ok(Vec::new());
+            };
+            let flying = &burst.rows[i];
+            // It may have been allowed more then than now.
+            (0..flying.drawn.min(allowed(row)))
+                .map(|step| drawn.get(step, i, flying.position as usize + step))
+                .collect()
+        };
+        places.iter().zip(rows).map(of_place).collect()
+    }
+}
