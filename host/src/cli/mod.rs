@@ -147,12 +147,7 @@ impl ModelArgs {
             self.gpu_memory_utilization,
         )?;
         let deterministic = self.deterministic.then_some(true);
-        set(
-            &mut base,
-            "deterministic",
-            "--deterministic",
-            deterministic,
-        )?;
+        set(&mut base, "deterministic", "--deterministic", deterministic)?;
         set(&mut base, "threads", "--threads", self.threads)?;
         set(&mut base, "seed", "--seed", self.seed)?;
         Ok(base)
