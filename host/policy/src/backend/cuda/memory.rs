@@ -121,10 +121,15 @@ impl Budget {
         check(spec)?;
         let (weights, workspace) = (
             weight_bytes(spec, sizes.max_model_len),
-            workspace_bytes(spec, sizes, self.multiprocessors),
+            self.workspace(spec, sizes),
         );
         admit(&self.memory()?, weights, workspace)?
             .hold(sizes.max_model_len, super::kv_bytes_per_token(spec))
+    }
+
+    /// Bytes that a model needs beside weights, keys and values, estimated from sizes; what is fixed is not among them.
+    pub fn workspace(&self, spec: &ModelSpec, sizes: &CudaSizes) -> usize {
+        workspace_bytes(spec, sizes, self.multiprocessors)
     }
 
     /// Divides what is left when models of `weights` bytes (see [`weight_bytes`]) are there: the policy's, and the draft's
@@ -366,6 +371,31 @@ mod tests {
         assert_eq!(step_bytes(&half_billion(false), 0), weights);
         let with_cache = step_bytes(&half_billion(true), 64 * 256);
         assert_eq!(with_cache, weights + 64 * 256 * 12_288);
+    }
+
+    #[test]
+    fn the_workspace_grows_by_what_a_token_a_sequence_and_a_row_take() {
+        let bytes = |max_step_tokens, max_batch, max_model_len| {
+            let sizes = CudaSizes {
+                max_step_tokens,
+                max_batch,
+                max_model_len,
+            };
+            workspace_bytes(&half_billion(true), &sizes, 132)
+        };
+        // x, h, qkv, q, attended, gate_up, act, delta, sums; temperature, ask and verdict.
+        let activations = 3584 + 1792 + 2304 + 1792 + 1792 + 19_456 + 9728 + 1792 + 56;
+        let token = bytes(8193, 256, 384) - bytes(8192, 256, 384);
+        assert_eq!(token, activations + 4 + 40 + 12);
+        // 16 steps of two kinds of draws, the plain ones' 297 chunks of 12 bytes, two tables of 12 blocks.
+        let sequence = 16 * (20 + 16) + 297 * 12 + 2 * 4 * 12;
+        assert_eq!(bytes(8192, 200, 384) - bytes(8192, 199, 384), sequence);
+        // Beyond 256 a sequence has logits of its own, with a hidden state and chunks of 12 + 48 bytes.
+        let row = 1792 + 4 * 151_936 + 297 * 60;
+        assert_eq!(
+            bytes(8192, 301, 384) - bytes(8192, 300, 384),
+            sequence + row
+        );
     }
 
     #[test]
