@@ -9,7 +9,9 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use grpo_policy::error::PolicyError;
 
 use crate::{
-    commands::{Interrupted, NoSuchDevice, PluginBenchError, PluginChanged, ResumeChanges},
+    commands::{
+        Interrupted, NoSuchDevice, NothingToProfile, PluginBenchError, PluginChanged, ResumeChanges,
+    },
     config::ConfigError,
     data::DataError,
     draft::DraftError,
@@ -43,6 +45,7 @@ const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
     |link| hint_of(link, TrainError::hint),
     |link| hint_of(link, Interrupted::hint),
     |link| hint_of(link, NoSuchDevice::hint),
+    |link| hint_of(link, NothingToProfile::hint),
     |link| hint_of(link, PluginBenchError::hint),
     |link| hint_of(link, PluginChanged::hint),
     |link| hint_of(link, ResumeChanges::hint),

@@ -14,7 +14,10 @@ use grpo_host::{
     types::Row,
 };
 use grpo_policy::{
-    backend::{Backend, Pass, cuda::survey},
+    backend::{
+        Backend, Pass,
+        cuda::{Budget, CudaSizes, survey},
+    },
     spec::{Family, ModelSpec},
     types::{Completion, PackedBatch, Request, SamplingParams},
     weights::{LoadedModel, random_weights},
@@ -222,6 +225,15 @@ fn memory_is_as_planned() {
     let mut policy = build(0.9, capacity).unwrap();
     let plan = policy.memory_plan().unwrap().clone();
     println!("{plan}");
+    // What `placement.rs` asks for. What the estimate leaves out must fit in the reserve of 256 MiB.
+    let sizes = CudaSizes {
+        max_step_tokens: 8192,
+        max_batch: 256,
+        max_model_len: 2048,
+    };
+    let estimate = Budget::open(0, 0.9).unwrap().workspace(&model.spec, &sizes);
+    println!("workspace estimated at {} MiB", estimate >> 20);
+    assert!(plan.workspace >= estimate && plan.workspace - estimate < 256 << 20);
     for batch in [1, 3, 8, 24, 64, 200] {
         greedy(&mut policy, batch, 40);
     }

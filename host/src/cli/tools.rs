@@ -62,6 +62,9 @@ pub struct BenchRolloutArgs {
     /// Go on behind an end-of-text token. It is always so here; the flag is for scripts that run vLLM's benchmark too
     #[arg(long)]
     pub ignore_eos: bool,
+    /// Time the kernels of a decoding step too, on a GPU
+    #[arg(long)]
+    pub profile: bool,
     #[command(flatten)]
     pub shape: ShapeArgs,
     #[command(flatten)]

@@ -2,12 +2,19 @@
 //!
 //! The definitions are those of `xtask/bench/peer_cpu.py`, so that the two can be compared.
 
-use grpo_policy::types::{Request, SamplingParams};
-use serde_json::json;
+use grpo_policy::{
+    backend::cuda::{DecodeShape, Profile},
+    types::{Request, SamplingParams},
+};
+use serde_json::{Value, json};
 
-use super::bench_model::{Measured, best, check_fits, timed};
+use super::{
+    bench_gpu::{self, Limit, NothingToProfile},
+    bench_model::{Measured, best, check_fits, timed},
+};
 use crate::{
     cli::{BenchRolloutArgs, Environment},
+    config::Device,
     placement::{Capacity, Place},
     policy::{Mode, Policy},
     rollout::mix,
@@ -36,56 +43,118 @@ pub(super) fn run(args: &BenchRolloutArgs, environment: &Environment) -> anyhow:
         environment,
     )?;
     let work = workload(args, &measured)?;
-    let total = work.prompt_tokens + work.new_tokens;
+    if args.profile && measured.config.hardware.device == Device::Cpu {
+        return Err(NothingToProfile.into());
+    }
     let Measured {
         name,
         model,
         threads,
         config,
     } = measured;
-    let sequences = args.prompts as usize * args.n as usize;
     let capacity = Capacity {
-        max_batch: Some(sequences),
-        max_model_len: total,
+        max_batch: Some(work.sequences()),
+        max_model_len: work.prompt_tokens + work.new_tokens,
         kv_tokens: None,
     };
     let place = Place::of(&config, environment);
     let mut policy = Policy::new(model, &name, Mode::Inference, false, capacity, &place)?;
     super::tell_of_device(&policy, args.output.quiet);
-    let whole = timed(args.repeats, || {
-        work.generate(&mut policy, work.new_tokens as u32)
-    })?;
-    let first = timed(args.repeats, || work.generate(&mut policy, 1))?;
-    let speed = Speed::of(sequences, &work, &whole, &first);
+    if args.profile && policy.memory_plan().is_none() {
+        return Err(NothingToProfile.into());
+    }
+    let outcome = Outcome::measure(args, &work, &mut policy)?;
     if args.output.json {
-        let object = json!({
+        outln!("{}", outcome.json(&work, (&name, threads), &policy));
+    } else {
+        outln!("    model  {name}, {threads} threads, {}", policy.device());
+        outcome.print(&work, args.repeats);
+    }
+    Ok(())
+}
+
+/// What was measured.
+struct Outcome {
+    /// Seconds of each call.
+    whole: Vec<f64>,
+    /// Of the calls that end with the first token.
+    first: Vec<f64>,
+    speed: Speed,
+    limit: Option<Limit>,
+    profile: Option<Profile>,
+}
+
+impl Outcome {
+    fn measure(
+        args: &BenchRolloutArgs,
+        work: &Workload,
+        policy: &mut Policy,
+    ) -> anyhow::Result<Self> {
+        let shape = work.decode_shape();
+        let limit = bench_gpu::limit(policy, &shape)?;
+        let tokens = work.new_tokens as u32;
+        let whole = timed(args.repeats, || work.generate(policy, tokens))?;
+        let first = timed(args.repeats, || work.generate(policy, 1))?;
+        let profile = match args.profile {
+            true => Some(bench_gpu::profile(policy, &shape)?),
+            false => None,
+        };
+        Ok(Self {
+            speed: Speed::of(work, &whole, &first),
+            whole,
+            first,
+            limit,
+            profile,
+        })
+    }
+
+    fn json(&self, work: &Workload, (name, threads): (&str, usize), policy: &Policy) -> Value {
+        let speed = &self.speed;
+        let mut object = json!({
             "name": "rollout", "unit": "tokens/s", "value": speed.whole,
             "decode_only": speed.decode, "prefill": speed.prefill,
-            "model": name, "batch": sequences, "n": args.n, "prompt_tokens": work.prompt_tokens,
-            "new_tokens": work.new_tokens, "threads": threads, "repeats": args.repeats,
+            "model": name, "batch": work.sequences(), "n": work.n, "prompt_tokens": work.prompt_tokens,
+            "new_tokens": work.new_tokens, "threads": threads, "repeats": self.whole.len(),
             "device": policy.device(), "memory": policy.memory_plan(),
-            "seconds": whole, "seconds_first_token": first,
+            "seconds": self.whole, "seconds_first_token": self.first,
+            "step_ms": 1e3 * speed.step,
         });
-        outln!("{object}");
-        return Ok(());
+        for (name, value) in Limit::fields(self.limit, speed.step) {
+            object[name] = value;
+        }
+        if let Some(profile) = &self.profile {
+            object["profile"] = json!(profile.kernels);
+            object["profile_step_us"] = json!(profile.step_us);
+        }
+        object
     }
-    outln!("    model  {name}, {threads} threads, {}", policy.device());
-    outln!(
-        "     work  {} prompts × {} completions × ({} prompt + {} new tokens), best of {}",
-        args.prompts,
-        args.n,
-        work.prompt_tokens,
-        work.new_tokens,
-        args.repeats
-    );
-    outln!("  prefill  {:.1} tokens/s", speed.prefill);
-    outln!("   decode  {:.1} tokens/s", speed.decode);
-    outln!(
-        "    whole  {:.1} new tokens/s, {:.2} s",
-        speed.whole,
-        best(&whole)
-    );
-    Ok(())
+
+    fn print(&self, work: &Workload, repeats: u32) {
+        let speed = &self.speed;
+        outln!(
+            "     work  {} prompts × {} completions × ({} prompt + {} new tokens), best of {repeats}",
+            work.prompts.len(),
+            work.n,
+            work.prompt_tokens,
+            work.new_tokens,
+        );
+        outln!(
+            "  prefill  {:.1} tokens/s, {:.1} ms to the first token",
+            speed.prefill,
+            1e3 * best(&self.first)
+        );
+        outln!("   decode  {:.1} tokens/s", speed.decode);
+        outln!(
+            "    whole  {:.1} new tokens/s, {:.2} s",
+            speed.whole,
+            best(&self.whole)
+        );
+        if let Some(limit) = self.limit {
+            outln!("    limit  {}", limit.line(speed.step));
+        }
+        let lines = self.profile.iter().flat_map(bench_gpu::profile_lines);
+        lines.for_each(|line| outln!("{line}"));
+    }
 }
 
 fn workload(args: &BenchRolloutArgs, measured: &Measured) -> anyhow::Result<Workload> {
@@ -110,6 +179,22 @@ fn workload(args: &BenchRolloutArgs, measured: &Measured) -> anyhow::Result<Work
 }
 
 impl Workload {
+    /// All decoded together.
+    fn sequences(&self) -> usize {
+        self.prompts.len() * self.n as usize
+    }
+
+    /// A decoding step with as many tokens in the cache as there are on average.
+    fn decode_shape(&self) -> DecodeShape {
+        DecodeShape {
+            prompts: self.prompts.len(),
+            n: self.n as usize,
+            prompt_tokens: self.prompt_tokens,
+            context: self.prompt_tokens + self.new_tokens / 2,
+            longest: self.prompt_tokens + self.new_tokens,
+        }
+    }
+
     /// All prompts continued by `tokens` tokens, with no key or value left over from the last call.
     fn generate(&self, policy: &mut Policy, tokens: u32) -> anyhow::Result<()> {
         let sampling = SamplingParams {
@@ -145,16 +230,19 @@ struct Speed {
     decode: f64,
     /// Prompt tokens over the time to the first new one.
     prefill: f64,
+    /// Seconds from one new token of a sequence to the next.
+    step: f64,
 }
 
 impl Speed {
-    fn of(batch: usize, work: &Workload, whole: &[f64], first: &[f64]) -> Self {
-        let (whole, first) = (best(whole), best(first));
+    fn of(work: &Workload, whole: &[f64], first: &[f64]) -> Self {
+        let (batch, whole, first) = (work.sequences(), best(whole), best(first));
         let per = |tokens: usize, seconds: f64| (batch * tokens) as f64 / seconds;
         Self {
             whole: per(work.new_tokens, whole),
             decode: per(work.new_tokens - 1, whole - first),
             prefill: (work.prompts.len() * work.prompt_tokens) as f64 / first,
+            step: (whole - first) / (work.new_tokens - 1) as f64,
         }
     }
 }
@@ -163,21 +251,44 @@ impl Speed {
 mod tests {
     use super::*;
 
+    const WORK: Workload = Workload {
+        prompts: Vec::new(),
+        n: 1,
+        prompt_tokens: 128,
+        new_tokens: 65,
+        seed: 0,
+    };
+
     #[test]
     fn phases_by_hand() {
         let work = Workload {
             prompts: vec![Vec::new(); 8],
-            n: 1,
-            prompt_tokens: 128,
-            new_tokens: 65,
-            seed: 0,
+            ..WORK
         };
-        let speed = Speed::of(8, &work, &[3.0, 2.5], &[0.75, 0.5]);
+        let speed = Speed::of(&work, &[3.0, 2.5], &[0.75, 0.5]);
         let expected = Speed {
             whole: 8.0 * 65.0 / 2.5,
             decode: 8.0 * 64.0 / 2.0,
             prefill: 8.0 * 128.0 / 0.5,
+            step: 2.0 / 64.0,
         };
         assert_eq!(speed, expected);
+    }
+
+    #[test]
+    fn the_step_looked_at_is_the_one_in_the_middle() {
+        let work = Workload {
+            prompts: vec![Vec::new(); 3],
+            n: 4,
+            ..WORK
+        };
+        let expected = DecodeShape {
+            prompts: 3,
+            n: 4,
+            prompt_tokens: 128,
+            context: 160,
+            longest: 193,
+        };
+        assert_eq!((work.decode_shape(), work.sequences()), (expected, 12));
     }
 }

@@ -10,6 +10,7 @@ macro_rules! outln {
     ($($text:tt)*) => { $crate::commands::output::write(&format!("{}\n", format_args!($($text)*))) };
 }
 
+mod bench_gpu;
 mod bench_model;
 mod bench_plugin;
 mod bench_rollout;
@@ -35,6 +36,7 @@ use crate::{
     policy::Policy,
 };
 
+pub use bench_gpu::NothingToProfile;
 pub use bench_plugin::PluginBenchError;
 pub use train::{Interrupted, PluginChanged, ResumeChanges};
 

@@ -1,16 +1,22 @@
 //! The GPU: its context, the one stream everything runs on, and the loaded kernels.
 
-use std::{path::Path, sync::Arc};
+use std::{path::Path, sync::Arc, time::Instant};
 
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaStream, DriverError,
     sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute, CUresult},
 };
 
-use super::{CudaError, compile, product::Products};
+use super::{CudaError, compile, parts::Filter, product::Products};
 
 /// Shared memory that a block may ask for; every supported GPU has it.
 const SHARED_BYTES: usize = 96 << 10;
+
+/// Of [`Gpu::memory_bandwidth`]: bytes of a copy, most and least; copies between two looks at the clock; tries.
+const COPIED: usize = 1 << 30;
+const LEAST_COPIED: usize = 256 << 20;
+const COPIES: usize = 8;
+const ROUNDS: usize = 5;
 
 /// See the file header.
 pub(super) struct Gpu {
@@ -21,6 +27,7 @@ pub(super) struct Gpu {
     pub(super) multiprocessors: usize,
     /// Knows programmatic dependent launch (Hopper and later).
     pub(super) overlaps: bool,
+    pub(super) filter: Filter,
 }
 
 /// Every kernel by its name in the source.
@@ -87,8 +94,36 @@ impl Gpu {
             products,
             multiprocessors,
             overlaps: major >= 9,
+            filter: Filter::default(),
             stream,
         })
+    }
+
+    /// Bytes per second that the memory moves: a copy within it, which reads and writes each byte, the fastest of some.
+    /// Takes a quarter of what is free for it, up to 1 GiB, twice; `None` where that is so little that a cache would be
+    /// measured.
+    pub(super) fn memory_bandwidth(&self) -> Result<Option<f64>, CudaError> {
+        let bytes = COPIED.min(self.memory()?.0 / 4);
+        if bytes < LEAST_COPIED {
+            return Ok(None);
+        }
+        let stream = &self.stream;
+        let from = stream.alloc_zeros::<u8>(bytes)?;
+        let mut to = stream.alloc_zeros::<u8>(bytes)?;
+        let mut fastest = f64::INFINITY;
+        for _ in 0..ROUNDS {
+            stream.synchronize()?;
+            let start = Instant::now();
+            for _ in 0..COPIES {
+                stream.memcpy_dtod(&from, &mut to)?;
+            }
+            stream.synchronize()?;
+            fastest = fastest.min(start.elapsed().as_secs_f64());
+        }
+        drop((from, to));
+        // What is freed in the stream's order goes back to the driver when somebody waits for it.
+        stream.synchronize()?;
+        Ok(Some((2 * bytes * COPIES) as f64 / fastest))
     }
 
     /// Bytes of GPU memory: free, and all.

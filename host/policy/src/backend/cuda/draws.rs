@@ -161,6 +161,11 @@ impl Asks {
     }
 }
 
+/// Bytes of [`Draws`] for each token of a pass, each draw of a burst, and each chunk of a row of logits.
+pub(super) const BYTES_A_TOKEN: usize = size_of::<f32>() + size_of::<Ask>() + size_of::<Verdict>();
+pub(super) const BYTES_A_CELL: usize = size_of::<f64>() + 3 * size_of::<f32>();
+pub(super) const BYTES_A_CHUNK: usize = 4 * CHUNK_WORDS + 8 * NEAR_WORDS;
+
 /// Buffers of the kernel.
 pub(super) struct Draws {
     temperature: CudaSlice<f32>,

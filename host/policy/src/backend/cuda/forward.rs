@@ -12,6 +12,7 @@ use super::{
     launch::{Attention, Places, Skinny, SkinnyArgs},
     layer::WorkPointers,
     maps::Maps,
+    parts::Part,
     product::{self, Form, Map, ProductArgs, Tile, TokenMaps},
     weights::Layer,
 };
@@ -23,10 +24,10 @@ const SKINNY_TOKENS: usize = 8;
 
 /// Rows of logits, at least: those of the longest proposal of one sequence must fit together, and where a verification does
 /// not fit, the head's weights are read again for each part.
-const MIN_LOGITS: usize = 256;
+pub(super) const MIN_LOGITS: usize = 256;
 
 /// Splits of a sequence's keys, at most.
-const MAX_SPLITS: usize = 8;
+pub(super) const MAX_SPLITS: usize = 8;
 
 /// Which products a pass is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -145,6 +146,7 @@ impl CudaBackend {
             self.norm_before(0),
             self.work.h.device_ptr(&stream).0,
         );
+        self.gpu.filter.enter(Part::Embed);
         match path {
             Path::Products => {
                 let sums = self.work.sums.device_ptr(&stream).0;
@@ -160,6 +162,7 @@ impl CudaBackend {
         let (base, blocks) = (kv.base, kv.blocks);
         let layer_bytes = (blocks * BLOCK_SIZE * self.spec.kv_dim() * size_of::<bf16>()) as u64;
         if path == Path::Library {
+            self.gpu.filter.enter(Part::Norm);
             let eps = self.spec.rms_norm_eps as f32;
             self.gpu.rms_norm((x, 0, norm, out), 0, tokens, h, eps)?;
         }
@@ -250,6 +253,7 @@ impl CudaBackend {
         );
         // Where every token is sampled from, they lie in order.
         let in_order = n == pass.counts.tokens;
+        self.gpu.filter.enter(Part::Head);
         let path = self.path(pass.counts.tokens);
         if in_order && path == Path::Skinny && v.is_multiple_of(16) {
             self.gpu.skinny(
@@ -290,6 +294,7 @@ impl CudaBackend {
                 true => 0,
                 false => at.sampled + (first * size_of::<i32>()) as u64,
             };
+            self.gpu.filter.enter(Part::Norm);
             self.gpu.rms_norm((x, 0, norm, picked), rows, n, h, eps)?;
         }
         let picked = if ready {
@@ -314,6 +319,7 @@ impl CudaBackend {
             out: Out::F32,
         };
         let logits = self.work.logits.device_ptr(&self.gpu.stream).0;
+        self.gpu.filter.enter(Part::Head);
         if self.deterministic {
             let maps = self.maps()?;
             let args = ProductArgs {
@@ -340,6 +346,9 @@ impl CudaBackend {
             let all = self.matrices(matrix.everywhere());
             let operands: Vec<Operands> = all.into_iter().map(|w| Operands { w, x, y }).collect();
             self.gemm.tune(shape, &operands)?;
+        }
+        if !self.gpu.filter.admits() {
+            return Ok(());
         }
         let w = self.matrices(matrix)[0];
         Ok(self.gemm.run(shape, Operands { w, x, y })?)

@@ -1,6 +1,8 @@
 //! Decoding as a captured graph: one for each size of batch, replayed several times without the host in between. Tokens,
 //! positions and lengths advance on the device; what was drawn is read once at the end.
 
+mod profile;
+
 use cudarc::driver::{
     CudaGraph, CudaSlice, DevicePtr, PinnedHostSlice,
     sys::{CUgraphInstantiate_flags, CUstreamCaptureMode},
@@ -13,6 +15,7 @@ use super::{
     forward::{Addresses, PassArgs},
     inputs::{Counts, Field, Inputs, Layout},
     launch::{CHUNK, CHUNK_WORDS, SampleArgs},
+    parts::Part,
     step::Sampling,
 };
 use crate::{
@@ -21,6 +24,8 @@ use crate::{
     error::PolicyError,
     types::TopTokens,
 };
+
+pub use profile::{DecodeShape, KernelTime, Profile};
 
 /// Steps replayed between two looks of the host. Long enough that its part is small, short enough that what a
 /// finished sequence draws in vain is too.
@@ -336,6 +341,7 @@ impl CudaBackend {
         let n = pass.counts.tokens;
         self.run_layers(&at, pass)?;
         self.head(&at, pass, 0, n)?;
+        self.gpu.filter.enter(Part::Sampling);
         let logits = self.work.logits.device_ptr(&self.gpu.stream).0;
         let token = match sampling {
             Sampling::Plain => {
@@ -353,6 +359,7 @@ impl CudaBackend {
                 self.draws.tokens(&self.gpu)
             }
         };
+        self.gpu.filter.enter(Part::Advance);
         Ok(self.decode.advance(&self.gpu, token, n)?)
     }
 }

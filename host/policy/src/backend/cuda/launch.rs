@@ -182,6 +182,9 @@ impl Gpu {
         arguments: &[*mut c_void],
     ) -> Result<(), CudaError> {
         use sys::CUlaunchAttributeID as Id;
+        if !self.filter.admits() {
+            return Ok(());
+        }
         let attribute = |id, value| sys::CUlaunchAttribute {
             id,
             pad: [0; 4],

@@ -11,6 +11,7 @@ use super::{
     forward::{Addresses, Matrix, PassArgs, Path, Work},
     gemm::{Out, Shape},
     launch::{Projection, Skinny, SkinnyArgs},
+    parts::Part,
     product::{self, Form, ProductArgs},
     weights::Layer,
 };
@@ -124,13 +125,17 @@ impl CudaBackend {
             ..run.args(self.work.max_tokens, h, k)
         };
         let args = scaled(work.qkv, run.qkv_width, tiles_in);
+        self.gpu.filter.enter(Part::Qkv);
         self.product(Form::Store, &of.qkv, &maps.h, &args)?;
         self.attend(run)?;
         let args = added(layer.mlp_norm, q);
+        self.gpu.filter.enter(Part::O);
         self.product(Form::Residual, &of.o, &maps.attended, &args)?;
         let args = scaled(work.act, 2 * f, tiles);
+        self.gpu.filter.enter(Part::GateUp);
         self.product(Form::Swiglu, &of.gate_up, &maps.h, &args)?;
         let args = added(self.norm_before(run.index + 1), f);
+        self.gpu.filter.enter(Part::Down);
         Ok(self.product(Form::Residual, &of.down, &maps.act, &args)?)
     }
 
@@ -139,14 +144,18 @@ impl CudaBackend {
         let (h, q, f) = (run.hidden, run.q_dim, run.ff);
         let from = (layer.qkv, work.x, layer.input_norm, work.qkv);
         let args = run.skinny(from, run.qkv_width, h);
+        self.gpu.filter.enter(Part::Qkv);
         self.gpu.skinny(Skinny::Project, &args)?;
         self.attend(run)?;
         let args = run.skinny((layer.o, work.attended, 0, work.x), h, q);
+        self.gpu.filter.enter(Part::O);
         self.gpu.skinny(Skinny::Add, &args)?;
         let from = (layer.gate_up, work.x, layer.mlp_norm, work.act);
+        self.gpu.filter.enter(Part::GateUp);
         self.gpu
             .skinny(Skinny::Swiglu, &run.skinny(from, 2 * f, h))?;
         let args = run.skinny((layer.down, work.act, 0, work.x), h, f);
+        self.gpu.filter.enter(Part::Down);
         Ok(self.gpu.skinny(Skinny::Add, &args)?)
     }
 
@@ -154,18 +163,25 @@ impl CudaBackend {
         let (layer, work, at) = (&run.layer, &run.work, Some(run.index));
         let (h, q, f, tokens) = (run.hidden, run.q_dim, run.ff, run.tokens());
         let wide = run.shape(run.qkv_width, h);
+        self.gpu.filter.enter(Part::Qkv);
         self.matmul(run.pass, Matrix::Qkv(at), wide, work.h, work.qkv)?;
         self.attend(run)?;
         let o = run.shape(h, q);
+        self.gpu.filter.enter(Part::O);
         self.matmul(run.pass, Matrix::O(at), o, work.attended, work.delta)?;
         let norm = (work.x, work.delta, layer.mlp_norm, work.h);
+        self.gpu.filter.enter(Part::Norm);
         self.gpu.rms_norm(norm, 0, tokens, h, run.eps)?;
         let gate_up = run.shape(2 * f, h);
+        self.gpu.filter.enter(Part::GateUp);
         self.matmul(run.pass, Matrix::GateUp(at), gate_up, work.h, work.gate_up)?;
+        self.gpu.filter.enter(Part::Swiglu);
         self.gpu.silu_mul(work.gate_up, work.act, tokens, f)?;
         let down = run.shape(h, f);
+        self.gpu.filter.enter(Part::Down);
         self.matmul(run.pass, Matrix::Down(at), down, work.act, work.delta)?;
         let norm = (work.x, work.delta, self.norm_before(run.index + 1), work.h);
+        self.gpu.filter.enter(Part::Norm);
         Ok(self.gpu.rms_norm(norm, 0, tokens, h, run.eps)?)
     }
 
@@ -187,12 +203,15 @@ impl CudaBackend {
         };
         let attention = run.at.attention(work, run.cache, spec, pass.splits);
         // One kernel for all passes makes the same sums in all of them.
+        self.gpu.filter.enter(Part::Attention);
         if pass.decode && !self.deterministic {
             return Ok(self.gpu.decode(&attention, &projection, run.tokens())?);
         }
+        self.gpu.filter.enter(Part::Rope);
         let places = run.at.places();
         self.gpu
             .qkv_rope_cache(&projection, &places, work.q, run.tokens())?;
+        self.gpu.filter.enter(Part::Attention);
         Ok(self.gpu.attention(&attention, pass.counts.tiles)?)
     }
 }

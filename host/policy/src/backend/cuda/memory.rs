@@ -4,9 +4,16 @@
 use std::{fmt, sync::Arc};
 
 use cudarc::driver::{CudaContext, sys::CUdevice_attribute as Attribute};
+use half::bf16;
 use serde::Serialize;
 
-use super::{BLOCK_SIZE, CudaError, CudaSizes, check, device};
+use super::{
+    BLOCK_SIZE, CudaError, CudaSizes, check, device, draws,
+    forward::{MAX_SPLITS, MIN_LOGITS},
+    graph::MAX_BURST,
+    launch::{CHUNK, CHUNK_WORDS},
+    product,
+};
 use crate::spec::ModelSpec;
 
 /// Kept for what the driver takes later on: captured graphs, cublasLt's own buffers, kernels that spill.
@@ -114,10 +121,15 @@ impl Budget {
         check(spec)?;
         let (weights, workspace) = (
             weight_bytes(spec, sizes.max_model_len),
-            workspace_bytes(spec, sizes, self.multiprocessors),
+            self.workspace(spec, sizes),
         );
         admit(&self.memory()?, weights, workspace)?
             .hold(sizes.max_model_len, super::kv_bytes_per_token(spec))
+    }
+
+    /// Bytes that a model needs beside weights, keys and values, estimated from sizes; what is fixed is not among them.
+    pub fn workspace(&self, spec: &ModelSpec, sizes: &CudaSizes) -> usize {
+        workspace_bytes(spec, sizes, self.multiprocessors)
     }
 
     /// Divides what is left when models of `weights` bytes (see [`weight_bytes`]) are there: the policy's, and the draft's
@@ -255,13 +267,33 @@ pub fn weight_bytes(spec: &ModelSpec, positions: usize) -> usize {
     weights + positions * spec.head_dim * 4
 }
 
-/// Bytes of the buffers of forward.rs, gemm.rs, graph.rs and inputs.rs, the small ones left to [`RESERVE`].
+/// Bytes that a decoding step reads: every weight that takes part once, and the keys and values of `kv_tokens` tokens. A
+/// prompt that several sequences share counts for each of them, as decoding engines read it.
+pub fn step_bytes(spec: &ModelSpec, kv_tokens: usize) -> usize {
+    // Of embeddings that are not the head too, a few rows.
+    let looked_up = match spec.tie_word_embeddings {
+        true => 0,
+        false => size_of::<bf16>() * spec.vocab_size * spec.hidden_size,
+    };
+    weight_bytes(spec, 0) - looked_up + kv_tokens * super::kv_bytes_per_token(spec)
+}
+
+/// Bytes of the buffers of forward.rs, graph.rs, draws.rs and inputs.rs, those of a fixed size left to [`RESERVE`].
 fn workspace_bytes(spec: &ModelSpec, sizes: &CudaSizes, multiprocessors: usize) -> usize {
     let (h, q, f) = (spec.hidden_size, spec.q_dim(), spec.intermediate_size);
-    let token = 4 * h + 2 * (2 * h + 3 * q + 2 * spec.kv_dim() + 3 * f);
-    let row = 2 * h + 4 * spec.vocab_size;
-    let split = 4 * multiprocessors * spec.num_key_value_heads * 8 * 16 * (spec.head_dim + 2);
-    sizes.max_step_tokens * token + sizes.max_batch * row + split
+    let (batch, rows) = (sizes.max_batch, sizes.max_batch.max(MIN_LOGITS));
+    let activations = 4 * h + 2 * (2 * h + 3 * q + 2 * spec.kv_dim() + 3 * f);
+    let sums = 4 * product::row_tiles(h);
+    let token = activations + sums + draws::BYTES_A_TOKEN;
+    let chunks = spec.vocab_size.div_ceil(CHUNK);
+    let row = 2 * h + 4 * spec.vocab_size + chunks * draws::BYTES_A_CHUNK;
+    // Drawn, and for the plain draws of graph.rs beside it.
+    let sequence = MAX_BURST * (draws::BYTES_A_CELL + 16) + 4 * chunks * CHUNK_WORDS;
+    // Block tables of passes of any shape and of bursts.
+    let table = 2 * 4 * sizes.max_model_len.div_ceil(BLOCK_SIZE);
+    let cells = multiprocessors * spec.num_key_value_heads;
+    let split = 4 * cells * MAX_SPLITS * 16 * (spec.head_dim + 2);
+    sizes.max_step_tokens * token + rows * row + batch * (sequence + table) + split
 }
 
 #[cfg(test)]
@@ -305,6 +337,64 @@ mod tests {
             plan.to_string(),
             ": weights 1500 MiB, workspace 500 MiB, KV 5744 MiB (5744 blocks, 183808 tokens), 1256 MiB \
              free of 10000 MiB"
+        );
+    }
+
+    /// Qwen2.5-0.5B.
+    fn half_billion(tied: bool) -> ModelSpec {
+        ModelSpec {
+            family: crate::spec::Family::Qwen2,
+            vocab_size: 151_936,
+            hidden_size: 896,
+            intermediate_size: 4864,
+            num_hidden_layers: 24,
+            num_attention_heads: 14,
+            num_key_value_heads: 2,
+            head_dim: 64,
+            max_position_embeddings: 1024,
+            rms_norm_eps: 1e-6,
+            rope_theta: 1e6,
+            rope_scaling: None,
+            tie_word_embeddings: tied,
+            qkv_bias: true,
+            o_bias: false,
+            qk_norm: false,
+        }
+    }
+
+    #[test]
+    fn a_step_reads_the_weights_once_and_the_keys_of_every_sequence() {
+        // 494,032,768 weights of two bytes, of which 71,552 in vectors take four.
+        let weights = 2 * (494_032_768 + 71_552);
+        assert_eq!(step_bytes(&half_billion(true), 0), weights);
+        // The head is read whole whether it is the embeddings or not, the embeddings are not.
+        assert_eq!(step_bytes(&half_billion(false), 0), weights);
+        let with_cache = step_bytes(&half_billion(true), 64 * 256);
+        assert_eq!(with_cache, weights + 64 * 256 * 12_288);
+    }
+
+    #[test]
+    fn the_workspace_grows_by_what_a_token_a_sequence_and_a_row_take() {
+        let bytes = |max_step_tokens, max_batch, max_model_len| {
+            let sizes = CudaSizes {
+                max_step_tokens,
+                max_batch,
+                max_model_len,
+            };
+            workspace_bytes(&half_billion(true), &sizes, 132)
+        };
+        // x, h, qkv, q, attended, gate_up, act, delta, sums; temperature, ask and verdict.
+        let activations = 3584 + 1792 + 2304 + 1792 + 1792 + 19_456 + 9728 + 1792 + 56;
+        let token = bytes(8193, 256, 384) - bytes(8192, 256, 384);
+        assert_eq!(token, activations + 4 + 40 + 12);
+        // 16 steps of two kinds of draws, the plain ones' 297 chunks of 12 bytes, two tables of 12 blocks.
+        let sequence = 16 * (20 + 16) + 297 * 12 + 2 * 4 * 12;
+        assert_eq!(bytes(8192, 200, 384) - bytes(8192, 199, 384), sequence);
+        // Beyond 256 a sequence has logits of its own, with a hidden state and chunks of 12 + 48 bytes.
+        let row = 1792 + 4 * 151_936 + 297 * 60;
+        assert_eq!(
+            bytes(8192, 301, 384) - bytes(8192, 300, 384),
+            sequence + row
         );
     }
 

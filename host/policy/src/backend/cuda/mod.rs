@@ -20,6 +20,7 @@ mod launch;
 mod layer;
 mod maps;
 mod memory;
+mod parts;
 mod product;
 mod propose;
 mod step;
@@ -39,7 +40,8 @@ use half::bf16;
 pub use compile::{SOURCES, architecture, compile};
 pub use device::count;
 pub use error::CudaError;
-pub use memory::{Budget, MemoryPlan, PoolNeeds, weight_bytes};
+pub use graph::{DecodeShape, KernelTime, Profile};
+pub use memory::{Budget, MemoryPlan, PoolNeeds, step_bytes, weight_bytes};
 pub use propose::DeviceRow;
 pub use survey::{GpuFacts, Survey, survey};
 
@@ -223,6 +225,15 @@ impl CudaBackend {
         self.ahead.forget();
         self.graphs.clear();
         Ok(())
+    }
+
+    /// Bytes per second that the GPU's memory moves, measured; to be asked before [`Backend::init_kv`] takes what is free.
+    /// `None` where too little is free to measure it.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn memory_bandwidth(&self) -> Result<Option<f64>, CudaError> {
+        self.gpu.memory_bandwidth()
     }
 
     /// Query heads that share a key head.
