@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cudarc::nvrtc::{CompileOptions, Ptx, compile_ptx_with_opts};
 
-use super::CudaError;
+use super::{CudaError, device::driver_version};
 
 /// Goes before each file.
 const COMMON: &str = include_str!("kernels/common.cu");
@@ -70,6 +70,18 @@ pub fn compile(name: &str, source: &str, architecture: &'static str) -> Result<S
     }
 }
 
+/// Major and minor version of NVRTC; zeros without it, where nothing is compiled either.
+fn nvrtc_version() -> (i32, i32) {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: opens and closes a shared library that has no side effects of its own, then writes two integers.
+    unsafe {
+        if cudarc::nvrtc::sys::is_culib_present() {
+            _ = cudarc::nvrtc::sys::nvrtcVersion(&raw mut major, &raw mut minor);
+        }
+    }
+    (major, minor)
+}
+
 /// [`compile`], or what it gave the last time, kept in the folder `cache`.
 pub(super) fn cached(
     name: &str,
@@ -77,7 +89,9 @@ pub(super) fn cached(
     architecture: &'static str,
     cache: Option<&Path>,
 ) -> Result<Ptx, CudaError> {
-    let text = format!("{architecture}\n{COMMON}\n{source}");
+    // Of another NVRTC or driver it may be PTX that the driver does not know, or worse code than there could be.
+    let versions = (nvrtc_version(), driver_version()?);
+    let text = format!("{versions:?} {architecture}\n{COMMON}\n{source}");
     let file = cache.map(|folder| {
         let digest = content_hash(text.as_bytes());
         let file = format!("{name}-{architecture}-{digest:016x}.ptx");
