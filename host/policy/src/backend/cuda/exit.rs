@@ -83,6 +83,7 @@ impl CudaBackend {
             ones,
         });
         // What was captured has another exit's addresses in it.
+        self.ahead.forget();
         self.graphs.clear();
         Ok(())
     }
