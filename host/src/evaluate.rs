@@ -93,7 +93,8 @@ pub fn evaluate(
         max_prompt_tokens: None,
         seed: settings.seed,
     };
-    let rolled = roll(policy, judges.formatter, &job, on_progress)?;
+    let rolled =
+        policy.generate_apart(|policy| roll(policy, judges.formatter, &job, on_progress))?;
     let mut report = EvalReport {
         n: rolled.rollouts.len(),
         too_long: rolled.too_long.len(),

@@ -217,6 +217,17 @@ impl Policy {
         self.draft.as_mut()?.learner_mut(&mut self.backend)
     }
 
+    /// Generates without what the draft remembers of earlier completions, and without leaving anything in it: an
+    /// evaluation must not profit from the one before, nor training from an evaluation.
+    pub fn generate_apart<T>(&mut self, generate: impl FnOnce(&mut Self) -> T) -> T {
+        let learnt = self.draft.as_mut().map(Draft::take_learnt);
+        let generated = generate(self);
+        if let Some((draft, learnt)) = self.draft.as_mut().zip(learnt) {
+            draft.put_back(learnt);
+        }
+        generated
+    }
+
     /// Goes on without the draft.
     pub fn give_up_draft(&mut self, fault: DraftFault) {
         if let Some(draft) = &mut self.draft {

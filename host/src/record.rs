@@ -28,7 +28,7 @@ impl Metrics {
     pub fn add_eval(&mut self, eval: &EvalReport) {
         let named = [
             ("eval_accuracy_strict", eval.accuracy_strict),
-            ("eval_accuracy_flexible", eval.accuracy_flexible),
+            (ACCURACY, eval.accuracy_flexible),
             ("eval_pass_at_k", eval.pass_at_k),
             ("eval_reward", eval.reward),
             ("eval_completions/mean_length", Some(eval.mean_length)),
@@ -58,9 +58,17 @@ pub fn curriculum(plan: &Plan) -> serde_json::Result<Option<Map<String, Value>>>
 
 /// What [`EvalReport::headline`] was, of a line that has an evaluation.
 pub fn headline(line: &Map<String, Value>) -> Option<f64> {
-    let accuracy = line.get("eval_accuracy_flexible");
+    let accuracy = line.get(ACCURACY);
     accuracy.or_else(|| line.get("eval_reward"))?.as_f64()
 }
+
+/// Whether that was an accuracy, and not a reward.
+pub fn has_accuracy(line: &Map<String, Value>) -> bool {
+    line.contains_key(ACCURACY)
+}
+
+/// Metric of an evaluation over rows with an answer.
+const ACCURACY: &str = "eval_accuracy_flexible";
 
 /// The metrics line of a step. What is undefined is not in it: without a group there is neither reward nor
 /// loss.

@@ -162,7 +162,7 @@ impl PolicyError {
                 "lower kv_cache_tokens, max_batch_size or max_completion_length".to_owned()
             }
             Self::DraftVocabulary { .. } => {
-                "take a draft of the policy's model family, or --draft ngram".to_owned()
+                "take a draft whose config.json has the policy's vocab_size (models of one family may be padded differently), or --draft ngram".to_owned()
             }
             Self::KvExhausted { .. } => {
                 "lower max_completion_length or raise kv_cache_tokens".to_owned()

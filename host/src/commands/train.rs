@@ -156,6 +156,8 @@ fn refuse_changes(before: &RunConfig, now: &RunConfig) -> anyhow::Result<()> {
     // Held-out rows may come off the training rows.
     may.eval.eval_rows = before.eval.eval_rows;
     may.output = now.output.clone();
+    // The run stays where it is.
+    may.output.output_dir = before.output.output_dir.clone();
     may.hardware = now.hardware.clone();
     if may == *now {
         return Ok(());

@@ -216,8 +216,8 @@ fn plugins(ranges: &Ranges<'_>, plugins: &[PluginConfig]) -> Result<(), ConfigEr
         ranges.check(
             &format!("plugins[{index}].weight"),
             plugin.weight,
-            "a finite number",
-            plugin.weight.is_finite(),
+            "a number within ±1e9",
+            plugin.weight.abs() <= 1e9,
         )?;
     }
     Ok(())

@@ -30,6 +30,8 @@ pub(super) struct Summary {
     eval_before: Option<f64>,
     eval_after: Option<f64>,
     eval_rows: usize,
+    /// The evaluations are accuracies, not rewards.
+    is_accuracy: bool,
     best: Option<(u64, f64)>,
     tokens_per_second: f64,
     wall_s: f64,
@@ -104,6 +106,7 @@ impl Summary {
             eval_before: state.eval_before,
             eval_after,
             eval_rows: trainer.rows.eval.len(),
+            is_accuracy: lines.iter().any(record::has_accuracy),
             best: state.best.map(|best| (best.step, best.accuracy)),
             tokens_per_second: state.tokens as f64 / wall_s.max(1e-9),
             wall_s,
@@ -121,6 +124,7 @@ impl Summary {
 
     pub(super) fn json(&self) -> Value {
         let bucket = |b: &Bucket| json!({"rows": b.rows, "rollouts": b.rollouts});
+        let best = self.best.map(|(_, value)| value);
         json!({
             "steps": self.steps,
             "idle_steps": self.idle_steps,
@@ -129,7 +133,8 @@ impl Summary {
             "eval_before": self.eval_before,
             "eval_after": self.eval_after,
             "best_step": self.best.map(|(step, _)| step),
-            "best_accuracy": self.best.map(|(_, accuracy)| accuracy),
+            "best_accuracy": best.filter(|_| self.is_accuracy),
+            "best_reward": best.filter(|_| !self.is_accuracy),
             "acceptance_first": self.acceptance.first,
             "acceptance_last": self.acceptance.last,
             "accepted_tokens": self.drafted.0,
@@ -144,9 +149,12 @@ impl Summary {
     }
 
     pub(super) fn table(&self) -> String {
-        let number = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.3}"));
-        let (before, after) = (percent(self.eval_before), percent(self.eval_after));
-        let held_out = format!("{before} → {after}   ({} rows, greedy)", self.eval_rows);
+        let (before, after) = (self.score(self.eval_before), self.score(self.eval_after));
+        let what = if self.is_accuracy { "" } else { "reward of " };
+        let held_out = format!(
+            "{before} → {after}   ({what}{} rows, greedy)",
+            self.eval_rows
+        );
         let early = if self.stopped_early {
             " (no further gain)"
         } else {
@@ -181,17 +189,25 @@ impl Summary {
         rows.iter().map(line).collect()
     }
 
+    /// An evaluation's number: an accuracy, or a reward where rows have no answer.
+    fn score(&self, value: Option<f64>) -> String {
+        match self.is_accuracy {
+            true => percent(value),
+            false => number(value),
+        }
+    }
+
     /// The best evaluation, and where its weights are: `model/` has those of the last step.
     fn best(&self) -> Option<String> {
-        let (step, accuracy) = self.best?;
-        let accuracy = percent(Some(accuracy));
+        let (step, value) = self.best?;
+        let value = self.score(Some(value));
         let folder = format!("checkpoints/step-{step}");
         Some(if step == 0 {
-            format!("{accuracy} at step 0: the model it started from")
+            format!("{value} at step 0: the model it started from")
         } else if self.run_dir.join(&folder).is_dir() {
-            format!("{accuracy} at step {step} ({folder})")
+            format!("{value} at step {step} ({folder})")
         } else {
-            format!("{accuracy} at step {step}")
+            format!("{value} at step {step}")
         })
     }
 
@@ -228,6 +244,10 @@ impl Summary {
         let buckets: Vec<String> = self.buckets.iter().enumerate().map(show).collect();
         Some(buckets.join(", "))
     }
+}
+
+fn number(value: Option<f64>) -> String {
+    value.map_or("–".to_owned(), |value| format!("{value:.3}"))
 }
 
 fn percent(share: Option<f64>) -> String {

@@ -135,6 +135,21 @@ impl<B: Backend> Draft<B> {
         }
     }
 
+    /// Takes what was learnt from completions out of the draft, for [`Draft::put_back`]. Weights of a model stay.
+    pub fn take_learnt(&mut self) -> Suffix {
+        match &mut self.source {
+            Source::Suffix(suffix) => std::mem::take(suffix),
+            Source::Ngram | Source::Model(_) | Source::EarlyExit => Suffix::default(),
+        }
+    }
+
+    /// The inverse of [`Draft::take_learnt`]; what was learnt since is dropped.
+    pub fn put_back(&mut self, learnt: Suffix) {
+        if let Source::Suffix(suffix) = &mut self.source {
+            *suffix = learnt;
+        }
+    }
+
     /// What the draft has learnt, for a checkpoint; empty for one that learns nothing.
     pub fn export(&self) -> Vec<u32> {
         match &self.source {
