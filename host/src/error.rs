@@ -60,6 +60,7 @@ const USAGE: &[fn(Link<'_>) -> bool] = &[
     |link| link.is::<ResumeChanges>(),
     |link| link.is::<MissingPlugin>(),
     |link| matches!(link.downcast_ref(), Some(LossError::Config { .. })),
+    |link| matches!(link.downcast_ref(), Some(ReplayError::NoReward { .. })),
     |link| {
         link.downcast_ref()
             .is_some_and(PluginError::is_of_the_config)

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 use serde_json::{Map, Value};
 
 use super::{ModelArgs, OutputArgs, PluginArg, set, set_plugins};
@@ -18,6 +18,7 @@ pub struct ResultsArgs {
 }
 
 #[derive(Args, Debug)]
+#[command(group(ArgGroup::new("other").args(["plugins", "config"]).multiple(true)))]
 pub struct ReplayArgs {
     /// Run directory
     #[arg(value_name = "RUN")]
@@ -29,7 +30,7 @@ pub struct ReplayArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "plugins")]
     pub config: Option<PathBuf>,
     /// Draw the comparison into an HTML file
-    #[arg(long, value_name = "FILE.html", value_parser = html_file)]
+    #[arg(long, value_name = "FILE.html", requires = "other", value_parser = html_file)]
     pub out: Option<PathBuf>,
     #[command(flatten)]
     pub output: OutputArgs,

@@ -3,16 +3,16 @@
 use serde_json::json;
 
 use super::{guest_log::guest_log, progress::Bar, train::check_lock, warn};
-use crate::grpo::filter::DynamicSampling;
 use crate::{
     cli::ReplayArgs,
     config::{RawConfig, RunConfig},
+    grpo::filter::DynamicSampling,
     plugin::{PluginError, RewardSet},
     replay::{
         Comparison, Difference, Histogram, Log, ReplayError, Report, Rescored, Side, difference,
         rescore,
     },
-    run::{Figure, Line, LockedPlugin, write_figures},
+    run::{Figure, Line, LockedPlugin, read_plugins_lock, write_figures},
     setup,
     types::Role,
 };
@@ -22,10 +22,6 @@ const FAILURES: usize = 5;
 
 /// Checks the run's own rewards, or compares them with others.
 pub(super) fn run(args: &ReplayArgs) -> anyhow::Result<()> {
-    anyhow::ensure!(
-        args.out.is_none() || args.config.is_some() || !args.plugins.is_empty(),
-        "--out draws a comparison, and there is nothing to compare with: give --plugin or --config"
-    );
     let log = Log::find(&args.run)?;
     let config = RawConfig::from_file(&args.run.join("config.yaml"))?.validate()?;
     if let Some(first) = log.missing.first() {
@@ -73,6 +69,9 @@ fn each_step(
 
 fn check(args: &ReplayArgs, log: &Log, config: &RunConfig) -> anyhow::Result<()> {
     let (rewards, locked) = rewards(config)?;
+    if read_plugins_lock(&args.run)?.is_empty() {
+        warn("the run has no plugins.lock: whether its components are still the same is not known");
+    }
     check_lock(&args.run, &locked)?;
     let (mut samples, mut differing) = (0, 0);
     let mut first: Option<Difference> = None;

@@ -380,8 +380,10 @@ pub(super) fn check_lock(root: &Path, loaded: &[LockedPlugin]) -> anyhow::Result
     let locked = crate::run::read_plugins_lock(root)?;
     for LockedPlugin { id, .. } in loaded {
         let same = |l: &&LockedPlugin| l.id.name == id.name && l.id.role == id.role;
-        let before = locked.iter().find(same).map(|l| &l.id.digest);
-        if let Some(expected) = before.filter(|digest| **digest != id.digest) {
+        // Two of one name may be two components.
+        let mut before = locked.iter().filter(same).map(|l| &l.id.digest);
+        let expected = before.clone().next();
+        if let Some(expected) = expected.filter(|_| !before.any(|digest| *digest == id.digest)) {
             return Err(PluginChanged {
                 name: id.name.clone(),
                 found: id.digest.clone(),
