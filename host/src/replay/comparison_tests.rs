@@ -1,3 +1,5 @@
+//! Two sets of rewards against numbers worked by hand.
+
 use super::*;
 use crate::types::{Completion, Finish, Parsed, Scored, Telemetry};
 
