@@ -9,8 +9,8 @@ use crate::{
     grpo::filter::DynamicSampling,
     plugin::{PluginError, RewardSet},
     replay::{
-        Comparison, Difference, Histogram, Log, ReplayError, Report, Rescored, Side, difference,
-        rescore,
+        Comparison, Difference, Histogram, Log, ReplayError, Report, Rescored, Side, Summary,
+        difference, rescore,
     },
     run::{Figure, Line, LockedPlugin, read_plugins_lock, write_figures},
     setup,
@@ -261,6 +261,8 @@ fn print_histogram(histogram: &Histogram) {
     }
 }
 
+type Quartile = fn(&Summary) -> f64;
+
 /// The distribution as steps, and the quartiles over the run.
 fn figures(report: &Report) -> Vec<Figure> {
     let mut figures = Vec::new();
@@ -275,7 +277,7 @@ fn figures(report: &Report) -> Vec<Figure> {
             lines: vec![line("logged", steps(&h.old)), line("new", steps(&h.new))],
         });
     }
-    let quartiles: [(&str, fn(&crate::replay::Summary) -> f64); 3] = [
+    let quartiles: [(&str, Quartile); 3] = [
         ("Lower quartile", |s| s.q25),
         ("Median", |s| s.median),
         ("Upper quartile", |s| s.q75),

@@ -138,8 +138,7 @@ impl Comparison {
         let old: Vec<Option<f64>> = rollouts.iter().map(|r| r.reward).collect();
         let new: Vec<Option<f64>> = rescored.scores.iter().map(total).collect();
         for (rollout, value) in rollouts.iter().chain(rollouts).zip(old.iter().chain(&new)) {
-            // A NaN is not within the limit either.
-            if let Some(value) = value.filter(|value| !(value.abs() <= LARGEST)) {
+            if let Some(value) = value.filter(|value| value.is_nan() || value.abs() > LARGEST) {
                 let row = rollout.row_id;
                 return Err(ReplayError::TooLarge { step, row, value });
             }
