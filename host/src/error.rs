@@ -18,6 +18,7 @@ use crate::{
     grpo::loss::LossError,
     hub::HubError,
     plugin::{PluginError, WeightError},
+    replay::ReplayError,
     run::RunError,
     setup::MissingPlugin,
     trainer::TrainError,
@@ -49,6 +50,7 @@ const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
     |link| hint_of(link, PluginBenchError::hint),
     |link| hint_of(link, PluginChanged::hint),
     |link| hint_of(link, ResumeChanges::hint),
+    |link| hint_of(link, ReplayError::hint),
 ];
 
 /// One line per error type that is the user's command line or config to mend.
@@ -58,6 +60,7 @@ const USAGE: &[fn(Link<'_>) -> bool] = &[
     |link| link.is::<ResumeChanges>(),
     |link| link.is::<MissingPlugin>(),
     |link| matches!(link.downcast_ref(), Some(LossError::Config { .. })),
+    |link| matches!(link.downcast_ref(), Some(ReplayError::NoReward { .. })),
     |link| {
         link.downcast_ref()
             .is_some_and(PluginError::is_of_the_config)

@@ -88,6 +88,7 @@ pub fn evaluate(
     on_progress: &mut dyn FnMut(Progress),
 ) -> anyhow::Result<EvalReport> {
     let job = Job {
+        wave: 0,
         rows: rows.iter().map(|row| (row, settings.samples)).collect(),
         sampling: &settings.sampling,
         max_prompt_tokens: None,

@@ -222,7 +222,8 @@ pub fn rollouts(report: StepReport, plugins: &[LockedPlugin]) -> Vec<Rollout> {
             advantages,
         } = group;
         let samples = rollouts.completions.into_iter().zip(rollouts.parsed);
-        for (((completion, parsed), score), advantage) in samples.zip(scores).zip(advantages) {
+        let samples = samples.zip(rollouts.waves).zip(scores).zip(advantages);
+        for ((((completion, parsed), wave), score), advantage) in samples {
             let (reward, parts, skip) = match score {
                 Score::Value(scored) => (Some(scored.total), scored.parts, None),
                 Score::Skip(reason) => (None, Vec::new(), Some(reason)),
@@ -232,6 +233,7 @@ pub fn rollouts(report: StepReport, plugins: &[LockedPlugin]) -> Vec<Rollout> {
                 row_id: rollouts.row,
                 row: rollouts.row_json.clone(),
                 group: number as u32,
+                wave: Some(wave),
                 prompt: rollouts.prompt.clone(),
                 prompt_ids: rollouts.prompt_ids.clone(),
                 completion,

@@ -22,10 +22,14 @@ pub struct Rollouts {
     pub completions: Vec<Completion>,
     /// One per completion.
     pub parsed: Vec<Parsed>,
+    /// The wave that drew each completion; rewards score a wave in one batch. One per completion.
+    pub waves: Vec<u32>,
 }
 
 /// Rows to continue, and how many times each.
 pub struct Job<'a> {
+    /// Counts the jobs of a step.
+    pub wave: u32,
     pub rows: Vec<(&'a Row, u32)>,
     pub sampling: &'a SamplingParams,
     /// Prompts longer than this are left out. `None`: what the model's context leaves room for.
@@ -60,6 +64,7 @@ pub fn roll(
         let of_prompt = &mut rollouts[completion.request as usize];
         of_prompt.completions.push(completion);
         of_prompt.parsed.push(parsed);
+        of_prompt.waves.push(job.wave);
     }
     Ok(RolledOut { rollouts, too_long })
 }
@@ -122,6 +127,7 @@ fn prepare(
             prompt_ids: ids,
             completions: Vec::new(),
             parsed: Vec::new(),
+            waves: Vec::new(),
         });
     }
     Ok(out)

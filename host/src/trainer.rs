@@ -227,6 +227,7 @@ mod tests {
             prompt_ids: vec![row as u32],
             completions: (0..rewards.len() as u32).map(completion).collect(),
             parsed: vec![Parsed::default(); rewards.len()],
+            waves: vec![0; rewards.len()],
         };
         (rollouts, rewards.iter().map(score).collect())
     }

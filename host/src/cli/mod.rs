@@ -20,7 +20,7 @@ pub use environment::Environment;
 pub use plugin_arg::PluginArg;
 pub use tools::{
     BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchSpecArgs, BenchTrainArgs, DoctorArgs,
-    PluginCheckArgs, PluginCommand, PluginFileArgs, ResultsArgs, ShapeArgs,
+    PluginCheckArgs, PluginCommand, PluginFileArgs, ReplayArgs, ResultsArgs, ShapeArgs,
 };
 pub use training::{EvalArgs, RolloutArgs, SftArgs, TrainArgs};
 
@@ -55,6 +55,8 @@ pub enum Command {
     Rollout(RolloutArgs),
     /// Summarise a run directory
     Results(ResultsArgs),
+    /// Score a run's completions again: with its own rewards, or with others to compare
+    Replay(ReplayArgs),
     /// Measure this machine's speed
     #[command(subcommand, arg_required_else_help = false)]
     Bench(BenchCommand),
@@ -74,6 +76,7 @@ impl Command {
             Self::Sft(args) => args.output,
             Self::Rollout(args) => args.output,
             Self::Results(args) => args.output,
+            Self::Replay(args) => args.output,
             Self::Bench(BenchCommand::Rollout(args)) => args.output,
             Self::Bench(BenchCommand::Train(args)) => args.output,
             Self::Bench(BenchCommand::Plugin(args)) => args.output,

@@ -1,11 +1,11 @@
-//! Arguments of the commands that look and measure: `results`, `bench`, `doctor`, `plugin`.
+//! Arguments of the commands that look and measure: `results`, `replay`, `bench`, `doctor`, `plugin`.
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
 use serde_json::{Map, Value};
 
-use super::{ModelArgs, OutputArgs, PluginArg, set};
+use super::{ModelArgs, OutputArgs, PluginArg, set, set_plugins};
 use crate::config::{ConfigError, DraftKind, DraftTokens, RawConfig};
 
 #[derive(Args, Debug)]
@@ -15,6 +15,49 @@ pub struct ResultsArgs {
     pub run: PathBuf,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+#[derive(Args, Debug)]
+#[command(group(ArgGroup::new("other").args(["plugins", "config"]).multiple(true)))]
+pub struct ReplayArgs {
+    /// Run directory
+    #[arg(value_name = "RUN")]
+    pub run: PathBuf,
+    /// Reward to compare with the run's own, with its weight; may be given several times
+    #[arg(long = "plugin", value_name = "FILE|REF[=WEIGHT]")]
+    pub plugins: Vec<PluginArg>,
+    /// YAML file whose `plugins` has the rewards to compare with, settings and limits included
+    #[arg(long, value_name = "FILE", conflicts_with = "plugins")]
+    pub config: Option<PathBuf>,
+    /// Draw the comparison into an HTML file
+    #[arg(long, value_name = "FILE.html", requires = "other", value_parser = html_file)]
+    pub out: Option<PathBuf>,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+impl ReplayArgs {
+    /// The config whose rewards are compared with the run's; `None` to check the run's own.
+    pub fn other(&self) -> Result<Option<RawConfig>, ConfigError> {
+        if let Some(path) = &self.config {
+            return RawConfig::from_file(path).map(Some);
+        }
+        if self.plugins.is_empty() {
+            return Ok(None);
+        }
+        let mut raw = RawConfig::default();
+        set_plugins(&mut raw, &self.plugins)?;
+        Ok(Some(raw))
+    }
+}
+
+fn html_file(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    if path.extension().is_some_and(|end| end == "html") {
+        Ok(path)
+    } else {
+        Err("the name must end in .html".to_owned())
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -190,6 +190,7 @@ impl<'a> Bench<'a> {
             let before = self.policy.drafting_seconds();
             let started = Instant::now();
             let job = Job {
+                wave: 0,
                 rows: rows.iter().map(|row| (row, 1)).collect(),
                 sampling: &sampling,
                 max_prompt_tokens: None,

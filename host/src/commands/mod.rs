@@ -22,6 +22,7 @@ mod guest_log;
 mod output;
 mod plugin;
 mod progress;
+mod replay;
 mod results;
 mod rollout;
 mod sft;
@@ -51,6 +52,7 @@ pub fn run(command: Command, environment: &Environment) -> anyhow::Result<()> {
         Command::Bench(BenchCommand::Train(args)) => bench_train::run(&args, environment),
         Command::Bench(BenchCommand::Spec(args)) => bench_spec::run(&args, environment),
         Command::Results(args) => results::run(&args),
+        Command::Replay(args) => replay::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Plugin(command) => plugin::run(&command),
         Command::Bench(BenchCommand::Plugin(args)) => bench_plugin::run(&args),

@@ -86,6 +86,15 @@ impl Bar {
         }
     }
 
+    /// Steps of a run that are scored again, out of all.
+    pub(super) fn replayed(&mut self, done: u64) {
+        self.bar.set_position(done);
+        if self.lines && self.last_line.elapsed() >= LINE_EVERY {
+            eprintln!("step {done}/{} scored again", self.total);
+            self.last_line = Instant::now();
+        }
+    }
+
     pub(super) fn eval(&mut self, eval: &EvalReport) {
         let percent =
             |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{:.1} %", 100.0 * x));

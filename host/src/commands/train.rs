@@ -2,7 +2,11 @@
 
 mod summary;
 
-use std::{io::ErrorKind, path::PathBuf, time::Instant};
+use std::{
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use anyhow::Context;
 
@@ -217,7 +221,7 @@ impl<'a> Run<'a> {
                 RunDir::create(&root, &config.to_yaml()?)?
             }
             Place::Resumed(resumed) => {
-                check_lock(&resumed.dir, &plugins.locked)?;
+                check_lock(resumed.dir.root(), &plugins.locked)?;
                 check_draft_lock(&resumed.dir, locked_draft.as_ref())?;
                 if let Some(checkpoint) = resumed.checkpoint {
                     policy.load_checkpoint(&checkpoint.path)?;
@@ -373,13 +377,15 @@ impl PluginChanged {
     }
 }
 
-/// A resumed run must go on with the components it started with.
-fn check_lock(dir: &RunDir, loaded: &[LockedPlugin]) -> anyhow::Result<()> {
-    let locked = crate::run::read_plugins_lock(dir.root())?;
+/// A resumed run must go on with the components it started with, and so must a replay.
+pub(super) fn check_lock(root: &Path, loaded: &[LockedPlugin]) -> anyhow::Result<()> {
+    let locked = crate::run::read_plugins_lock(root)?;
     for LockedPlugin { id, .. } in loaded {
         let same = |l: &&LockedPlugin| l.id.name == id.name && l.id.role == id.role;
-        let before = locked.iter().find(same).map(|l| &l.id.digest);
-        if let Some(expected) = before.filter(|digest| **digest != id.digest) {
+        // Two of one name may be two components.
+        let mut before = locked.iter().filter(same).map(|l| &l.id.digest);
+        let expected = before.clone().next();
+        if let Some(expected) = expected.filter(|_| !before.any(|digest| *digest == id.digest)) {
             return Err(PluginChanged {
                 name: id.name.clone(),
                 found: id.digest.clone(),

@@ -171,6 +171,11 @@ pub(super) fn read(path: &Path) -> std::result::Result<Vec<Record<'_>>, RunError
 }
 
 impl Record<'_> {
+    /// Whether the file has this column.
+    pub(super) fn has(&self, column: &str) -> bool {
+        self.fields.iter().any(|(name, _)| name == column)
+    }
+
     fn field<T>(
         &self,
         column: &'static str,

@@ -69,6 +69,9 @@ impl RunError {
             Self::Parquet { source: parquet::errors::ParquetError::External(_), .. } => {
                 "is the disk full? Free some space and `--resume` the run".to_owned()
             }
+            Self::Parquet { .. } => {
+                "the file is damaged: bring a copy of it back, or move it out of the run".to_owned()
+            }
             Self::Write { source, .. } if source.kind() == ErrorKind::PermissionDenied => {
                 "give a folder you may write to with `--out`".to_owned()
             }

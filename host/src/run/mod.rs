@@ -9,6 +9,7 @@ mod atomic;
 mod checkpoint;
 mod columns;
 mod error;
+mod figures;
 mod lock;
 mod manifest;
 mod report;
@@ -24,6 +25,7 @@ use std::{
 
 pub use checkpoint::{Best, Checkpoint, CheckpointWriter, Keep, TrainState, checkpoints, latest};
 pub use error::RunError;
+pub use figures::{Figure, Line, write_figures};
 pub use lock::{LockedDraft, LockedPlugin, read_draft_lock, read_plugins_lock};
 pub use manifest::Damage;
 pub use report::write_report;

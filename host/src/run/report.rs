@@ -51,7 +51,7 @@ const BUCKET_CHARTS: [(&str, &str); 2] = [
 const SAMPLES: usize = 12;
 const SAMPLE_CHARS: usize = 1500;
 
-const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;\
+pub(super) const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2em auto;\
 padding:0 1em;color:#1f2937;background:#fff}h1{font-size:1.5em}h2{font-size:1.1em;margin-top:2em}\
 h3{font-size:1em}p{margin:.3em 0;font-size:13px}\
 table{border-collapse:collapse;width:100%;font-size:13px}td,th{border-bottom:1px solid #e5e7eb;\
@@ -124,6 +124,11 @@ fn figure(title: &str, names: &[&str], lines: &[Map<String, Value>]) -> String {
         })
         .filter(|s| !s.points.is_empty())
         .collect();
+    drawn(title, &shown)
+}
+
+/// A chart with its title and legend; nothing without a line.
+pub(super) fn drawn(title: &str, shown: &[Series<'_>]) -> String {
     if shown.is_empty() {
         return String::new();
     }
@@ -137,7 +142,7 @@ fn figure(title: &str, names: &[&str], lines: &[Map<String, Value>]) -> String {
     let keys: String = shown.iter().enumerate().map(key).collect();
     format!(
         "<figure><figcaption>{title}{keys}</figcaption>{}</figure>\n",
-        svg::chart(&shown)
+        svg::chart(shown)
     )
 }
 

@@ -22,6 +22,9 @@ pub struct Rollout {
     pub row: String,
     /// Number of the group within the step. The place within the group is `completion.index`.
     pub group: u32,
+    /// Which of the step's waves drew it: rewards scored a wave in one batch. `None` in logs of earlier
+    /// versions.
+    pub wave: Option<u32>,
     pub prompt: String,
     pub prompt_ids: Vec<u32>,
     pub completion: Completion,
@@ -170,6 +173,9 @@ fn columns_of<'a>(
         ("skip", optional(|r| r.skip.as_deref())),
         ("plugins", json(&json_columns.plugins)),
     ];
+    // A log that did not know its waves is written as it was read.
+    let waves: Option<Vec<i64>> = rollouts.iter().map(|r| r.wave.map(i64::from)).collect();
+    columns.extend(waves.map(|waves| ("wave", Column::Int(waves))));
     columns.extend(telemetry_columns(rollouts));
     columns
 }
@@ -226,6 +232,10 @@ fn rollout(record: &Record<'_>, path: &Path) -> Result<Rollout, RunError> {
         row_id: unsigned(record, "row_id")?,
         row: record.text("row")?,
         group: record.int("group")?,
+        wave: match record.has("wave") {
+            true => Some(record.int("wave")?),
+            false => None,
+        },
         prompt: record.text("prompt")?,
         prompt_ids: record.ids("prompt_ids")?,
         completion: Completion {

@@ -61,6 +61,7 @@ fn rollout(step: u64, index: u32) -> Rollout {
         row_id: u64::MAX,
         row: "{\"a\":\"ü\"}".into(),
         group: 1,
+        wave: Some(2),
         prompt: "<b>2+2?</b>".into(),
         prompt_ids: vec![1, u32::MAX],
         completion: Completion {

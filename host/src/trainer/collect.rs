@@ -137,6 +137,7 @@ impl Trainer<'_> {
         let generation = &self.config.generation;
         let row = |pick: &Pick| (&self.rows.train.rows[pick.row as usize], pick.rollouts);
         let job = Job {
+            wave,
             rows: picks.iter().map(row).collect(),
             sampling: &generation.sampling(),
             max_prompt_tokens: generation.max_prompt_length.map(|n| n as usize),

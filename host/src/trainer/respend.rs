@@ -36,6 +36,7 @@ impl Probed {
         });
         self.group.0.completions.extend(later);
         self.group.0.parsed.extend(rollouts.parsed);
+        self.group.0.waves.extend(rollouts.waves);
         self.group.1.extend(scores);
     }
 }

@@ -11,6 +11,7 @@ mod contract;
 mod device;
 mod drafts;
 mod lab;
+mod replay;
 mod resume;
 mod speculation;
 mod stop;

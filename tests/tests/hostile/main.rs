@@ -9,6 +9,7 @@
 mod guest;
 mod load;
 mod policy;
+mod replay;
 
 use grpo_host::plugin::{
     Call, Fault, Limits, LogLine, Plugin, PluginError, PluginHost, RewardPlugin,

@@ -6,7 +6,7 @@ use grpo_host::types::Score;
 
 /// Traps at a completion of 3 bytes, spins at one of 4; the length of completion `i` stands at byte
 /// 20 of sample `i`, and a sample takes 104 bytes.
-fn picky() -> Vec<u8> {
+pub(crate) fn picky() -> Vec<u8> {
     guest::scoring_after_ones(
         "(block $done (loop $next
            (br_if $done (i32.ge_u (local.get $i) (local.get $n)))
