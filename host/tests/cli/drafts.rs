@@ -305,3 +305,47 @@ fn bench_spec_checks_all_drafts_first_and_measures_each_thing_once() {
     ));
     assert_eq!(times(&ended.fine(), "warning"), 0);
 }
+
+/// With a frozen policy every evaluation has the same completions, so what the suffix draft remembers of the last one
+/// would be all that can change its reward; and training must not know whether there was one.
+#[test]
+fn an_evaluation_neither_uses_nor_leaves_what_a_draft_remembers() {
+    let lab = Lab::new();
+    let rows: Vec<String> = (0..12)
+        .map(|i| format!(r#"{{"question": "abc{i}"}}"#))
+        .collect();
+    lab.write("plain.jsonl", rows.join("\n"));
+    let frozen = "train --config run.yaml --data plain.jsonl --set eval_data=plain.jsonl --draft suffix --draft-tokens 3 \
+                  --set learning_rate=1e-12 --set temperature=0.1 --set max_steps=3 --json";
+    let reward = r#"--set plugins=[{"source":"reward-inference","config":{"latency_weight":0}}]"#;
+    let run = |name: &str, eval: &str| {
+        let args = format!("{frozen} {reward} --set eval_steps={eval} --out {name}");
+        lab.run(&args).fine().json()
+    };
+    let json = run("often", "1");
+    let lines = lab.metrics("often");
+    let of = |metric: &str| -> Vec<f64> {
+        lines
+            .iter()
+            .filter_map(|line| line.get(metric)?.as_f64())
+            .collect()
+    };
+    let rewards = of("eval_reward");
+    assert!(rewards.len() >= 3, "{rewards:?}");
+    assert!(
+        rewards.iter().all(|r| (r - rewards[0]).abs() < 1e-9),
+        "{rewards:?}"
+    );
+    // Rows without an answer have no accuracy.
+    assert_eq!(json["best_accuracy"], serde_json::Value::Null);
+    assert_eq!(json["best_reward"].as_f64(), Some(rewards[0]));
+    run("never", "0");
+    let drafted = |name: &str| -> Vec<Option<f64>> {
+        let metric = "spec_decode/num_accepted_tokens";
+        let lines = lab.metrics(name);
+        let trained = lines.iter().filter(|line| line["step"] != 0);
+        trained.map(|line| line.get(metric)?.as_f64()).collect()
+    };
+    assert_eq!(drafted("often"), drafted("never"));
+    assert!(drafted("never").iter().any(|n| n.is_some_and(|n| n > 0.0)));
+}
