@@ -174,6 +174,10 @@ impl RawConfig {
 
     /// Fills in defaults and checks every range.
     pub fn validate(&self) -> Result<RunConfig, ConfigError> {
+        for (key, entry) in &self.entries {
+            // A plugin gets its config as JSON, which has no such numbers and would say `null`.
+            validate::refuse_non_finite(&entry.value, key, &|key| self.origin(key))?;
+        }
         let config = RunConfig {
             input: self.section()?,
             plugins: self.section()?,

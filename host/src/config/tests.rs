@@ -411,3 +411,29 @@ fn values_of_another_type_are_refused_with_what_is_allowed() {
         assert!(error.ends_with(text), "{yaml}: {error}");
     }
 }
+
+#[test]
+fn numbers_that_json_does_not_have_are_named_inside_a_plugins_config() {
+    let (message, _) = refusal(
+        "seed: 1\nplugins:\n- source: reward-math\n- source: a\n  config: {list: [1, {deep: .nan}]}",
+    );
+    assert_eq!(
+        message,
+        "run.yaml:2: `plugins[1].config.list[1].deep` is NaN; allowed: a finite number"
+    );
+    let (message, _) = refusal("plugins: [{source: a, config: {x: -.inf}}]");
+    assert!(
+        message.contains("`plugins[0].config.x` is -inf"),
+        "{message}"
+    );
+    let (message, _) = refusal("learning_rate: .nan");
+    assert!(
+        message.contains("`learning_rate` is NaN; allowed: "),
+        "{message}"
+    );
+    let (message, _) = refusal("plugins: [{source: a, weight: 1e300}]");
+    assert!(
+        message.contains("allowed: a number within ±1e9"),
+        "{message}"
+    );
+}

@@ -124,6 +124,40 @@ impl Document<'_> {
     }
 }
 
+/// Refuses a number inside a list or map that is not finite. One that is a key's whole value is left to the key's
+/// own range.
+pub(super) fn refuse_non_finite(
+    value: &Value,
+    path: &str,
+    origin: &dyn Fn(&str) -> Origin,
+) -> Result<(), ConfigError> {
+    let inner: Vec<(String, &Value)> = match value {
+        Value::Sequence(items) => {
+            let numbered = items.iter().enumerate();
+            numbered.map(|(i, v)| (format!("{path}[{i}]"), v)).collect()
+        }
+        Value::Mapping(keys) => keys
+            .iter()
+            .filter_map(|(key, v)| Some((format!("{path}.{}", key.as_str()?), v)))
+            .collect(),
+        _ => Vec::new(),
+    };
+    for (path, value) in inner {
+        match value.as_f64() {
+            Some(number) if !number.is_finite() => {
+                return Err(ConfigError::OutOfRange {
+                    origin: origin(&path),
+                    value: number.to_string(),
+                    allowed: "a finite number",
+                    key: path,
+                });
+            }
+            _ => refuse_non_finite(value, &path, origin)?,
+        }
+    }
+    Ok(())
+}
+
 fn nearest(key: &str, known: &[String]) -> Option<String> {
     if let Some((_, ours)) = FOREIGN_KEYS.iter().find(|(foreign, _)| *foreign == key) {
         return Some((*ours).to_owned());
