@@ -147,7 +147,7 @@ impl CudaBackend {
         let steps = rows.iter().map(allowed).max().unwrap_or(1).min(MAX_BURST);
         let args: Vec<_> = rows.iter().filter_map(|row| row.sample.as_ref()).collect();
         let size = bucket(rows.len(), self.decode.rows());
-        self.captured(size, rows)?;
+        self.captured(size, rows, Sampling::Plain)?;
         self.decode
             .send_randomness(&self.gpu, &args, &vec![0; rows.len()], steps)?;
         let group = self.group();

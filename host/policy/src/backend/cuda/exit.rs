@@ -94,9 +94,8 @@ impl CudaBackend {
         at: &Addresses,
         pass: &PassArgs,
     ) -> Result<(), PolicyError> {
-        let none = PolicyError::Misuse("the model has no early exit");
         let stream = self.gpu.stream.clone();
-        let exit = self.early_exit.as_ref().ok_or(none)?;
+        let exit = self.early_exit()?;
         let (layers, norm, ones) = (
             exit.layers,
             exit.norm.device_ptr(&stream).0,
@@ -105,11 +104,7 @@ impl CudaBackend {
         let adapter = exit.adapter.as_ref().map(|a| a.device_ptr(&stream).0);
         self.run_first_layers(layers, at, pass)?;
         let (n, tokens) = (pass.counts.sampled, pass.counts.tokens);
-        if n > self.work.max_rows {
-            let (what, most) = ("sampled tokens", self.work.max_rows);
-            let asked = n;
-            return Err(CudaError::Capacity { what, asked, most }.into());
-        }
+        self.work.check_rows(n)?;
         let (h, eps) = (self.spec.hidden_size, self.spec.rms_norm_eps as f32);
         let x = self.work.x.device_ptr(&stream).0;
         let picked = self.work.picked.device_ptr(&stream).0;

@@ -97,6 +97,15 @@ impl Work {
             split_tiles,
         })
     }
+
+    /// Refuses more rows of logits than there is room for.
+    pub(super) fn check_rows(&self, asked: usize) -> Result<(), CudaError> {
+        let (what, most) = ("sampled tokens", self.max_rows);
+        match asked > most {
+            true => Err(CudaError::Capacity { what, asked, most }),
+            false => Ok(()),
+        }
+    }
 }
 
 /// What a pass reads and how.
@@ -233,14 +242,7 @@ impl CudaBackend {
         first: usize,
         n: usize,
     ) -> Result<(), PolicyError> {
-        if n > self.work.max_rows {
-            return Err(CudaError::Capacity {
-                what: "sampled tokens",
-                asked: n,
-                most: self.work.max_rows,
-            }
-            .into());
-        }
+        self.work.check_rows(n)?;
         let (h, v) = (self.spec.hidden_size, self.spec.vocab_size);
         let (eps, stream) = (self.spec.rms_norm_eps as f32, self.gpu.stream.clone());
         let norm = self.weights.norm.device_ptr(&stream).0;

@@ -253,14 +253,7 @@ impl CudaBackend {
         let (steps, stride) = (most.min(MAX_BURST), self.decode.rows);
         let asks = Asks::burst(&args, steps, stride);
         self.draws.send(&self.gpu, &asks)?;
-        let key = Captured::Decode {
-            rows: size,
-            sampling: Sampling::Truncated,
-        };
-        if !self.graphs.contains_key(&key) {
-            let graph = self.capture(size, rows, Sampling::Truncated)?;
-            self.graphs.insert(key, graph);
-        }
+        let key = self.captured(size, rows, Sampling::Truncated)?;
         let (group, pad) = (self.group(), size - rows.len());
         self.decode.send_rows(&self.gpu, rows, pad, group)?;
         for _ in 0..steps {
@@ -272,13 +265,13 @@ impl CudaBackend {
         })
     }
 
-    /// Makes the graph of plain decoding for `size` rows, if it is not there.
+    /// Makes the graph of a decoding step of `size` rows, if it is not there.
     pub(super) fn captured(
         &mut self,
         size: usize,
         rows: &[StepRow<'_>],
-    ) -> Result<(), PolicyError> {
-        let sampling = Sampling::Plain;
+        sampling: Sampling,
+    ) -> Result<Captured, PolicyError> {
         let key = Captured::Decode {
             rows: size,
             sampling,
@@ -287,7 +280,7 @@ impl CudaBackend {
             let graph = self.capture(size, rows, sampling)?;
             self.graphs.insert(key, graph);
         }
-        Ok(())
+        Ok(key)
     }
 
     /// Records a step of `size` rows, after running it once to load, tune and allocate what capturing must not. `rows`

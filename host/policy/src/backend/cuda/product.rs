@@ -34,6 +34,10 @@ pub(super) enum Form {
     Logits,
 }
 
+impl Form {
+    const ALL: [Self; 4] = [Self::Store, Self::Residual, Self::Swiglu, Self::Logits];
+}
+
 /// Shape of a block's work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Tile {
@@ -75,6 +79,14 @@ impl Tile {
             stages,
             parts,
         }
+    }
+
+    /// All that [`Tile::of`] comes to for one form.
+    fn all(form: Form) -> impl Iterator<Item = Self> {
+        // Few outputs, few of many inputs, many outputs; with one processor, 64 outputs are few and a million many.
+        let shapes = [(64, 64), (64, 1 << 20), (1 << 20, 64)];
+        let tokens = [16, 32, 64, 65].into_iter();
+        tokens.flat_map(move |t| shapes.map(|(rows, k)| Self::of(form, t, rows, k, 1)))
     }
 
     fn kernel(self, form: Form) -> String {
@@ -195,7 +207,7 @@ pub(super) struct ProductArgs {
 
 /// The kernels of hopper.cu.
 pub(super) struct Products {
-    kernels: HashMap<(Form, String), CudaFunction>,
+    kernels: HashMap<(Form, Tile), CudaFunction>,
 }
 
 impl Products {
@@ -205,14 +217,11 @@ impl Products {
     /// [`CudaError::Shape`] for one that is not in the modules.
     pub(super) fn load(modules: &[Arc<CudaModule>]) -> Result<Self, CudaError> {
         let mut kernels = HashMap::new();
-        for form in [Form::Store, Form::Residual, Form::Swiglu, Form::Logits] {
-            for (tokens, rows, k) in [16, 32, 64, 65].into_iter().flat_map(|tokens| {
-                [(64, 64), (64, 1 << 20), (1 << 20, 64)].map(|(rows, k)| (tokens, rows, k))
-            }) {
-                let tile = Tile::of(form, tokens, rows, k, 1);
+        for form in Form::ALL {
+            for tile in Tile::all(form) {
                 let name = tile.kernel(form);
                 let kernel = super::device::roomy(modules, &name, tile.shared_bytes())?;
-                kernels.insert((form, name), kernel);
+                kernels.insert((form, tile), kernel);
             }
         }
         Ok(Self { kernels })
@@ -226,8 +235,7 @@ impl Products {
         (w, x): (&Map, &TokenMaps),
         args: &ProductArgs,
     ) -> Result<(), CudaError> {
-        let name = tile.kernel(form);
-        let kernel = self.kernels.get(&(form, name));
+        let kernel = self.kernels.get(&(form, tile));
         let kernel = kernel.ok_or(CudaError::NotYet("a product of this shape"))?;
         let tokens = (args.tokens as usize).div_ceil(tile.n);
         let launch = Launch {
@@ -247,5 +255,47 @@ impl Products {
             pointer(std::ptr::from_ref(args).cast()),
         ];
         gpu.queue(kernel, launch, &arguments)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOURCE: &str = include_str!("kernels/hopper.cu");
+
+    #[test]
+    fn every_tile_is_loaded_and_every_kernel_is_there() {
+        for form in Form::ALL {
+            let loaded: Vec<Tile> = Tile::all(form).collect();
+            for tile in &loaded {
+                let name = tile.kernel(form);
+                let kind = name.split('_').next().unwrap();
+                let upper = kind.to_uppercase();
+                let Tile {
+                    n, groups, stages, ..
+                } = tile;
+                let line = format!("PRODUCT({kind}, {upper}, {n}, {groups}, {stages})");
+                assert!(SOURCE.contains(&line), "{line}");
+                // A block of Hopper has 227 KB.
+                assert!(tile.shared_bytes() <= 227 << 10, "{tile:?}");
+                // Each part takes as many of the tokens.
+                assert!(n.is_multiple_of(tile.parts), "{tile:?}");
+            }
+            let widths = [160, 896, 1152, 1536, 4096, 8192, 17920, 57344, 151_936];
+            for (rows, k) in widths.iter().flat_map(|r| widths.map(|k| (*r, k))) {
+                // What writes the residual stream has at most 8192 outputs.
+                if form == Form::Residual && rows > 8192 {
+                    continue;
+                }
+                for tokens in 1..=130 {
+                    let tile = Tile::of(form, tokens, rows, k, 132);
+                    assert!(
+                        loaded.contains(&tile),
+                        "{form:?} {tokens} {rows} {k}: {tile:?}"
+                    );
+                }
+            }
+        }
     }
 }
