@@ -35,6 +35,8 @@ pub enum ReplayError {
     Mixed { path: PathBuf, group: u32 },
     #[error("step {step} row {row}: a reward of {value:e} is too large to compare")]
     TooLarge { step: u64, row: u64, value: f64 },
+    #[error("cannot write {path}: {reason}")]
+    Out { path: PathBuf, reason: &'static str },
     #[error("{source_name} names no reward")]
     NoReward { source_name: String },
     #[error("{differing} of {samples} samples differ, the first: {first}")]
@@ -57,6 +59,7 @@ impl ReplayError {
             }
             Self::Mixed { .. } => "the file was changed after the run wrote it".to_owned(),
             Self::TooLarge { .. } => "give that reward a smaller weight".to_owned(),
+            Self::Out { .. } => "give --out a file in another folder, one that exists".to_owned(),
             Self::NoReward { .. } => {
                 "name a component that exports `scoring`, such as reward-math".to_owned()
             }

@@ -1,5 +1,7 @@
 //! `grpo-host replay RUN`: a run's completions scored again, by its own rewards or by others.
 
+use std::path::Path;
+
 use serde_json::json;
 
 use super::{guest_log::guest_log, progress::Bar, train::check_lock, warn};
@@ -29,6 +31,9 @@ pub(super) fn run(args: &ReplayArgs) -> anyhow::Result<()> {
         warn(&format!(
             "{steps} steps have no rollouts, the first of them step {first}"
         ));
+    }
+    if let Some(out) = &args.out {
+        check_out(&args.run, out)?;
     }
     match args.other()? {
         None => check(args, &log, &config),
@@ -149,10 +154,6 @@ fn compare(
     })?;
     let report = comparison.report();
     tell_failures(&faults, failures);
-    if let Some(path) = &args.out {
-        let title = format!("{}: logged and other rewards", args.run.display());
-        write_figures(path, &title, &figures(&report), &table(&report))?;
-    }
     if args.output.json {
         let mut object = serde_json::to_value(&report)?;
         object["run_dir"] = json!(args.run);
@@ -161,10 +162,36 @@ fn compare(
         object["failures"] = json!(failures);
         object["first_failure"] = json!(faults.first().map(ToString::to_string));
         outln!("{object}");
-        return Ok(());
+    } else {
+        print(args, &report, &rewards);
     }
-    print(args, &report, &rewards);
+    if let Some(path) = &args.out {
+        let title = format!("{}: logged and other rewards", args.run.display());
+        write_figures(path, &title, &figures(&report), &table(&report))?;
+    }
     Ok(())
+}
+
+/// Whether figures can go to `out`, before anything is scored.
+fn check_out(run: &Path, out: &Path) -> Result<(), ReplayError> {
+    let refuse = |reason| {
+        let path = out.to_owned();
+        Err(ReplayError::Out { path, reason })
+    };
+    let folder = match out.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let (Ok(folder), Ok(run)) = (folder.canonicalize(), run.canonicalize()) else {
+        return refuse("its folder does not exist");
+    };
+    if folder.starts_with(run) {
+        return refuse("it is inside the run, which replay leaves as it is");
+    }
+    match out.is_dir() {
+        true => refuse("it is a folder"),
+        false => Ok(()),
+    }
 }
 
 fn print(args: &ReplayArgs, report: &Report, rewards: &RewardSet) {

@@ -255,3 +255,32 @@ fn a_component_that_has_changed_is_refused() {
     );
     assert!(hint.starts_with("put the component back"), "{hint}");
 }
+
+#[test]
+fn figures_never_go_into_the_run_and_nothing_is_scored_for_a_place_that_cannot_be() {
+    let lab = Lab::new();
+    lab.run(&format!("{TRAIN} --out a")).fine();
+    let before = std::fs::read(lab.path("a/report.html")).unwrap();
+    std::fs::create_dir(lab.path("folder.html")).unwrap();
+    for (out, reason) in [
+        (
+            "a/report.html",
+            "it is inside the run, which replay leaves as it is",
+        ),
+        (
+            "a/rollouts/x.html",
+            "it is inside the run, which replay leaves as it is",
+        ),
+        ("nosuch/x.html", "its folder does not exist"),
+        ("folder.html", "it is a folder"),
+    ] {
+        let ended = lab.run(&format!("replay a --plugin reward-math --out {out}"));
+        let (error, hint) = ended.refused(1);
+        assert_eq!(error, format!("cannot write {out}: {reason}"));
+        assert_eq!(hint, "give --out a file in another folder, one that exists");
+        assert_eq!(ended.stdout, "");
+    }
+    assert_eq!(std::fs::read(lab.path("a/report.html")).unwrap(), before);
+    lab.run("replay a --plugin reward-math --out x.html").fine();
+    assert!(lab.path("x.html").exists());
+}
