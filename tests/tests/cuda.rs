@@ -85,6 +85,7 @@ fn distributions_are_those_of_the_cpu() {
                 .iter()
                 .enumerate()
                 .map(|(s, tokens)| StepRow {
+                    sequence: s as u64,
                     tokens,
                     position: positions[s],
                     blocks: &blocks[s],
@@ -242,6 +243,7 @@ fn draws_are_those_of_the_cpu_sampler() {
                     .iter()
                     .enumerate()
                     .map(|(s, blocks)| StepRow {
+                        sequence: s as u64,
                         tokens: &prompt,
                         position: 0,
                         blocks,

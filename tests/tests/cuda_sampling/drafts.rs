@@ -136,6 +136,7 @@ fn sampling_with_drafts_keeps_the_distribution() {
         let mut second = vec![0.0; spec.vocab_size];
         let mut of = |text: &[u32]| -> Vec<f32> {
             let row = StepRow {
+                sequence: 0,
                 tokens: text,
                 position: 0,
                 blocks: &[0, 1],

@@ -26,6 +26,7 @@ fn draw(
     let tokens = [round as u32 % 17, 3, 11];
     let blocks: Vec<[u32; 1]> = (0..ROWS as u32).map(|b| [b]).collect();
     let row = |s: usize| StepRow {
+        sequence: s as u64,
         tokens: &tokens,
         position: 0,
         blocks: &blocks[s],
@@ -118,6 +119,7 @@ fn logits_that_are_not_finite_are_an_error_and_never_a_token() {
         for params in params() {
             for proposal in [None, Some(&proposal)] {
                 let row = StepRow {
+                    sequence: 0,
                     tokens: &tokens,
                     position: 0,
                     blocks: &[0],
@@ -148,6 +150,7 @@ fn truncated_bursts_are_single_draws_in_a_row() {
     let blocks: Vec<[u32; 2]> = (0..21).map(|b| [2 * b, 2 * b + 1]).collect();
     let mut run = |ahead: usize, tokens: &[u32], position: usize| -> Vec<Vec<Sampled>> {
         let row = |s: usize| StepRow {
+            sequence: s as u64,
             tokens: &tokens[s..=s],
             position,
             blocks: &blocks[s],

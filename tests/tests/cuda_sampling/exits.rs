@@ -52,6 +52,7 @@ fn the_early_exit_is_that_of_the_cpu() {
             for (from, to) in [(0, 20), (20, 21), (21, 23)] {
                 let blocks: Vec<[u32; 2]> = (0..11).map(|b| [2 * b, 2 * b + 1]).collect();
                 let row = |s: usize| StepRow {
+                    sequence: s as u64,
                     tokens: &text[from + s..to + s],
                     position: from,
                     blocks: &blocks[s],
@@ -95,6 +96,7 @@ fn a_draft_with_a_penalty_has_the_probabilities_of_the_cpu() {
     };
     let text: Vec<u32> = (0..12).map(|i| i * 7919 % 1009).collect();
     let row = |history| StepRow {
+        sequence: 0,
         tokens: &text,
         position: 0,
         blocks: &[0],

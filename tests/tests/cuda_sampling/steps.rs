@@ -34,6 +34,7 @@ fn milliseconds(gpu: &mut CudaBackend, batch: usize, timed: &Timed<'_>) -> f64 {
     let row = |s: usize| {
         let proposal = timed.proposals.map(|p| &p[s]);
         StepRow {
+            sequence: s as u64,
             tokens: &TOKENS[..1 + proposal.map_or(0, |p| p.tokens.len())],
             position: CONTEXT,
             blocks: &blocks[s],
@@ -65,6 +66,7 @@ fn by_model(gpu: &mut CudaBackend, batch: usize, params: &SamplingParams) -> Vec
     let (blocks, mut all) = (blocks(batch), vec![Proposal::default(); batch]);
     for i in 1..TOKENS.len() {
         let row = |s: usize| StepRow {
+            sequence: s as u64,
             tokens: &TOKENS[i - 1..i],
             position: CONTEXT + i - 1,
             blocks: &blocks[s],

@@ -47,6 +47,7 @@ impl Verification {
         for round in 0..8 {
             let from = if round == 0 { 0 } else { CACHED + round };
             let row = |s: usize| StepRow {
+                sequence: s as u64,
                 tokens: &all.tokens[s][from..],
                 position: from,
                 blocks: &all.blocks[s],
@@ -87,6 +88,7 @@ impl Verification {
             let params = &self.params[s % self.params.len()];
             let stream = round * 1000 + s as u64;
             StepRow {
+                sequence: s as u64,
                 tokens: &self.tokens[s][CACHED..],
                 position: CACHED,
                 blocks: &self.blocks[s],
@@ -97,6 +99,7 @@ impl Verification {
         let last = [200];
         if beside {
             rows.push(StepRow {
+                sequence: u64::MAX,
                 tokens: &[1, 2],
                 position: 0,
                 blocks: &last,

@@ -22,6 +22,8 @@ pub type BlockId = u32;
 /// One sequence's share of an engine step.
 #[derive(Clone, Debug)]
 pub struct StepRow<'a> {
+    /// Name of the sequence, of no other from [`Backend::init_kv`] on.
+    pub sequence: u64,
     /// Tokens not yet in the KV cache: a prompt chunk, or the one last sampled. Never empty.
     pub tokens: &'a [u32],
     /// Position of `tokens[0]`, which is the number of tokens of this sequence already cached.

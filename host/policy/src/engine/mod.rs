@@ -350,6 +350,7 @@ impl Engine {
             let request = &self.scheduler.groups[&sequence.group].request;
             let samples = sequence.cached + planned.tokens == sequence.tokens.len();
             rows.push(StepRow {
+                sequence: planned.id,
                 tokens,
                 position: sequence.cached,
                 blocks: &sequence.blocks,

@@ -361,6 +361,7 @@ fn rollout_logprobs_equal_scoring_logprobs() {
                 ahead: 0,
             };
             let row = StepRow {
+                sequence: 0,
                 tokens: &history[cached..],
                 position: cached,
                 blocks: &blocks,

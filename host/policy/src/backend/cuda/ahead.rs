@@ -47,7 +47,7 @@ impl Landing {
 
 /// A sequence of a burst.
 struct Flying {
-    stream: u64,
+    sequence: u64,
     /// Of the first token drawn.
     position: u64,
     drawn: usize,
@@ -93,12 +93,12 @@ fn allowed(row: &StepRow<'_>) -> usize {
 impl Burst {
     /// Where each row is in it. A row that the burst has not continued from where it stands is in none.
     fn places(&self, rows: &[StepRow<'_>]) -> Vec<Option<usize>> {
-        let by_stream: HashMap<u64, usize> = (0..self.rows.len())
-            .map(|i| (self.rows[i].stream, i))
+        let by_sequence: HashMap<u64, usize> = (0..self.rows.len())
+            .map(|i| (self.rows[i].sequence, i))
             .collect();
         let place = |row: &StepRow<'_>| {
             let args = row.sample.as_ref()?;
-            let i = *by_stream.get(&args.stream)?;
+            let i = *by_sequence.get(&row.sequence)?;
             let same = self.rows[i].position == args.position && self.rows[i].drawn > 0;
             (same && row.tokens.len() == 1 && args.proposal.is_none()).then_some(i)
         };
@@ -153,8 +153,8 @@ impl CudaBackend {
         let group = self.group();
         self.decode
             .send_rows(&self.gpu, rows, size - rows.len(), group)?;
-        let flying = args.iter().map(|args| Flying {
-            stream: args.stream,
+        let flying = rows.iter().zip(&args).map(|(row, args)| Flying {
+            sequence: row.sequence,
             position: args.position,
             drawn: (args.ahead + 1).min(steps),
             live: args.ahead + 1 > steps,
@@ -187,7 +187,7 @@ impl CudaBackend {
             .send_randomness(&self.gpu, &args, &drawn, steps)?;
         self.decode.send_more(&self.gpu, rows, &left)?;
         let next = |(flying, left): (&Flying, &usize)| Flying {
-            stream: flying.stream,
+            sequence: flying.sequence,
             position: flying.position + flying.drawn as u64,
             drawn: (*left).min(steps),
             live: *left > steps,

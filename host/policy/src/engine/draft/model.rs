@@ -70,6 +70,7 @@ impl<B: Backend> Model<B> {
                 continue;
             }
             rows.push(StepRow {
+                sequence: part.id,
                 tokens: &part.tokens[..fit],
                 position: part.position,
                 blocks: part.blocks,
@@ -113,6 +114,7 @@ pub(super) fn autoregress(
     for round in 0..rounds {
         let live: Vec<usize> = (0..asks.len()).filter(|i| asks[*i].most > round).collect();
         let row = |&i: &usize| StepRow {
+            sequence: asks[i].id,
             tokens: &texts[i][from[i]..],
             position: from[i],
             blocks: asks[i].blocks,

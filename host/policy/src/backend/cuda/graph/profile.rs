@@ -157,6 +157,7 @@ impl CudaBackend {
             .map(|row| [(row * 37 % self.spec.vocab_size) as u32])
             .collect();
         let row = |(i, blocks): (usize, &'_ Vec<BlockId>)| StepRow {
+            sequence: i as u64,
             tokens: &ids[i],
             position: cached,
             blocks: &tables[i][..blocks.len()],
