@@ -11,7 +11,7 @@ use cudarc::driver::{CudaEvent, CudaStream, PinnedHostSlice};
 
 use super::{
     CudaBackend, CudaError,
-    graph::{Captured, Drawn, MAX_BURST, bucket},
+    graph::{Captured, Decode, Drawn, MAX_BURST, bucket},
     step::Sampling,
 };
 use crate::{
@@ -19,29 +19,39 @@ use crate::{
     error::PolicyError,
 };
 
-/// Where what a burst draws arrives on the host, `[steps, rows]`.
+/// Host memory of a burst. The device reads and writes it by itself; a copy from memory that the system may move waits for all
+/// that runs, and the GPU would have nothing to do meanwhile.
 struct Landing {
+    /// Where what is drawn arrives, `[steps, rows]`.
     token: PinnedHostSlice<i32>,
     logprob: PinnedHostSlice<f32>,
-    /// Behind the copies: the slices' own events are off, like all event tracking.
+    /// From where it is sent what a burst needs behind another: `[rows]`, `[steps, rows]`, and [`Decode::more`].
+    temperature: PinnedHostSlice<f32>,
+    uniform: PinnedHostSlice<f64>,
+    more: PinnedHostSlice<i32>,
+    /// Behind all copies: the slices' own events are off, like all event tracking.
     arrived: CudaEvent,
 }
 
 impl Landing {
-    fn new(stream: &Arc<CudaStream>, cells: usize) -> Result<Self, CudaError> {
-        let context = stream.context();
-        // SAFETY: not read before a copy has filled what is read.
-        let (token, logprob) = unsafe {
-            (
-                context.alloc_pinned_with_flags(cells, 0)?,
-                context.alloc_pinned_with_flags(cells, 0)?,
-            )
+    fn new(stream: &Arc<CudaStream>, decode: &Decode) -> Result<Self, CudaError> {
+        let (context, rows) = (stream.context(), decode.rows());
+        let cells = MAX_BURST * rows;
+        // SAFETY: the first two are not read before a copy has filled what is read, the others are filled here.
+        let mut landing = unsafe {
+            Self {
+                token: context.alloc_pinned_with_flags(cells, 0)?,
+                logprob: context.alloc_pinned_with_flags(cells, 0)?,
+                temperature: context.alloc_pinned_with_flags(rows, 0)?,
+                uniform: context.alloc_pinned_with_flags(cells, 0)?,
+                more: context.alloc_pinned_with_flags(decode.more(), 0)?,
+                arrived: context.new_event(None)?,
+            }
         };
-        Ok(Self {
-            token,
-            logprob,
-            arrived: context.new_event(None)?,
-        })
+        landing.temperature.as_mut_slice()?.fill(1.0);
+        landing.uniform.as_mut_slice()?.fill(0.0);
+        landing.more.as_mut_slice()?.fill(0);
+        Ok(landing)
     }
 }
 
@@ -70,8 +80,8 @@ pub(super) struct Ahead {
 }
 
 impl Ahead {
-    pub(super) fn new(stream: &Arc<CudaStream>, rows: usize) -> Result<Self, CudaError> {
-        let landing = || Landing::new(stream, MAX_BURST * rows);
+    pub(super) fn new(stream: &Arc<CudaStream>, decode: &Decode) -> Result<Self, CudaError> {
+        let landing = || Landing::new(stream, decode);
         Ok(Self {
             landings: [landing()?, landing()?],
             free: 0,
@@ -183,9 +193,18 @@ impl CudaBackend {
         }
         let args: Vec<_> = rows.iter().filter_map(|row| row.sample.as_ref()).collect();
         let drawn: Vec<usize> = burst.rows.iter().map(|flying| flying.drawn).collect();
-        self.decode
-            .send_randomness(&self.gpu, &args, &drawn, steps)?;
-        self.decode.send_more(&self.gpu, rows, &left)?;
+        let from = &mut self.ahead.landings[self.ahead.free];
+        // The burst before the last may not have read what it was sent: nobody has waited for one that was dropped.
+        from.arrived.synchronize().map_err(CudaError::from)?;
+        let temperature = from.temperature.as_mut_slice().map_err(CudaError::from)?;
+        let uniform = from.uniform.as_mut_slice().map_err(CudaError::from)?;
+        let more = from.more.as_mut_slice().map_err(CudaError::from)?;
+        self.decode.send_randomness_by(
+            &self.gpu,
+            (&args, &drawn, steps),
+            (temperature, uniform),
+        )?;
+        self.decode.send_more(&self.gpu, rows, &left, more)?;
         let next = |(flying, left): (&Flying, &usize)| Flying {
             sequence: flying.sequence,
             position: flying.position + flying.drawn as u64,

@@ -89,8 +89,19 @@ impl Decode {
         skipped: &[usize],
         steps: usize,
     ) -> Result<(), CudaError> {
-        let mut temperature = vec![1f32; self.rows];
-        let mut uniform = vec![0f64; steps * self.rows];
+        let mut randomness = (vec![1f32; self.rows], vec![0f64; steps * self.rows]);
+        let (temperature, uniform) = (&mut randomness.0[..], &mut randomness.1[..]);
+        self.send_randomness_by(gpu, (rows, skipped, steps), (temperature, uniform))
+    }
+
+    /// The same by way of host memory for `[rows]` temperatures and `[steps, rows]` numbers.
+    pub(super) fn send_randomness_by(
+        &mut self,
+        gpu: &Gpu,
+        (rows, skipped, steps): (&[&crate::backend::SampleArgs<'_>], &[usize], usize),
+        (temperature, uniform): (&mut [f32], &mut [f64]),
+    ) -> Result<(), CudaError> {
+        let uniform = &mut uniform[..steps * self.rows];
         for (i, (args, skipped)) in rows.iter().zip(skipped).enumerate() {
             let degree = args.params.temperature;
             temperature[i] = if degree < sampler::GREEDY_BELOW {
@@ -104,8 +115,8 @@ impl Decode {
             }
         }
         let stream = &gpu.stream;
-        stream.memcpy_htod(&temperature, &mut self.temperature)?;
-        stream.memcpy_htod(&uniform, &mut self.uniform.slice_mut(..steps * self.rows))?;
+        stream.memcpy_htod(&*temperature, &mut self.temperature)?;
+        stream.memcpy_htod(&*uniform, &mut self.uniform.slice_mut(..steps * self.rows))?;
         Ok(())
     }
 
@@ -158,14 +169,21 @@ impl Decode {
         self.inputs.fill(&gpu.stream, rows, pad, group)
     }
 
-    /// Sends what the same rows need to go on from where the device has come to: how many tokens each, and new blocks.
+    /// Sends what the same rows need to go on from where the device has come to, by way of host memory: how many tokens each,
+    /// and new blocks.
     pub(super) fn send_more(
         &mut self,
         gpu: &Gpu,
         rows: &[StepRow<'_>],
         left: &[usize],
+        by: &mut [i32],
     ) -> Result<(), CudaError> {
-        self.inputs.refill(&gpu.stream, rows, left)
+        self.inputs.refill(&gpu.stream, rows, left, by)
+    }
+
+    /// Integers that [`Decode::send_more`] sends, at most.
+    pub(super) fn more(&self) -> usize {
+        self.inputs.more()
     }
 
     /// Queues the copy of what `steps` steps have drawn, `[steps, rows]`.

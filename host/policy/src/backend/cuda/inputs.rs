@@ -147,8 +147,8 @@ impl Inputs {
         Ok(n)
     }
 
-    /// Sends what the same rows need to decode on behind what the device has drawn: `left` tokens each, in blocks of which
-    /// some may be new. Tokens, positions and lengths are on the device.
+    /// Sends what the same rows need to decode on behind what the device has drawn, by way of host memory: `left` tokens each,
+    /// in blocks of which some may be new. Tokens, positions and lengths are on the device.
     ///
     /// # Errors
     /// As [`Inputs::fill`].
@@ -157,6 +157,7 @@ impl Inputs {
         stream: &Arc<CudaStream>,
         rows: &[StepRow<'_>],
         left: &[usize],
+        by: &mut [i32],
     ) -> Result<(), CudaError> {
         let blocks = rows.iter().map(|row| row.blocks.len()).max().unwrap_or(0);
         self.check(rows.len(), rows.len(), blocks)?;
@@ -169,8 +170,14 @@ impl Inputs {
         self.set(Field::Step, 0, 0);
         let first = self.layout.offset(Field::Left);
         let used = self.layout.offset(Field::Tables) + rows.len() * self.layout.width;
-        let to = &mut self.device.slice_mut(first..used);
-        Ok(stream.memcpy_htod(&self.host[first..used], to)?)
+        let by = &mut by[..used - first];
+        by.copy_from_slice(&self.host[first..used]);
+        Ok(stream.memcpy_htod(&*by, &mut self.device.slice_mut(first..used))?)
+    }
+
+    /// Integers that [`Inputs::refill`] sends, at most.
+    pub(super) fn more(&self) -> usize {
+        self.layout.len() - self.layout.offset(Field::Left)
     }
 
     /// [`Inputs::fill`] for `size` sequences of `width` tokens each, the shape a captured graph has: what a row lacks is padding,

@@ -186,6 +186,7 @@ impl CudaBackend {
             Some(_) => Some(Maps::new(&gpu.stream, &spec, &weights, &work)?),
             None => None,
         };
+        let decode = Decode::new(&gpu, layout, spec.vocab_size)?;
         let draws = Draws::new(
             &gpu,
             spec.vocab_size,
@@ -202,8 +203,8 @@ impl CudaBackend {
             shelf: Shelf::default(),
             early_exit: None,
             inputs: Inputs::new(&gpu.stream, layout)?,
-            decode: Decode::new(&gpu, layout, spec.vocab_size)?,
-            ahead: Ahead::new(&gpu.stream, sizes.max_batch)?,
+            ahead: Ahead::new(&gpu.stream, &decode)?,
+            decode,
             graphs: HashMap::new(),
             scratch: sampler::Scratch::default(),
             kv: None,
