@@ -253,8 +253,8 @@ impl Backend for CudaBackend {
     }
 
     fn max_ahead(&self) -> usize {
-        // One burst to read, and one that runs meanwhile.
-        2 * MAX_BURST - 1
+        // One burst to read, one that runs meanwhile, and a token more: a row whose last token is drawn cannot go on.
+        2 * MAX_BURST
     }
 
     fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError> {
