@@ -130,7 +130,7 @@ impl Scheduler {
         self.plan_running(&mut plan, drafts)?;
         // Whoever was preempted just now would come back first and push the next one out.
         if plan.preempted == 0 {
-            self.admit(&mut plan, now)?;
+            self.admit(&mut plan, now, drafts)?;
         }
         Ok(plan)
     }
@@ -145,33 +145,48 @@ impl Scheduler {
             // Each later row keeps one token of the budget, so that a long prompt never stalls decoding.
             let later = ids.len() - i - 1;
             let budget = self.max_step_tokens - plan.tokens - later;
-            while self.running.contains(&id) {
-                let sequence = &self.sequences[&id];
-                let tokens = sequence.pending().min(budget);
-                let drafts = match sequence.pending() {
-                    1 => drafts(sequence, &self.groups[&sequence.group].request),
-                    _ => 0,
-                };
-                let drafts = match plan.ahead {
-                    true => drafts,
-                    false => drafts.min(budget - tokens),
-                };
-                if drafts > 0 && self.reserve(id, tokens + drafts, plan) {
-                    plan.push(id, tokens, drafts);
-                    break;
-                }
-                // A guess is not worth another sequence's blocks.
-                if self.reserve(id, tokens, plan) {
-                    plan.push(id, tokens, 0);
-                    break;
-                }
+            while self.running.contains(&id) && !self.grant(id, budget, plan, drafts) {
                 self.make_room(id, plan)?;
             }
         }
         Ok(())
     }
 
-    fn admit(&mut self, plan: &mut Plan, now: Instant) -> Result<(), PolicyError> {
+    /// Gives a running sequence a row of up to `budget` tokens, with as many drafted ones as it can use; false, and nothing
+    /// done, if the pool has too few blocks.
+    fn grant(
+        &mut self,
+        id: SequenceId,
+        budget: usize,
+        plan: &mut Plan,
+        drafts: &mut dyn FnMut(&Sequence, &Request) -> usize,
+    ) -> bool {
+        let sequence = &self.sequences[&id];
+        let tokens = sequence.pending().min(budget);
+        let drafts = match sequence.pending() {
+            1 => drafts(sequence, &self.groups[&sequence.group].request),
+            _ => 0,
+        };
+        let drafts = match plan.ahead {
+            true => drafts,
+            false => drafts.min(budget - tokens),
+        };
+        // A guess is not worth another sequence's blocks.
+        let granted = [drafts, 0]
+            .into_iter()
+            .find(|drafts| self.reserve(id, tokens + drafts, plan));
+        if let Some(drafts) = granted {
+            plan.push(id, tokens, drafts);
+        }
+        granted.is_some()
+    }
+
+    fn admit(
+        &mut self,
+        plan: &mut Plan,
+        now: Instant,
+        drafts: &mut dyn FnMut(&Sequence, &Request) -> usize,
+    ) -> Result<(), PolicyError> {
         let ids: Vec<SequenceId> = if self.running.len() < self.max_batch {
             self.waiting.iter().copied().collect()
         } else {
@@ -194,10 +209,12 @@ impl Scheduler {
                 continue;
             };
             sequence.clock.scheduled(now);
-            let tokens = sequence.pending().min(budget);
-            if self.reserve(id, tokens, plan) {
-                plan.push(id, tokens, 0);
-            }
+            // A fork lacks no more than the last token of its prompt, and may run ahead with those that decode; a draft has
+            // not seen its prompt yet.
+            match plan.ahead {
+                true => self.grant(id, budget, plan, drafts),
+                false => self.grant(id, budget, plan, &mut |_, _| 0),
+            };
         }
         Ok(())
     }
