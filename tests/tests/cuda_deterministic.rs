@@ -109,7 +109,11 @@ fn completions_depend_on_nothing_but_their_prompt() {
                 let drafted = compare(&PLAIN, ngram());
                 println!(
                     "{:?} deterministic {deterministic}, temperature {temperature}: of {} completions differ in tokens (or only log-probs): one at a time {:?}, in pieces {:?}, preempted {:?}, with ngram {drafted:?}",
-                    spec.family, expected.len(), found[0], found[1], found[2]
+                    spec.family,
+                    expected.len(),
+                    found[0],
+                    found[1],
+                    found[2]
                 );
                 if deterministic {
                     assert_eq!(found, [(0, 0); 3]);

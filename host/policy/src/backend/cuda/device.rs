@@ -7,15 +7,16 @@ use cudarc::driver::{
     sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute, CUresult},
 };
 
-use super::{CudaError, compile, product::Products};
+use super::{CudaError, compile, product::Products, quantized::QuantizedKernels};
 
 /// Shared memory that a block may ask for; every supported GPU has it.
-const SHARED_BYTES: usize = 96 << 10;
+pub(super) const SHARED_BYTES: usize = 96 << 10;
 
 /// See the file header.
 pub(super) struct Gpu {
     pub(super) stream: Arc<CudaStream>,
     pub(super) kernels: Kernels,
+    pub(super) quantized: QuantizedKernels,
     /// On Hopper.
     pub(super) products: Option<Products>,
     pub(super) multiprocessors: usize,
@@ -84,6 +85,7 @@ impl Gpu {
         };
         Ok(Self {
             kernels: Kernels::load(&modules, head_dim)?,
+            quantized: QuantizedKernels::load(&modules)?,
             products,
             multiprocessors,
             overlaps: major >= 9,
@@ -157,7 +159,7 @@ pub(super) fn context(ordinal: usize) -> Result<Arc<CudaContext>, CudaError> {
 }
 
 /// A kernel by its name.
-fn function(modules: &[Arc<CudaModule>], name: &str) -> Result<CudaFunction, CudaError> {
+pub(super) fn function(modules: &[Arc<CudaModule>], name: &str) -> Result<CudaFunction, CudaError> {
     let found = modules.iter().find_map(|m| m.load_function(name).ok());
     found.ok_or_else(|| CudaError::Shape(format!("there is no kernel `{name}`")))
 }

@@ -121,6 +121,7 @@ impl CudaBackend {
                 tokens,
                 outputs: h,
                 inputs: h,
+                stride: h,
                 out: Out::Bf16,
             };
             let operands = Operands {

@@ -9,16 +9,21 @@ use super::{
     device::Gpu,
     gemm::{Operands, Out, Shape},
     inputs::{Counts, Field, Inputs},
-    launch::{Attention, Places, Skinny, SkinnyArgs},
+    launch::{Attention, Places},
     layer::WorkPointers,
     maps::Maps,
     product::{self, Form, Map, ProductArgs, Tile, TokenMaps},
+    quantized::{Blocks, Linear, Stored},
+    skinny::{Skinny, SkinnyArgs},
     weights::Layer,
 };
 use crate::{error::PolicyError, spec::ModelSpec};
 
 /// Up to so many tokens the hand-written products are faster than cublasLt's.
 const SKINNY_TOKENS: usize = 4;
+
+/// The same with quantised weights, which the others know nothing of: as many as those products take.
+const SKINNY_QUANTIZED_TOKENS: usize = 8;
 
 /// Rows of logits, at least: those of the longest proposal of one sequence must fit together, and where a verification does
 /// not fit, the head's weights are read again for each part.
@@ -137,7 +142,14 @@ impl CudaBackend {
     ) -> Result<(), PolicyError> {
         let tokens = pass.counts.tokens;
         let (h, stream) = (self.spec.hidden_size, self.gpu.stream.clone());
-        let table = self.weights.embed.device_ptr(&stream).0;
+        let (ids, table) = match self.weights.embed.at(&stream) {
+            Stored::Bf16(table) => (at.ids, table),
+            Stored::Quantized(blocks) => {
+                let rows = self.work.delta.device_ptr(&stream).0;
+                self.gpu.unpack_rows(blocks, (at.ids, rows), tokens, h)?;
+                (0, rows)
+            }
+        };
         let x = self.work.x.device_ptr(&stream).0;
         let (path, norm, out) = (
             self.path(tokens),
@@ -147,10 +159,10 @@ impl CudaBackend {
         match path {
             Path::Products => {
                 let sums = self.work.sums.device_ptr(&stream).0;
-                let (from, to) = ((at.ids, table, norm), (x, out, sums));
+                let (from, to) = ((ids, table, norm), (x, out, sums));
                 self.gpu.embed_normed(from, to, tokens, h)?;
             }
-            _ => self.gpu.embed(at.ids, table, x, tokens, h)?,
+            _ => self.gpu.embed(ids, table, x, tokens, h)?,
         }
         let kv = self
             .kv
@@ -175,9 +187,13 @@ impl CudaBackend {
             self.spec.q_dim() + 2 * self.spec.kv_dim(),
             self.spec.hidden_size,
         ];
+        let few = match self.weights.is_quantized() {
+            true => SKINNY_QUANTIZED_TOKENS,
+            false => SKINNY_TOKENS,
+        };
         if self.deterministic {
             Path::Products
-        } else if tokens <= SKINNY_TOKENS && widths.iter().all(|width| width.is_multiple_of(16)) {
+        } else if tokens <= few && widths.iter().all(|width| width.is_multiple_of(16)) {
             Path::Skinny
         } else if tokens <= product::MAX_TOKENS && self.maps.is_some() {
             Path::Products
@@ -187,7 +203,9 @@ impl CudaBackend {
     }
 
     pub(super) fn maps(&self) -> Result<&Maps, CudaError> {
-        self.maps.as_ref().ok_or(CudaError::NotYet("deterministic mode before Hopper (compute capability 9.0)"))
+        self.maps.as_ref().ok_or(CudaError::NotYet(
+            "deterministic mode before Hopper (compute capability 9.0)",
+        ))
     }
 
     pub(super) fn product(
@@ -201,7 +219,9 @@ impl CudaBackend {
         let tile = Tile::of(form, tokens, rows, k, self.gpu.multiprocessors);
         let products = self.gpu.products.as_ref();
         products
-            .ok_or(CudaError::NotYet("deterministic mode before Hopper (compute capability 9.0)"))?
+            .ok_or(CudaError::NotYet(
+                "deterministic mode before Hopper (compute capability 9.0)",
+            ))?
             .run(&self.gpu, (form, tile), (w, x), args)
     }
 
@@ -237,8 +257,7 @@ impl CudaBackend {
         let (h, v) = (self.spec.hidden_size, self.spec.vocab_size);
         let (eps, stream) = (self.spec.rms_norm_eps as f32, self.gpu.stream.clone());
         let norm = self.weights.norm.device_ptr(&stream).0;
-        let head = self.weights.head.as_ref().unwrap_or(&self.weights.embed);
-        let head = head.device_ptr(&stream).0;
+        let head = self.weights.head().at(&stream);
         let (x, picked, logits) = (
             self.work.x.device_ptr(&stream).0,
             self.work.picked.device_ptr(&stream).0,
@@ -264,7 +283,8 @@ impl CudaBackend {
             return Ok(());
         }
         // In the deterministic mode a token's logits come in one way only, whatever else the pass has.
-        if in_order && path == Path::Products && !self.deterministic {
+        let whole = matches!(head, Stored::Bf16(_)) && !self.deterministic;
+        if in_order && path == Path::Products && whole {
             let args = ProductArgs {
                 y: logits,
                 sums_in: self.work.sums.device_ptr(&stream).0,
@@ -307,6 +327,7 @@ impl CudaBackend {
             tokens: n,
             outputs: self.spec.vocab_size,
             inputs: self.spec.hidden_size,
+            stride: self.spec.vocab_size,
             out: Out::F32,
         };
         let logits = self.work.logits.device_ptr(&self.gpu.stream).0;
@@ -321,7 +342,41 @@ impl CudaBackend {
             };
             return Ok(self.product(Form::Logits, &maps.head, &maps.picked, &args)?);
         }
+        if let Stored::Quantized(head) = self.weights.head().at(&self.gpu.stream) {
+            return Ok(self.unembed_in_parts(pass, (head, shape), hidden, logits)?);
+        }
         self.matmul(pass, Matrix::Head, shape, hidden, logits)
+    }
+
+    /// A head of blocks, of which the scratch buffer holds a part at a time.
+    fn unembed_in_parts(
+        &mut self,
+        pass: &PassArgs,
+        (head, whole): (Blocks, Shape),
+        hidden: u64,
+        logits: u64,
+    ) -> Result<(), CudaError> {
+        let (vocab, columns) = (whole.outputs, whole.inputs);
+        let part = self.weights.head_part(vocab, columns);
+        let scratch = self.weights.scratch_at(&self.gpu.stream);
+        for first in (0..vocab).step_by(part) {
+            let rows = part.min(vocab - first);
+            let shape = Shape {
+                outputs: rows,
+                ..whole
+            };
+            let operands = Operands {
+                w: scratch,
+                x: hidden,
+                y: logits + (first * size_of::<f32>()) as u64,
+            };
+            if pass.tune {
+                self.gemm.tune(shape, &[operands])?;
+            }
+            self.gpu.unpack(head.rows(first, rows, columns), scratch)?;
+            self.gemm.run(shape, operands)?;
+        }
+        Ok(())
     }
 
     pub(super) fn matmul(
@@ -333,35 +388,36 @@ impl CudaBackend {
         y: u64,
     ) -> Result<(), PolicyError> {
         if pass.tune {
+            let scratch = self.weights.scratch_at(&self.gpu.stream);
+            let address = |stored| match stored {
+                Stored::Bf16(address) => address,
+                Stored::Quantized(_) => scratch,
+            };
             let all = self.matrices(matrix.everywhere());
+            let mut all: Vec<u64> = all.into_iter().map(address).collect();
+            all.dedup();
             let operands: Vec<Operands> = all.into_iter().map(|w| Operands { w, x, y }).collect();
             self.gemm.tune(shape, &operands)?;
         }
-        let w = self.matrices(matrix)[0];
+        let w = self.as_bf16(self.matrices(matrix)[0])?;
         Ok(self.gemm.run(shape, Operands { w, x, y })?)
     }
 
-    /// Addresses of a matrix, of one layer or of all.
-    fn matrices(&self, matrix: Matrix) -> Vec<u64> {
+    /// Where a matrix lies, of one layer or of all.
+    fn matrices(&self, matrix: Matrix) -> Vec<Stored> {
         let stream = &self.gpu.stream;
-        let (pick, layer): (fn(&Layer) -> &CudaSlice<bf16>, _) = match matrix {
+        let (pick, layer): (fn(&Layer) -> &Linear, _) = match matrix {
             Matrix::Qkv(layer) => (|l| &l.qkv, layer),
             Matrix::O(layer) => (|l| &l.o, layer),
             Matrix::GateUp(layer) => (|l| &l.gate_up, layer),
             Matrix::Down(layer) => (|l| &l.down, layer),
-            Matrix::Head => {
-                let head = self.weights.head.as_ref().unwrap_or(&self.weights.embed);
-                return vec![head.device_ptr(stream).0];
-            }
+            Matrix::Head => return vec![self.weights.head().at(stream)],
         };
         let layers = match layer {
             Some(index) => &self.weights.layers[index..=index],
             None => &self.weights.layers[..],
         };
-        layers
-            .iter()
-            .map(|l| pick(l).device_ptr(stream).0)
-            .collect()
+        layers.iter().map(|l| pick(l).at(stream)).collect()
     }
 }
 

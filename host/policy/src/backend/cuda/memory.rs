@@ -1,12 +1,12 @@
 //! What a process may take of a GPU's memory, and how that is divided: weights, workspace, and the KV pool, which gets
 //! what is left of it as far as the run can use it.
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use cudarc::driver::{CudaContext, sys::CUdevice_attribute as Attribute};
 use serde::Serialize;
 
-use super::{BLOCK_SIZE, CudaError, CudaSizes, check, device};
+use super::{BLOCK_SIZE, CudaError, CudaSizes, CudaWeights, check, device, weights::WeightSizes};
 use crate::spec::ModelSpec;
 
 /// Kept for what the driver takes later on: captured graphs, cublasLt's own buffers, kernels that spill.
@@ -110,17 +110,30 @@ impl Budget {
     ///
     /// # Errors
     /// [`CudaError::Shape`], [`CudaError::TooBig`] and [`CudaError::OneSequence`].
-    pub fn admit(&self, spec: &ModelSpec, sizes: &CudaSizes) -> Result<(), CudaError> {
+    pub fn admit(
+        &self,
+        spec: &ModelSpec,
+        weights: CudaWeights<'_>,
+        sizes: &CudaSizes,
+    ) -> Result<(), CudaError> {
         check(spec)?;
-        let (weights, workspace) = (
-            weight_bytes(spec, sizes.max_model_len),
-            workspace_bytes(spec, sizes, self.multiprocessors),
-        );
-        admit(&self.memory()?, weights, workspace)?
+        let needed = WeightSizes::of(spec, weights, sizes.max_model_len);
+        let workspace = workspace_bytes(spec, sizes, self.multiprocessors) + needed.scratch;
+        admit(&self.memory()?, needed.weights, workspace)?
             .hold(sizes.max_model_len, super::kv_bytes_per_token(spec))
     }
 
-    /// Divides what is left when models of `weights` bytes (see [`weight_bytes`]) are there: the policy's, and the draft's
+    /// Whether the weights in bf16 would take more than half of what may still be used.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn is_tight(&self, spec: &ModelSpec, sizes: &CudaSizes) -> Result<bool, CudaError> {
+        let none = BTreeMap::new();
+        let bf16 = WeightSizes::of(spec, CudaWeights::dense(&none), sizes.max_model_len);
+        Ok(bf16.weights > self.memory()?.left() / 2)
+    }
+
+    /// Divides what is left when models of `weights` bytes are there: the policy's, and the draft's
     /// if it has one. `free_without_draft` were free before the draft came.
     ///
     /// # Errors
@@ -242,17 +255,6 @@ impl fmt::Display for MemoryPlan {
             mib(self.total)
         )
     }
-}
-
-/// Bytes of a model's weights: matrices in bf16, vectors and the rotation table of `positions` positions in f32.
-pub fn weight_bytes(spec: &ModelSpec, positions: usize) -> usize {
-    let bytes = |shape: &[usize]| {
-        let width = if shape.len() == 1 { 4 } else { 2 };
-        shape.iter().product::<usize>() * width
-    };
-    let shapes = spec.weight_shapes();
-    let weights: usize = shapes.iter().map(|(_, shape)| bytes(shape)).sum();
-    weights + positions * spec.head_dim * 4
 }
 
 /// Bytes of the buffers of forward.rs, gemm.rs, graph.rs and inputs.rs, the small ones left to [`RESERVE`].

@@ -6,6 +6,7 @@
 
 #![expect(unsafe_code, reason = "the one place that talks to a device")]
 
+mod blocks;
 mod compile;
 mod device;
 mod draws;
@@ -21,6 +22,8 @@ mod maps;
 mod memory;
 mod product;
 mod propose;
+mod quantized;
+mod skinny;
 mod step;
 mod survey;
 mod verify;
@@ -38,7 +41,7 @@ use half::bf16;
 pub use compile::{SOURCES, architecture, compile};
 pub use device::count;
 pub use error::CudaError;
-pub use memory::{Budget, MemoryPlan, PoolNeeds, weight_bytes};
+pub use memory::{Budget, MemoryPlan, PoolNeeds};
 pub use propose::DeviceRow;
 pub use survey::{GpuFacts, Survey, survey};
 
@@ -48,7 +51,9 @@ use crate::{
     error::PolicyError,
     spec::ModelSpec,
     types::{PackedBatch, TokenScores, TopTokens},
+    weights::Quantized,
 };
+use blocks::Bits;
 use device::Gpu;
 use draws::Draws;
 use exit::EarlyExit;
@@ -75,6 +80,35 @@ pub struct CudaSizes {
     pub max_batch: usize,
     /// Tokens of one sequence.
     pub max_model_len: usize,
+}
+
+/// The weights of a model by their checkpoint names (see [`crate::weights`]); matrices are in either.
+#[derive(Clone, Copy, Debug)]
+pub struct CudaWeights<'a> {
+    pub tensors: &'a BTreeMap<String, Tensor>,
+    pub quantized: &'a Quantized,
+    /// Whether the second stay quantised where their format allows it; otherwise all become bf16.
+    pub keep: bool,
+}
+
+impl<'a> CudaWeights<'a> {
+    /// Nothing is quantised.
+    pub fn dense(tensors: &'a BTreeMap<String, Tensor>) -> Self {
+        static NONE: Quantized = Quantized::new();
+        Self {
+            tensors,
+            quantized: &NONE,
+            keep: false,
+        }
+    }
+
+    /// How the matrices `names`, which lie in one, are kept.
+    fn kept(&self, names: &[&str]) -> Option<Bits> {
+        match self.keep {
+            true => Bits::of(self.quantized, names),
+            false => None,
+        }
+    }
 }
 
 /// Keys and values of all layers.
@@ -150,11 +184,25 @@ impl CudaBackend {
     /// kernels are kept in the folder `cache`.
     ///
     /// # Errors
-    /// A weight that is missing or of another shape; [`CudaError`] for everything about the GPU.
+    /// As [`Self::with_weights`].
     pub fn new(
         ordinal: usize,
         spec: ModelSpec,
         tensors: &BTreeMap<String, Tensor>,
+        sizes: CudaSizes,
+        cache: Option<&Path>,
+    ) -> Result<Self, PolicyError> {
+        Self::with_weights(ordinal, spec, CudaWeights::dense(tensors), sizes, cache)
+    }
+
+    /// The same with weights that may be and stay quantised.
+    ///
+    /// # Errors
+    /// A weight that is missing or of another shape; [`CudaError`] for everything about the GPU.
+    pub fn with_weights(
+        ordinal: usize,
+        spec: ModelSpec,
+        given: CudaWeights<'_>,
         sizes: CudaSizes,
         cache: Option<&Path>,
     ) -> Result<Self, PolicyError> {
@@ -170,7 +218,7 @@ impl CudaBackend {
         let gpu = Gpu::open(ordinal, spec.head_dim, cache)?;
         // Before the weights, because it finds out whether cublasLt is there.
         let gemm = Gemm::new(&gpu.stream)?;
-        let weights = Weights::new(&gpu.stream, &spec, tensors, sizes.max_model_len)?;
+        let weights = Weights::new(&gpu.stream, &spec, given, sizes.max_model_len)?;
         let layout = Layout {
             tokens: sizes.max_step_tokens,
             sequences: sizes.max_batch,
@@ -212,12 +260,21 @@ impl CudaBackend {
     /// Drafts' own passes stay as they are.
     ///
     /// # Errors
-    /// [`CudaError::NotYet`] where there are no products of our own for all sizes.
+    /// [`CudaError::NotYet`] where there are no products of our own for all sizes; those of memory for a quantised head,
+    /// which becomes bf16: that product takes it whole.
     pub fn set_deterministic(&mut self) -> Result<(), CudaError> {
         self.maps()?;
+        self.weights.dequantize_head(&self.gpu)?;
+        let (stream, spec) = (&self.gpu.stream, &self.spec);
+        self.maps = Some(Maps::new(stream, spec, &self.weights, &self.work)?);
         self.deterministic = true;
         self.graphs.clear();
         Ok(())
+    }
+
+    /// Bytes of the weights on the device.
+    pub fn weight_bytes(&self) -> usize {
+        self.weights.bytes()
     }
 
     /// Query heads that share a key head.

@@ -231,7 +231,11 @@ impl Products {
         let kernel = kernel.ok_or(CudaError::NotYet("a product of this shape"))?;
         let tokens = (args.tokens as usize).div_ceil(tile.n);
         let launch = Launch {
-            grid: (tile.parts * tokens, (args.n as usize).div_ceil(tile.groups * BOX_ROWS as usize), 1),
+            grid: (
+                tile.parts * tokens,
+                (args.n as usize).div_ceil(tile.groups * BOX_ROWS as usize),
+                1,
+            ),
             cluster: tile.parts as u32,
             shared: tile.shared_bytes(),
             ..Launch::of(1, 128 * tile.groups as u32 + 64)

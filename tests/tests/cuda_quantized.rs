@@ -1,0 +1,294 @@
+//! Weights that stay quantised on a GPU beside the same ones made bf16, and the speed of both. Needs a GPU, so CI leaves it
+//! out; run it with `cargo test --release --test cuda_quantized -- --ignored --nocapture --test-threads 1`.
+
+mod cuda_models;
+
+use std::{collections::BTreeMap, time::Instant};
+
+use candle_core::{Device, Tensor, quantized::GgmlDType};
+use cuda_models::{SIZES, cache, spec, weights};
+use grpo_policy::{
+    backend::{
+        Backend, Exit, SampleArgs, StepRow,
+        cpu::{CpuBackend, Trainable},
+        cuda::{BLOCK_SIZE, CudaBackend, CudaSizes, CudaWeights},
+    },
+    spec::{Family, ModelSpec},
+    types::SamplingParams,
+    weights::{Quantized, QuantizedMatrix},
+};
+
+/// A model with its matrices in blocks: the head's format first, then those of the layers in turn.
+struct Model {
+    spec: ModelSpec,
+    tensors: BTreeMap<String, Tensor>,
+    quantized: Quantized,
+}
+
+impl Model {
+    fn new(spec: ModelSpec, head: Option<GgmlDType>, formats: &[GgmlDType]) -> Self {
+        let (mut tensors, mut quantized) = (BTreeMap::new(), Quantized::new());
+        for (i, (name, tensor)) in weights(&spec, 7).into_iter().enumerate() {
+            let is_head = name.contains("embed") || name.contains("lm_head");
+            let format = match is_head {
+                true => head,
+                false => Some(formats[i % formats.len()]),
+            };
+            match format {
+                Some(format) if tensor.dims().len() == 2 => {
+                    let matrix = QuantizedMatrix::quantize(&tensor, format).unwrap();
+                    quantized.insert(name, matrix);
+                }
+                _ => _ = tensors.insert(name, tensor),
+            }
+        }
+        Self {
+            spec,
+            tensors,
+            quantized,
+        }
+    }
+
+    fn dense(&self) -> BTreeMap<String, Tensor> {
+        let mut all = self.tensors.clone();
+        for (name, matrix) in &self.quantized {
+            all.insert(name.clone(), matrix.dequantize().unwrap());
+        }
+        all
+    }
+
+    fn on_gpu(&self, keep: bool, sizes: CudaSizes) -> CudaBackend {
+        let weights = CudaWeights {
+            tensors: &self.tensors,
+            quantized: &self.quantized,
+            keep,
+        };
+        CudaBackend::with_weights(0, self.spec.clone(), weights, sizes, cache()).unwrap()
+    }
+}
+
+/// `[V]` log-probs less their mean after `tokens` tokens.
+fn logits(backend: &mut impl Backend, vocab: usize, tokens: usize) -> Vec<f64> {
+    let text: Vec<u32> = (0..tokens).map(|i| (i * 7919 % vocab) as u32).collect();
+    let blocks: Vec<u32> = (0..tokens.div_ceil(BLOCK_SIZE) as u32).collect();
+    let params = SamplingParams::default();
+    let row = StepRow {
+        tokens: &text,
+        position: 0,
+        blocks: &blocks,
+        sample: Some(SampleArgs {
+            params: &params,
+            stream: 0,
+            position: 0,
+            history: &[],
+            proposal: None,
+            top: 0,
+            ahead: 0,
+        }),
+    };
+    let drafted = backend.propose(&[row], Exit::Final).unwrap().remove(0);
+    let dense = drafted.distribution.dense().unwrap();
+    let logs: Vec<f64> = dense
+        .iter()
+        .map(|p| f64::from(*p).max(1e-30).ln())
+        .collect();
+    let mean = logs.iter().sum::<f64>() / logs.len() as f64;
+    logs.iter().map(|x| x - mean).collect()
+}
+
+/// Relative.
+fn distance(a: &[f64], b: &[f64]) -> f64 {
+    let apart: f64 = a.iter().zip(b).map(|(x, y)| (x - y).powi(2)).sum();
+    (apart / a.iter().map(|x| x.powi(2)).sum::<f64>()).sqrt()
+}
+
+/// All formats, alone and mixed in one matrix, with the head in blocks and not, on all products: those for few tokens, for
+/// some, and the library's.
+#[test]
+#[ignore = "needs a GPU"]
+fn quantised_weights_are_the_same_as_bf16_ones() {
+    use GgmlDType::{Q4_0, Q4_1, Q5_0, Q5_1, Q8_0};
+    let cases: [(Option<GgmlDType>, &[GgmlDType]); 7] = [
+        (None, &[Q4_0]),
+        (Some(Q8_0), &[Q4_0]),
+        (Some(Q4_1), &[Q4_1]),
+        (Some(Q5_1), &[Q5_0]),
+        (Some(Q4_0), &[Q5_1]),
+        (None, &[Q8_0]),
+        (Some(Q8_0), &[Q4_0, Q8_0, Q5_1, Q4_1, Q5_0]),
+    ];
+    let shapes = [
+        spec(Family::Qwen2, (14, 2, 64), 1008),
+        spec(Family::Qwen3, (8, 1, 128), 1024),
+        spec(Family::Llama, (9, 3, 64), 515),
+    ];
+    println!(
+        "head    layers           kept of bf16   tokens: from bf16 on the GPU, from f32 on the CPU"
+    );
+    for (i, (head, formats)) in cases.into_iter().enumerate() {
+        let model = Model::new(shapes[i % shapes.len()].clone(), head, formats);
+        let (spec, dense) = (model.spec.clone(), model.dense());
+        let mut cpu = CpuBackend::new(spec.clone(), &dense, &Trainable::Nothing, false).unwrap();
+        let mut kept = model.on_gpu(true, SIZES);
+        let mut made = model.on_gpu(false, SIZES);
+        assert!(kept.weight_bytes() < made.weight_bytes());
+        cpu.init_kv(16, BLOCK_SIZE).unwrap();
+        kept.init_kv(16, BLOCK_SIZE).unwrap();
+        made.init_kv(16, BLOCK_SIZE).unwrap();
+        print!(
+            "{head:5?} {formats:?} {} of {}",
+            kept.weight_bytes(),
+            made.weight_bytes()
+        );
+        for tokens in [1, 3, 5, 8, 9, 40, 65, 200] {
+            let of = |backend: &mut CudaBackend| logits(backend, spec.vocab_size, tokens);
+            let (kept, made) = (of(&mut kept), of(&mut made));
+            let cpu = logits(&mut cpu, spec.vocab_size, tokens);
+            let (near, far) = (distance(&made, &kept), distance(&cpu, &kept));
+            print!("  {tokens}: {near:.4}, {far:.4}");
+            assert!(near < 0.02 && far < 0.03, "{tokens} tokens: {near}, {far}");
+            // The same products on the same numbers, but for the head, which comes in parts or by another product.
+            assert!(
+                tokens <= 8 || head.is_some() || near == 0.0,
+                "{tokens} tokens: {near}"
+            );
+        }
+        println!();
+    }
+}
+
+/// In the deterministic mode everything is a product of bf16 weights, the head's too.
+#[test]
+#[ignore = "needs a GPU"]
+fn deterministic_logits_do_not_know_that_weights_are_quantised() {
+    let shape = spec(Family::Qwen2, (14, 2, 64), 1008);
+    let model = Model::new(shape, Some(GgmlDType::Q8_0), &[GgmlDType::Q4_1]);
+    let mut all = [true, false].map(|keep| model.on_gpu(keep, SIZES));
+    for tokens in [1, 8, 33, 150] {
+        let [kept, made] = all.each_mut().map(|backend| {
+            backend.set_deterministic().unwrap();
+            backend.init_kv(16, BLOCK_SIZE).unwrap();
+            logits(backend, model.spec.vocab_size, tokens)
+        });
+        assert_eq!(kept, made, "{tokens} tokens");
+    }
+}
+
+/// Random blocks with weights of about the size that trained models have; vectors as of a model before its training.
+fn random_model(config: &str, format: GgmlDType, head: GgmlDType) -> Model {
+    let spec = ModelSpec::from_config_json(config.as_bytes(), "config.json".as_ref()).unwrap();
+    let (mut tensors, mut quantized) = (BTreeMap::new(), Quantized::new());
+    for (name, shape) in spec.weight_shapes() {
+        let [rows, columns] = shape[..] else {
+            let value = f32::from(u8::from(name.contains("norm")));
+            let vector = Tensor::full(value, shape, &Device::Cpu).unwrap();
+            tensors.insert(name, vector);
+            continue;
+        };
+        let format = match name.contains("embed") || name.contains("lm_head") {
+            true => head,
+            false => format,
+        };
+        let size = format.type_size();
+        let mut state = 0x9e37_79b9_u32 ^ rows as u32;
+        let mut bytes = vec![0u8; rows * columns / format.block_size() * size];
+        for byte in &mut bytes {
+            state = state.wrapping_mul(747_796_405).wrapping_add(2_891_336_453);
+            *byte = (state >> 24) as u8;
+        }
+        // 0.0031 and 0.0002 as f16.
+        let d: [u8; 2] = match format {
+            GgmlDType::Q8_0 => [0x8d, 0x0a],
+            _ => [0x59, 0x1a],
+        };
+        for block in bytes.chunks_exact_mut(size) {
+            block[..2].copy_from_slice(&d);
+        }
+        let matrix = QuantizedMatrix::from_bytes(format, (rows, columns), &bytes).unwrap();
+        quantized.insert(name, matrix);
+    }
+    Model {
+        spec,
+        tensors,
+        quantized,
+    }
+}
+
+/// Tokens per second of `batch` sequences behind prompts of one token, bursts and all.
+fn tokens_per_second(backend: &mut CudaBackend, batch: usize) -> f64 {
+    const STEPS: usize = 16;
+    let params = SamplingParams::default();
+    let blocks: Vec<Vec<u32>> = (0..batch as u32)
+        .map(|s| (0..8).map(|b| s * 8 + b).collect())
+        .collect();
+    let mut burst = |position: usize| {
+        let rows: Vec<StepRow<'_>> = blocks
+            .iter()
+            .enumerate()
+            .map(|(s, blocks)| StepRow {
+                tokens: &[17],
+                position,
+                blocks,
+                sample: Some(SampleArgs {
+                    params: &params,
+                    stream: s as u64,
+                    position: position as u64,
+                    history: &[],
+                    proposal: None,
+                    top: 0,
+                    ahead: STEPS - 1,
+                }),
+            })
+            .collect();
+        let drawn = backend.step(&rows).unwrap();
+        assert_eq!(drawn.iter().map(Vec::len).sum::<usize>(), batch * STEPS);
+    };
+    burst(0);
+    burst(STEPS);
+    let start = Instant::now();
+    let rounds = 8;
+    for round in 0..rounds {
+        burst(2 * STEPS + round * STEPS);
+    }
+    (rounds * STEPS * batch) as f64 / start.elapsed().as_secs_f64()
+}
+
+/// What keeping weights costs and brings.
+#[test]
+#[ignore = "needs a GPU"]
+fn speed_of_quantised_weights() {
+    let sizes = CudaSizes {
+        max_step_tokens: 256,
+        max_batch: 64,
+        max_model_len: 512,
+    };
+    let shapes = [
+        (
+            "0.5B",
+            include_str!("../../host/src/commands/shapes/qwen2.5-0.5b.json"),
+        ),
+        (
+            "1.5B",
+            include_str!("../../host/src/commands/shapes/qwen2.5-1.5b.json"),
+        ),
+    ];
+    println!("shape  weights  MiB    load s   tokens/s at 1, 4, 8, 16, 64 sequences");
+    for (name, config) in shapes {
+        let model = random_model(config, GgmlDType::Q4_0, GgmlDType::Q8_0);
+        for keep in [true, false] {
+            let start = Instant::now();
+            let mut gpu = model.on_gpu(keep, sizes);
+            let loaded = start.elapsed().as_secs_f64();
+            gpu.init_kv(64 * 8, BLOCK_SIZE).unwrap();
+            let what = if keep { "kept" } else { "bf16" };
+            print!(
+                "{name}   {what:5} {:7}  {loaded:6.2}",
+                gpu.weight_bytes() >> 20
+            );
+            for batch in [1, 4, 8, 16, 64] {
+                print!("  {:8.0}", tokens_per_second(&mut gpu, batch));
+            }
+            println!();
+        }
+    }
+}
