@@ -5,7 +5,7 @@ mod cuda_models;
 
 use std::{collections::BTreeMap, time::Instant};
 
-use candle_core::{Device, Tensor, quantized::GgmlDType};
+use candle_core::{DType, Device, Tensor, quantized::GgmlDType};
 use cuda_models::{SIZES, cache, spec, weights};
 use grpo_policy::{
     backend::{
@@ -49,10 +49,12 @@ impl Model {
         }
     }
 
+    /// In f32, the numbers as bf16 has them.
     fn dense(&self) -> BTreeMap<String, Tensor> {
         let mut all = self.tensors.clone();
         for (name, matrix) in &self.quantized {
-            all.insert(name.clone(), matrix.dequantize().unwrap());
+            let rounded = matrix.dequantize().unwrap().to_dtype(DType::BF16).unwrap();
+            all.insert(name.clone(), rounded.to_dtype(DType::F32).unwrap());
         }
         all
     }
@@ -140,7 +142,7 @@ fn quantised_weights_are_the_same_as_bf16_ones() {
             kept.weight_bytes(),
             made.weight_bytes()
         );
-        for tokens in [1, 3, 5, 8, 9, 40, 65, 200] {
+        for tokens in [1, 5, 8, 9, 27, 40, 65, 200] {
             let of = |backend: &mut CudaBackend| logits(backend, spec.vocab_size, tokens);
             let (kept, made) = (of(&mut kept), of(&mut made));
             let cpu = logits(&mut cpu, spec.vocab_size, tokens);
@@ -149,7 +151,7 @@ fn quantised_weights_are_the_same_as_bf16_ones() {
             assert!(near < 0.02 && far < 0.03, "{tokens} tokens: {near}, {far}");
             // The same products on the same numbers, but for the head, which comes in parts or by another product.
             assert!(
-                tokens <= 8 || head.is_some() || near == 0.0,
+                tokens <= 32 || head.is_some() || near == 0.0,
                 "{tokens} tokens: {near}"
             );
         }
@@ -272,7 +274,7 @@ fn speed_of_quantised_weights() {
             include_str!("../../host/src/commands/shapes/qwen2.5-1.5b.json"),
         ),
     ];
-    println!("shape  weights  MiB    load s   tokens/s at 1, 4, 8, 16, 64 sequences");
+    println!("shape  weights  MiB    load s   tokens/s at 1, 4, 8, 16, 32, 64 sequences");
     for (name, config) in shapes {
         let model = random_model(config, GgmlDType::Q4_0, GgmlDType::Q8_0);
         for keep in [true, false] {
@@ -285,7 +287,7 @@ fn speed_of_quantised_weights() {
                 "{name}   {what:5} {:7}  {loaded:6.2}",
                 gpu.weight_bytes() >> 20
             );
-            for batch in [1, 4, 8, 16, 64] {
+            for batch in [1, 4, 8, 16, 32, 64] {
                 print!("  {:8.0}", tokens_per_second(&mut gpu, batch));
             }
             println!();

@@ -1,6 +1,9 @@
 //! The GPU: its context, the one stream everything runs on, and the loaded kernels.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::Path,
+    sync::{Arc, atomic::AtomicBool},
+};
 
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaStream, DriverError,
@@ -22,6 +25,9 @@ pub(super) struct Gpu {
     pub(super) multiprocessors: usize,
     /// Knows programmatic dependent launch (Hopper and later).
     pub(super) overlaps: bool,
+    /// The kernel queued last writes weights. Others read weights before the one before them has ended, so the next one has to
+    /// wait for that.
+    pub(super) wrote_weights: AtomicBool,
 }
 
 /// Every kernel by its name in the source.
@@ -89,6 +95,7 @@ impl Gpu {
             products,
             multiprocessors,
             overlaps: major >= 9,
+            wrote_weights: AtomicBool::new(false),
             stream,
         })
     }

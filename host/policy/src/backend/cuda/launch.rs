@@ -3,7 +3,7 @@
 //! Addresses are plain numbers here, because a captured graph keeps them anyway. Who calls sees to it that they name
 //! buffers of the shapes that the kernel's comment gives.
 
-use std::ffi::c_void;
+use std::{ffi::c_void, sync::atomic::Ordering};
 
 use cudarc::driver::{CudaFunction, sys};
 
@@ -165,8 +165,9 @@ impl Gpu {
             pad: [0; 4],
             value,
         };
+        let after_weights = self.wrote_weights.swap(false, Ordering::Relaxed);
         let overlap = sys::CUlaunchAttributeValue {
-            programmaticStreamSerializationAllowed: 1,
+            programmaticStreamSerializationAllowed: i32::from(!after_weights),
         };
         let cluster = sys::CUlaunchAttributeValue {
             clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {

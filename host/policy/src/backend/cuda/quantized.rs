@@ -1,7 +1,7 @@
 //! Matrices that are quantised on the device, and what is done with them (quantized.cu): products with few tokens read the
 //! blocks; for other products a matrix is made bf16 in a scratch buffer first, each time it is used.
 
-use std::sync::Arc;
+use std::sync::{Arc, atomic::Ordering};
 
 use cudarc::driver::{CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
@@ -98,6 +98,13 @@ impl Linear {
         }
     }
 
+    pub(super) fn weights(&self) -> usize {
+        match self {
+            Self::Bf16(matrix) => matrix.len(),
+            Self::Quantized(matrix) => matrix.weights(),
+        }
+    }
+
     /// Weights of a quantised matrix; 0 for another.
     pub(super) fn quantized_weights(&self) -> usize {
         match self {
@@ -175,7 +182,9 @@ impl Gpu {
             pointer(&eighths),
         ];
         let launch = Launch::of((w.weights / 8).div_ceil(256), 256);
-        self.queue(&self.quantized.of(w.bits).unpack, launch, &arguments)
+        self.queue(&self.quantized.of(w.bits).unpack, launch, &arguments)?;
+        self.wrote_weights.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Writes the rows of the `tokens` ids to `out` as bf16; a row has `columns` weights.

@@ -1,5 +1,7 @@
 //! Products with few tokens: skinny.cu on bf16 weights, quantized.cu on quantised ones.
 
+use half::bf16;
+
 use super::{
     CudaError,
     device::Gpu,
@@ -22,7 +24,7 @@ pub(super) enum Skinny {
 
 impl Skinny {
     /// Outputs of a block are those of a warp, 16, or of each of its warps.
-    pub(super) fn launch(self, a: &SkinnyArgs) -> Launch {
+    fn launch(self, a: &SkinnyArgs) -> Launch {
         let (per_block, warps, normed) = match self {
             Self::Project => (16, 8, 8),
             Self::Add => (16, 16, 0),
@@ -32,6 +34,17 @@ impl Skinny {
         Launch {
             shared: normed * (a.inputs + 8) * 2,
             ..Launch::of(a.outputs.div_ceil(per_block), 32 * warps)
+        }
+    }
+
+    /// Bytes of a token in x and in y.
+    fn token_bytes(self, a: &SkinnyArgs) -> (usize, usize) {
+        let (wide, narrow) = (size_of::<f32>(), size_of::<bf16>());
+        match self {
+            Self::Project => (wide * a.inputs, narrow * a.outputs),
+            Self::Add => (narrow * a.inputs, wide * a.outputs),
+            Self::Swiglu => (wide * a.inputs, narrow * a.outputs / 2),
+            Self::Head => (wide * a.inputs, wide * a.outputs),
         }
     }
 }
@@ -50,9 +63,26 @@ pub(super) struct SkinnyArgs {
     pub(super) eps: f32,
 }
 
+/// Tokens that the kernels take at once.
+const TOGETHER: usize = 8;
+
 impl Gpu {
-    /// Queues a product.
+    /// Queues a product. More than 8 tokens read the weights several times.
     pub(super) fn skinny(&self, kind: Skinny, a: &SkinnyArgs) -> Result<(), CudaError> {
+        let (of_x, of_y) = kind.token_bytes(a);
+        for first in (0..a.tokens).step_by(TOGETHER) {
+            let part = SkinnyArgs {
+                x: a.x + (first * of_x) as u64,
+                y: a.y + (first * of_y) as u64,
+                tokens: TOGETHER.min(a.tokens - first),
+                ..*a
+            };
+            self.skinny_part(kind, &part)?;
+        }
+        Ok(())
+    }
+
+    fn skinny_part(&self, kind: Skinny, a: &SkinnyArgs) -> Result<(), CudaError> {
         let (tokens, n, k) = (a.tokens as i32, a.outputs as i32, a.inputs as i32);
         let (address, scales, quantized) = match &a.w {
             Stored::Bf16(address) => (address, None, None),

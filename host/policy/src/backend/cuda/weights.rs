@@ -229,9 +229,14 @@ impl Weights {
         }
     }
 
-    /// Whether any matrix is.
-    pub(super) fn is_quantized(&self) -> bool {
-        self.scratch.is_some()
+    /// Whether more than half of the layers' weights are.
+    pub(super) fn is_mostly_quantized(&self) -> bool {
+        let matrices = |l: &Layer| {
+            [&l.qkv, &l.o, &l.gate_up, &l.down].map(|m| (m.quantized_weights(), m.weights()))
+        };
+        let all = self.layers.iter().flat_map(matrices);
+        let (kept, all) = all.fold((0, 0), |sum, of| (sum.0 + of.0, sum.1 + of.1));
+        2 * kept > all
     }
 
     /// Bytes of all of them on the device, without the scratch buffer.

@@ -46,22 +46,14 @@ static __device__ __forceinline__ uint4 eighth(const u32* quants, const u32* sca
 }
 
 // A matrix as bf16, for products that know nothing else. A thread has 8 weights, of `eighths` in all. Such products read
-// weights before the kernel before them has ended: so it lets nobody start before its own end, and what it has written is
-// by then where everybody sees it, the tensor memory accelerator too.
+// weights before the kernel before them has ended: the one after this is launched without that freedom.
 template <int BITS>
 static __device__ __forceinline__ void unpack_all(const u32* quants, const u32* scales, uint4* out, int eighths) {
     int i = blockIdx.x * 256 + threadIdx.x;
-    if (i >= eighths) {
-        wait_for_previous();
-        return;
-    }
-    uint4 v = eighth<BITS>(quants, scales, i);
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (i < eighths) v = eighth<BITS>(quants, scales, i);
     wait_for_previous();
-    out[i] = v;
-    __threadfence();
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.global;" ::: "memory");
-#endif
+    if (i < eighths) out[i] = v;
 }
 
 // Rows ids[t] of a table, [T, K], as bf16. Grid: T. It begins a step (see `embed`).
