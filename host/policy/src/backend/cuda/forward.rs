@@ -7,20 +7,19 @@ use half::bf16;
 use super::{
     BLOCK_SIZE, CudaBackend, CudaError, CudaSizes,
     device::Gpu,
-    gemm::{Operands, Out, Shape},
+    gemm::{Operands, Shape},
     inputs::{Counts, Field, Inputs},
     launch::{Attention, Places},
     layer::WorkPointers,
     maps::Maps,
     product::{self, Form, Map, ProductArgs, Tile, TokenMaps},
-    quantized::{Blocks, Linear, Stored},
-    skinny::{Skinny, SkinnyArgs},
+    quantized::{Linear, Stored},
     weights::Layer,
 };
 use crate::{error::PolicyError, spec::ModelSpec};
 
 /// Up to so many tokens the hand-written products are faster than cublasLt's.
-const SKINNY_TOKENS: usize = 4;
+pub(super) const SKINNY_TOKENS: usize = 4;
 
 /// The same where most weights are quantised, which only these products know of. They read 0.6 bytes of a 4-bit weight for every
 /// 8 tokens; the others 4.6, made bf16 in between. Chosen by these numbers, not by measurement.
@@ -239,148 +238,7 @@ impl CudaBackend {
             .0
     }
 
-    /// Logits of `n` sampled tokens from the `first` on.
-    pub(super) fn head(
-        &mut self,
-        at: &Addresses,
-        pass: &PassArgs,
-        first: usize,
-        n: usize,
-    ) -> Result<(), PolicyError> {
-        if n > self.work.max_rows {
-            return Err(CudaError::Capacity {
-                what: "sampled tokens",
-                asked: n,
-                most: self.work.max_rows,
-            }
-            .into());
-        }
-        let (h, v) = (self.spec.hidden_size, self.spec.vocab_size);
-        let (eps, stream) = (self.spec.rms_norm_eps as f32, self.gpu.stream.clone());
-        let norm = self.weights.norm.device_ptr(&stream).0;
-        let head = self.weights.head().at(&stream);
-        let (x, picked, logits) = (
-            self.work.x.device_ptr(&stream).0,
-            self.work.picked.device_ptr(&stream).0,
-            self.work.logits.device_ptr(&stream).0,
-        );
-        // Where every token is sampled from, they lie in order.
-        let in_order = n == pass.counts.tokens;
-        let path = self.path(pass.counts.tokens);
-        let few = n <= SKINNY_TOKENS || matches!(head, Stored::Quantized(_));
-        if in_order && few && path == Path::Skinny && v.is_multiple_of(16) {
-            self.gpu.skinny(
-                Skinny::Head,
-                &SkinnyArgs {
-                    w: head,
-                    x,
-                    norm,
-                    y: logits,
-                    tokens: n,
-                    outputs: v,
-                    inputs: h,
-                    eps,
-                },
-            )?;
-            return Ok(());
-        }
-        // In the deterministic mode a token's logits come in one way only, whatever else the pass has.
-        let whole = matches!(head, Stored::Bf16(_)) && !self.deterministic;
-        if in_order && path == Path::Products && whole {
-            let args = ProductArgs {
-                y: logits,
-                sums_in: self.work.sums.device_ptr(&stream).0,
-                tiles_in: product::row_tiles(h) as i32,
-                stride: self.work.max_tokens as i32,
-                tokens: n as i32,
-                n: v as i32,
-                k: h as i32,
-                eps,
-                ..ProductArgs::default()
-            };
-            let maps = self.maps()?;
-            return Ok(self.product(Form::Logits, &maps.head, &maps.h, &args)?);
-        }
-        // The last layer has left them normalised.
-        let ready = in_order && path == Path::Library;
-        if !ready {
-            let rows = match in_order {
-                true => 0,
-                false => at.sampled + (first * size_of::<i32>()) as u64,
-            };
-            self.gpu.rms_norm((x, 0, norm, picked), rows, n, h, eps)?;
-        }
-        let picked = if ready {
-            self.work.h.device_ptr(&stream).0
-        } else {
-            picked
-        };
-        self.unembed(pass, picked, n)
-    }
-
-    /// Logits of `n` normalised hidden states at an address: in the deterministic mode `work.picked`'s.
-    pub(super) fn unembed(
-        &mut self,
-        pass: &PassArgs,
-        hidden: u64,
-        n: usize,
-    ) -> Result<(), PolicyError> {
-        let shape = Shape {
-            tokens: n,
-            outputs: self.spec.vocab_size,
-            inputs: self.spec.hidden_size,
-            stride: self.spec.vocab_size,
-            out: Out::F32,
-        };
-        let logits = self.work.logits.device_ptr(&self.gpu.stream).0;
-        if self.deterministic {
-            let maps = self.maps()?;
-            let args = ProductArgs {
-                y: logits,
-                tokens: n as i32,
-                n: shape.outputs as i32,
-                k: shape.inputs as i32,
-                ..ProductArgs::default()
-            };
-            return Ok(self.product(Form::Logits, &maps.head, &maps.picked, &args)?);
-        }
-        if let Stored::Quantized(head) = self.weights.head().at(&self.gpu.stream) {
-            return Ok(self.unembed_in_parts(pass, (head, shape), hidden, logits)?);
-        }
-        self.matmul(pass, Matrix::Head, shape, hidden, logits)
-    }
-
-    /// A head of blocks, of which the scratch buffer holds a part at a time.
-    fn unembed_in_parts(
-        &mut self,
-        pass: &PassArgs,
-        (head, whole): (Blocks, Shape),
-        hidden: u64,
-        logits: u64,
-    ) -> Result<(), CudaError> {
-        let (vocab, columns) = (whole.outputs, whole.inputs);
-        let part = self.weights.head_part(vocab, columns);
-        let scratch = self.weights.scratch_at(&self.gpu.stream);
-        for first in (0..vocab).step_by(part) {
-            let rows = part.min(vocab - first);
-            let shape = Shape {
-                outputs: rows,
-                ..whole
-            };
-            let operands = Operands {
-                w: scratch,
-                x: hidden,
-                y: logits + (first * size_of::<f32>()) as u64,
-            };
-            if pass.tune {
-                self.gemm.tune(shape, &[operands])?;
-            }
-            self.gpu.unpack(head.rows(first, rows, columns), scratch)?;
-            self.gemm.run(shape, operands)?;
-        }
-        Ok(())
-    }
-
+    /// y of [`Shape`] with a matrix of the layers or the head, by cublasLt.
     pub(super) fn matmul(
         &mut self,
         pass: &PassArgs,

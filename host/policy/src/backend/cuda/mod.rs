@@ -15,6 +15,7 @@ mod exit;
 mod forward;
 mod gemm;
 mod graph;
+mod head;
 mod inputs;
 mod launch;
 mod layer;
