@@ -354,3 +354,104 @@ fn rope(spec: &ModelSpec, positions: usize) -> Vec<f32> {
     };
     (0..positions).flat_map(row).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::quantized::GgmlDType;
+
+    use super::*;
+    use crate::{
+        spec::Family,
+        weights::{Quantized, QuantizedMatrix, random_weights},
+    };
+
+    const SPEC: ModelSpec = ModelSpec {
+        family: Family::Llama,
+        vocab_size: 100,
+        hidden_size: 64,
+        intermediate_size: 96,
+        num_hidden_layers: 2,
+        num_attention_heads: 2,
+        num_key_value_heads: 1,
+        head_dim: 32,
+        max_position_embeddings: 64,
+        rms_norm_eps: 1e-6,
+        rope_theta: 1e4,
+        rope_scaling: None,
+        tie_word_embeddings: false,
+        qkv_bias: false,
+        o_bias: false,
+        qk_norm: false,
+    };
+
+    fn sizes(format: impl Fn(&str) -> Option<GgmlDType>) -> WeightSizes {
+        let mut tensors = random_weights(&SPEC, 1).unwrap();
+        let mut quantized = Quantized::new();
+        for (name, shape) in SPEC.weight_shapes() {
+            let Some(format) = format(&name).filter(|_| shape.len() == 2) else {
+                continue;
+            };
+            let tensor = tensors.remove(&name).unwrap();
+            quantized.insert(name, QuantizedMatrix::quantize(&tensor, format).unwrap());
+        }
+        let given = CudaWeights {
+            tensors: &tensors,
+            quantized: &quantized,
+            keep: true,
+        };
+        let kept = WeightSizes::of(&SPEC, given, 10);
+        // What is not kept takes as much as what never was quantised.
+        let made = CudaWeights {
+            keep: false,
+            ..given
+        };
+        assert_eq!(
+            WeightSizes::of(&SPEC, made, 10),
+            WeightSizes {
+                weights: DENSE,
+                scratch: 0
+            }
+        );
+        kept
+    }
+
+    /// q, k, v; o; gate, up; down of both layers.
+    const LAYERS: usize = 2 * 64 * (128 + 64 + 192 + 96);
+    /// Embedding and head.
+    const ENDS: usize = 2 * 100 * 64;
+    /// Norms and rotation table in f32.
+    const VECTORS: usize = 4 * (5 * 64 + 10 * 32);
+    const DENSE: usize = 2 * (LAYERS + ENDS) + VECTORS;
+
+    #[test]
+    fn bytes_of_kept_weights_and_of_the_largest_made_bf16() {
+        let four = sizes(|name| name.contains("layers").then_some(GgmlDType::Q4_0));
+        let weights = LAYERS * 20 / 32 + 2 * ENDS + VECTORS;
+        // Gate and up.
+        let scratch = 2 * 192 * 64;
+        assert_eq!(four, WeightSizes { weights, scratch });
+        let all = sizes(|_| Some(GgmlDType::Q8_0));
+        let weights = (LAYERS + ENDS) * 36 / 32 + VECTORS;
+        assert_eq!(all, WeightSizes { weights, scratch });
+        // An embedding that is not the head is only read row by row.
+        let embedding = sizes(|name| name.contains("embed").then_some(GgmlDType::Q4_1));
+        let weights = DENSE - ENDS + ENDS / 2 * 20 / 32;
+        let scratch = 0;
+        assert_eq!(embedding, WeightSizes { weights, scratch });
+    }
+
+    #[test]
+    fn one_that_needs_more_bits_decides_for_all_that_lie_in_one() {
+        let one = sizes(|name| {
+            let formats = [("v_proj", GgmlDType::Q8_0), ("up_proj", GgmlDType::F16)];
+            let other = formats.iter().find(|(part, _)| name.contains(part));
+            let format = other.map_or(GgmlDType::Q4_0, |(_, format)| *format);
+            (name.contains("layers") && format != GgmlDType::F16).then_some(format)
+        });
+        let layer = 64 * (128 * 36 / 32 + (64 + 96) * 20 / 32 + 192 * 2);
+        let weights = 2 * layer + 2 * ENDS + VECTORS;
+        // q, k, v.
+        let scratch = 2 * 128 * 64;
+        assert_eq!(one, WeightSizes { weights, scratch });
+    }
+}
