@@ -1,6 +1,6 @@
 //! Bursts of plain decoding, one ahead of the host: while it looks at what one has drawn, the next is running on the same
 //! sequences, from the tokens that are still on the device. What it draws for a sequence that turns out to have ended is
-//! thrown away; so is all of it when the host comes with something else.
+//! thrown away, and its place stays empty in the bursts behind; all of it is when the host comes with something else.
 //!
 //! The blocks of a sequence that has ended may have a new owner while the burst still writes to them. That is harmless:
 //! everything is on one stream, so the new owner writes later.
@@ -11,7 +11,8 @@ use cudarc::driver::{CudaEvent, CudaStream, PinnedHostSlice};
 
 use super::{
     CudaBackend, CudaError,
-    graph::{Captured, Drawn, MAX_BURST, bucket},
+    graph::{Captured, Chances, Decode, Drawn, MAX_BURST, bucket},
+    inputs::Onward,
     step::Sampling,
 };
 use crate::{
@@ -19,29 +20,39 @@ use crate::{
     error::PolicyError,
 };
 
-/// Where what a burst draws arrives on the host, `[steps, rows]`.
+/// Host memory of a burst. The device reads and writes it by itself; a copy from memory that the system may move waits for all
+/// that runs, and the GPU would have nothing to do meanwhile.
 struct Landing {
+    /// Where what is drawn arrives, `[steps, rows]`.
     token: PinnedHostSlice<i32>,
     logprob: PinnedHostSlice<f32>,
-    /// Behind the copies: the slices' own events are off, like all event tracking.
+    /// From where it is sent what a burst needs behind another: `[rows]`, `[steps, rows]`, and [`Decode::more`].
+    temperature: PinnedHostSlice<f32>,
+    uniform: PinnedHostSlice<f64>,
+    more: PinnedHostSlice<i32>,
+    /// Behind all copies: the slices' own events are off, like all event tracking.
     arrived: CudaEvent,
 }
 
 impl Landing {
-    fn new(stream: &Arc<CudaStream>, cells: usize) -> Result<Self, CudaError> {
-        let context = stream.context();
-        // SAFETY: not read before a copy has filled what is read.
-        let (token, logprob) = unsafe {
-            (
-                context.alloc_pinned_with_flags(cells, 0)?,
-                context.alloc_pinned_with_flags(cells, 0)?,
-            )
+    fn new(stream: &Arc<CudaStream>, decode: &Decode) -> Result<Self, CudaError> {
+        let (context, rows) = (stream.context(), decode.rows());
+        let cells = MAX_BURST * rows;
+        // SAFETY: the first two are not read before a copy has filled what is read, the others are filled here.
+        let mut landing = unsafe {
+            Self {
+                token: context.alloc_pinned_with_flags(cells, 0)?,
+                logprob: context.alloc_pinned_with_flags(cells, 0)?,
+                temperature: context.alloc_pinned_with_flags(rows, 0)?,
+                uniform: context.alloc_pinned_with_flags(cells, 0)?,
+                more: context.alloc_pinned_with_flags(decode.more(), 0)?,
+                arrived: context.new_event(None)?,
+            }
         };
-        Ok(Self {
-            token,
-            logprob,
-            arrived: context.new_event(None)?,
-        })
+        landing.temperature.as_mut_slice()?.fill(1.0);
+        landing.uniform.as_mut_slice()?.fill(0.0);
+        landing.more.as_mut_slice()?.fill(0);
+        Ok(landing)
     }
 }
 
@@ -70,8 +81,8 @@ pub(super) struct Ahead {
 }
 
 impl Ahead {
-    pub(super) fn new(stream: &Arc<CudaStream>, rows: usize) -> Result<Self, CudaError> {
-        let landing = || Landing::new(stream, MAX_BURST * rows);
+    pub(super) fn new(stream: &Arc<CudaStream>, decode: &Decode) -> Result<Self, CudaError> {
+        let landing = || Landing::new(stream, decode);
         Ok(Self {
             landings: [landing()?, landing()?],
             free: 0,
@@ -119,13 +130,10 @@ impl CudaBackend {
         if places.iter().all(Option::is_none) {
             return self.step_anew(rows);
         }
-        if places
-            .iter()
-            .enumerate()
-            .all(|(i, place)| *place == Some(i))
-            && rows.len() == burst.rows.len()
+        if let Some(slots) = places.iter().copied().collect::<Option<Vec<_>>>()
+            && rows.len() * 8 >= burst.rows.len() * 7
         {
-            self.ahead.flying = self.follow(&burst, rows)?;
+            self.ahead.flying = self.follow(&burst, &slots, rows)?;
         }
         let mut out = self.land(&burst, &places, rows)?;
         // The others take one step, and from then on all go together again.
@@ -148,8 +156,7 @@ impl CudaBackend {
         let args: Vec<_> = rows.iter().filter_map(|row| row.sample.as_ref()).collect();
         let size = bucket(rows.len(), self.decode.rows());
         self.captured(size, rows, Sampling::Plain)?;
-        self.decode
-            .send_randomness(&self.gpu, &args, &vec![0; rows.len()], steps)?;
+        self.decode.send_randomness(&self.gpu, &args, steps)?;
         let group = self.group();
         self.decode
             .send_rows(&self.gpu, rows, size - rows.len(), group)?;
@@ -161,40 +168,66 @@ impl CudaBackend {
         });
         let flying = flying.collect();
         let burst = self.fly(flying, size, steps)?;
-        self.ahead.flying = self.follow(&burst, rows)?;
-        let places: Vec<_> = (0..rows.len()).map(Some).collect();
+        let slots: Vec<usize> = (0..rows.len()).collect();
+        self.ahead.flying = self.follow(&burst, &slots, rows)?;
+        let places: Vec<_> = slots.into_iter().map(Some).collect();
         self.land(&burst, &places, rows)
     }
 
-    /// Starts the burst behind one that is running, for the same rows.
+    /// Starts the burst behind one that is running, for rows that are in it at `slots`. The places of those that have ended stay
+    /// empty: putting the others together again takes a burst that waits for the host.
     fn follow(
         &mut self,
         burst: &Burst,
+        slots: &[usize],
         rows: &[StepRow<'_>],
     ) -> Result<Option<Burst>, PolicyError> {
-        let left = |(row, flying): (&StepRow<'_>, &Flying)| match flying.live {
-            true => allowed(row).saturating_sub(flying.drawn),
-            false => 0,
+        let onward = |(slot, row): (&usize, &StepRow<'_>)| {
+            let flying = &burst.rows[*slot];
+            allowed(row).saturating_sub(flying.drawn) * usize::from(flying.live)
         };
-        let left: Vec<usize> = rows.iter().zip(&burst.rows).map(left).collect();
+        let left: Vec<usize> = slots.iter().zip(rows).map(onward).collect();
         let steps = left.iter().copied().max().unwrap_or(0).min(MAX_BURST);
         if steps == 0 {
             return Ok(None);
         }
-        let args: Vec<_> = rows.iter().filter_map(|row| row.sample.as_ref()).collect();
-        let drawn: Vec<usize> = burst.rows.iter().map(|flying| flying.drawn).collect();
-        self.decode
-            .send_randomness(&self.gpu, &args, &drawn, steps)?;
-        self.decode.send_more(&self.gpu, rows, &left)?;
-        let next = |(flying, left): (&Flying, &usize)| Flying {
+        let (mut onward, mut chances) = (Vec::new(), Vec::new());
+        let next = |flying: &Flying| Flying {
             sequence: flying.sequence,
             position: flying.position + flying.drawn as u64,
-            drawn: (*left).min(steps),
-            live: *left > steps,
+            drawn: 0,
+            live: false,
         };
-        let flying = burst.rows.iter().zip(&left).map(next).collect();
-        let size = bucket(rows.len(), self.decode.rows());
-        Ok(Some(self.fly(flying, size, steps)?))
+        let mut next: Vec<Flying> = burst.rows.iter().map(next).collect();
+        for ((row, slot), left) in rows.iter().zip(slots).zip(left) {
+            let (slot, skipped) = (*slot, burst.rows[*slot].drawn);
+            let position = row.position + skipped;
+            onward.push(Onward {
+                slot,
+                position,
+                left,
+                blocks: row.blocks,
+            });
+            chances.extend(row.sample.as_ref().map(|args| Chances {
+                slot,
+                args,
+                skipped,
+            }));
+            next[slot].drawn = left.min(steps);
+            next[slot].live = left > steps;
+        }
+        let from = &mut self.ahead.landings[self.ahead.free];
+        // The burst before the last may not have read what it was sent: nobody has waited for one that was dropped.
+        from.arrived.synchronize().map_err(CudaError::from)?;
+        let temperature = from.temperature.as_mut_slice().map_err(CudaError::from)?;
+        let uniform = from.uniform.as_mut_slice().map_err(CudaError::from)?;
+        let more = from.more.as_mut_slice().map_err(CudaError::from)?;
+        self.decode
+            .send_randomness_by(&self.gpu, &chances, steps, (temperature, uniform))?;
+        self.decode
+            .send_more(&self.gpu, &onward, burst.rows.len(), more)?;
+        let size = bucket(burst.rows.len(), self.decode.rows());
+        Ok(Some(self.fly(next, size, steps)?))
     }
 
     /// Queues the steps, and the way of what they draw to the host.

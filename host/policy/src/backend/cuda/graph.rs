@@ -13,7 +13,7 @@ use super::{
     device::Gpu,
     draws::{Asks, Steps},
     forward::{Addresses, PassArgs},
-    inputs::{Counts, Field, Inputs, Layout},
+    inputs::{Counts, Field, Inputs, Layout, Onward},
     launch::{CHUNK, CHUNK_WORDS, SampleArgs},
     parts::Part,
     step::Sampling,
@@ -49,6 +49,15 @@ pub(super) enum Captured {
     },
 }
 
+/// The random numbers of a row.
+pub(super) struct Chances<'a> {
+    /// Where the row is in the burst.
+    pub(super) slot: usize,
+    pub(super) args: &'a crate::backend::SampleArgs<'a>,
+    /// Tokens that come before those of the burst.
+    pub(super) skipped: usize,
+}
+
 /// Inputs and results of bursts.
 pub(super) struct Decode {
     inputs: Inputs,
@@ -81,31 +90,51 @@ impl Decode {
         })
     }
 
-    /// Sends temperatures and random numbers of `steps` steps, behind the first `skipped` of each row.
+    /// Sends temperatures and random numbers of `steps` steps.
     pub(super) fn send_randomness(
         &mut self,
         gpu: &Gpu,
         rows: &[&crate::backend::SampleArgs<'_>],
-        skipped: &[usize],
         steps: usize,
     ) -> Result<(), CudaError> {
-        let mut temperature = vec![1f32; self.rows];
-        let mut uniform = vec![0f64; steps * self.rows];
-        for (i, (args, skipped)) in rows.iter().zip(skipped).enumerate() {
-            let degree = args.params.temperature;
-            temperature[i] = if degree < sampler::GREEDY_BELOW {
+        let rows: Vec<Chances<'_>> = rows
+            .iter()
+            .enumerate()
+            .map(|(slot, args)| Chances {
+                slot,
+                args,
+                skipped: 0,
+            })
+            .collect();
+        let mut randomness = (vec![1f32; self.rows], vec![0f64; steps * self.rows]);
+        let by = (&mut randomness.0[..], &mut randomness.1[..]);
+        self.send_randomness_by(gpu, &rows, steps, by)
+    }
+
+    /// The same by way of host memory for `[rows]` temperatures and `[steps, rows]` numbers.
+    pub(super) fn send_randomness_by(
+        &mut self,
+        gpu: &Gpu,
+        rows: &[Chances<'_>],
+        steps: usize,
+        (temperature, uniform): (&mut [f32], &mut [f64]),
+    ) -> Result<(), CudaError> {
+        let uniform = &mut uniform[..steps * self.rows];
+        for row in rows {
+            let (args, degree) = (row.args, row.args.params.temperature);
+            temperature[row.slot] = if degree < sampler::GREEDY_BELOW {
                 0.0
             } else {
                 degree
             };
-            for step in 0..steps.min((args.ahead + 1).saturating_sub(*skipped)) {
-                let position = args.position + (skipped + step) as u64;
-                uniform[step * self.rows + i] = sampler::uniform(args.stream, position);
+            for step in 0..steps.min((args.ahead + 1).saturating_sub(row.skipped)) {
+                let position = args.position + (row.skipped + step) as u64;
+                uniform[step * self.rows + row.slot] = sampler::uniform(args.stream, position);
             }
         }
         let stream = &gpu.stream;
-        stream.memcpy_htod(&temperature, &mut self.temperature)?;
-        stream.memcpy_htod(&uniform, &mut self.uniform.slice_mut(..steps * self.rows))?;
+        stream.memcpy_htod(&*temperature, &mut self.temperature)?;
+        stream.memcpy_htod(&*uniform, &mut self.uniform.slice_mut(..steps * self.rows))?;
         Ok(())
     }
 
@@ -158,14 +187,20 @@ impl Decode {
         self.inputs.fill(&gpu.stream, rows, pad, group)
     }
 
-    /// Sends what the same rows need to go on from where the device has come to: how many tokens each, and new blocks.
+    /// Sends what rows of a burst of `slots` need to go on from where the device has come to ([`Inputs::refill`]).
     pub(super) fn send_more(
         &mut self,
         gpu: &Gpu,
-        rows: &[StepRow<'_>],
-        left: &[usize],
+        rows: &[Onward<'_>],
+        slots: usize,
+        by: &mut [i32],
     ) -> Result<(), CudaError> {
-        self.inputs.refill(&gpu.stream, rows, left)
+        self.inputs.refill(&gpu.stream, rows, slots, by)
+    }
+
+    /// Integers that [`Decode::send_more`] sends, at most.
+    pub(super) fn more(&self) -> usize {
+        self.inputs.more()
     }
 
     /// Queues the copy of what `steps` steps have drawn, `[steps, rows]`.

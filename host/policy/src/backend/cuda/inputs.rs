@@ -5,7 +5,7 @@ use std::sync::Arc;
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
 use super::CudaError;
-use crate::backend::StepRow;
+use crate::backend::{BlockId, StepRow};
 
 /// Query rows of a tensor-core tile (attention.cu).
 const TILE_ROWS: usize = 16;
@@ -73,6 +73,18 @@ pub(super) struct Inputs {
     host: Vec<i32>,
     device: CudaSlice<i32>,
     base: u64,
+}
+
+/// A sequence of a burst that goes on in the next.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Onward<'a> {
+    /// Where it is in both.
+    pub(super) slot: usize,
+    /// Of the token that the device has drawn last.
+    pub(super) position: usize,
+    /// Tokens to draw.
+    pub(super) left: usize,
+    pub(super) blocks: &'a [BlockId],
 }
 
 /// How much of everything a pass has.
@@ -147,30 +159,48 @@ impl Inputs {
         Ok(n)
     }
 
-    /// Sends what the same rows need to decode on behind what the device has drawn: `left` tokens each, in blocks of which
-    /// some may be new. Tokens, positions and lengths are on the device.
+    /// Sends what rows need to decode on behind what the device has drawn, by way of host memory: all but the tokens, which are
+    /// on the device. Of `slots` sequences, those that are not in `rows` become padding.
     ///
     /// # Errors
     /// As [`Inputs::fill`].
     pub(super) fn refill(
         &mut self,
         stream: &Arc<CudaStream>,
-        rows: &[StepRow<'_>],
-        left: &[usize],
+        rows: &[Onward<'_>],
+        slots: usize,
+        by: &mut [i32],
     ) -> Result<(), CudaError> {
-        let blocks = rows.iter().map(|row| row.blocks.len()).max().unwrap_or(0);
-        self.check(rows.len(), rows.len(), blocks)?;
-        for (s, (row, left)) in rows.iter().zip(left).enumerate() {
-            self.set(Field::Left, s, *left as i32);
-            for (i, block) in row.blocks.iter().enumerate() {
-                self.set(Field::Tables, s * self.layout.width + i, *block as i32);
+        let blocks = rows.iter().map(|on| on.blocks.len()).max().unwrap_or(0);
+        self.check(slots, slots, blocks)?;
+        for s in 0..slots {
+            self.set(Field::Positions, s, -1);
+            self.set(Field::KvLen, s, 0);
+            self.set(Field::Left, s, 0);
+        }
+        for on in rows.iter().filter(|on| on.left > 0) {
+            self.set(Field::Positions, on.slot, on.position as i32);
+            self.set(Field::KvLen, on.slot, on.position as i32 + 1);
+            self.set(Field::Left, on.slot, on.left as i32);
+            for (i, block) in on.blocks.iter().enumerate() {
+                self.set(
+                    Field::Tables,
+                    on.slot * self.layout.width + i,
+                    *block as i32,
+                );
             }
         }
         self.set(Field::Step, 0, 0);
-        let first = self.layout.offset(Field::Left);
-        let used = self.layout.offset(Field::Tables) + rows.len() * self.layout.width;
-        let to = &mut self.device.slice_mut(first..used);
-        Ok(stream.memcpy_htod(&self.host[first..used], to)?)
+        let first = self.layout.offset(Field::Positions);
+        let used = self.layout.offset(Field::Tables) + slots * self.layout.width;
+        let by = &mut by[..used - first];
+        by.copy_from_slice(&self.host[first..used]);
+        Ok(stream.memcpy_htod(&*by, &mut self.device.slice_mut(first..used))?)
+    }
+
+    /// Integers that [`Inputs::refill`] sends, at most.
+    pub(super) fn more(&self) -> usize {
+        self.layout.len() - self.layout.offset(Field::Positions)
     }
 
     /// [`Inputs::fill`] for `size` sequences of `width` tokens each, the shape a captured graph has: what a row lacks is padding,

@@ -238,6 +238,7 @@ impl CudaBackend {
             Some(_) => Some(Maps::new(&gpu.stream, &spec, &weights, &work)?),
             None => None,
         };
+        let decode = Decode::new(&gpu, layout, spec.vocab_size)?;
         let draws = Draws::new(
             &gpu,
             spec.vocab_size,
@@ -254,8 +255,8 @@ impl CudaBackend {
             shelf: Shelf::default(),
             early_exit: None,
             inputs: Inputs::new(&gpu.stream, layout)?,
-            decode: Decode::new(&gpu, layout, spec.vocab_size)?,
-            ahead: Ahead::new(&gpu.stream, sizes.max_batch)?,
+            ahead: Ahead::new(&gpu.stream, &decode)?,
+            decode,
             graphs: HashMap::new(),
             scratch: sampler::Scratch::default(),
             kv: None,
@@ -320,8 +321,8 @@ impl Backend for CudaBackend {
     }
 
     fn max_ahead(&self) -> usize {
-        // One burst to read, and one that runs meanwhile.
-        2 * MAX_BURST - 1
+        // One burst to read, one that runs meanwhile, and a token more: a row whose last token is drawn cannot go on.
+        2 * MAX_BURST
     }
 
     fn init_kv(&mut self, blocks: usize, block_size: usize) -> Result<(), PolicyError> {

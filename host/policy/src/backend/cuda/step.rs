@@ -134,8 +134,7 @@ impl CudaBackend {
             let part = &args[first..first + n];
             self.head(at, pass, first, n)?;
             self.decode.rewind(&self.gpu)?;
-            self.decode
-                .send_randomness(&self.gpu, part, &vec![0; n], 1)?;
+            self.decode.send_randomness(&self.gpu, part, 1)?;
             let logits = self.work.logits.device_ptr(&self.gpu.stream).0;
             self.decode
                 .sample(&self.gpu, logits, self.spec.vocab_size, n)?;

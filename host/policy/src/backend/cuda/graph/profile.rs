@@ -186,8 +186,7 @@ impl CudaBackend {
     fn profile_rows(&mut self, laid: &Laid<'_>) -> Result<Profile, PolicyError> {
         let args: Vec<_> = laid.rows.iter().filter_map(|r| r.sample.as_ref()).collect();
         let counts = self.lay_out(laid)?;
-        self.decode
-            .send_randomness(&self.gpu, &args, &vec![0; args.len()], laid.steps)?;
+        self.decode.send_randomness(&self.gpu, &args, laid.steps)?;
         let pass = PassArgs {
             counts,
             splits: self.splits(counts.tiles),

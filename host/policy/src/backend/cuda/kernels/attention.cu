@@ -163,33 +163,59 @@ struct Rows {
     }
 };
 
-// Merges the warps of a block and the splits of a sequence. acc: one of Rows::put per warp. `token0`: of the tile's first row.
+// What Rows::put needs for each warp, 64 · (D + 2) bytes. Of dynamic size, because a fixed one may only be 48 KB.
+extern __shared__ float2 space[];
+
+// A row of some parts together: lane l has the values c · 32 + l, not yet divided by the sum of weights.
+template <int D>
+struct Merged {
+    float value[D / 32], top, sum;
+
+    // One warp. The row of part k, of Rows::put, is what lane k < n says, by which element of `from` it begins at.
+    template <typename Load>
+    __device__ __forceinline__ Merged(const float* from, int offset, int n, Load load) {
+        int lane = threadIdx.x % 32;
+        float most = lane < n ? load(from + offset + D) : NEG_INF, weights = lane < n ? load(from + offset + D + 1) : 0.f;
+        top = warp_max(most);
+        float weight = most == NEG_INF ? 0.f : exp2_fast(most - top);
+        sum = warp_sum(weights * weight);
+#pragma unroll
+        for (int c = 0; c < D / 32; c++) value[c] = 0.f;
+        for (int k = 0; k < n; k++) {
+            float w = __shfl_sync(FULL, weight, k);
+            const float* row = from + __shfl_sync(FULL, offset, k) + lane;
+#pragma unroll
+            for (int c = 0; c < D / 32; c++) value[c] += w * load(row + c * 32);
+        }
+    }
+
+    __device__ __forceinline__ void put(bf16* to) const {
+#pragma unroll
+        for (int c = 0; c < D / 32; c++) to[c * 32 + threadIdx.x % 32] = to_bf16(value[c] / sum);
+    }
+};
+
+// Merges the warps of a block and the splits of a sequence; each warp has left what Rows::put gives in `space`. `token0`: of the
+// tile's first row.
 template <int D, int WARPS>
-static __device__ __forceinline__ void merge(const Attention& p, const float (*acc)[16][D + 2], int tile, int token0, int rows,
-                                             int splits) {
+static __device__ __forceinline__ void merge(const Attention& p, int tile, int token0, int rows, int splits) {
+    constexpr int ROW = D + 2, TILE = 16 * ROW;
     __shared__ bool last;
     __syncthreads();
-    int kv_head = blockIdx.y, group = p.q_heads / p.kv_heads;
+    int kv_head = blockIdx.y, group = p.q_heads / p.kv_heads, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     auto target = [&](int r) { return p.out + ((size_t)(token0 + r / group) * p.q_heads + kv_head * group + r % group) * D; };
     size_t cell = (size_t)tile * p.kv_heads + kv_head;
-    float* mine = p.partial + (cell * p.splits + blockIdx.z) * 16 * (D + 2);
-    for (int i = threadIdx.x; i < rows * D; i += 32 * WARPS) {
-        int r = i / D, d = i % D;
-        float top = NEG_INF, sum = 0.f, value = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) top = fmaxf(top, acc[w][r][D]);
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) {
-            float weight = top == NEG_INF ? 0.f : exp2_fast(acc[w][r][D] - top);
-            sum += acc[w][r][D + 1] * weight;
-            value += acc[w][r][d] * weight;
-        }
+    float* all = p.partial + cell * p.splits * TILE;
+    for (int r = warp; r < rows; r += WARPS) {
+        Merged<D> x((const float*)space, lane * TILE + r * ROW, WARPS, [](const float* at) { return *at; });
         if (splits == 1) {
-            target(r)[d] = to_bf16(value / sum);
-        } else {
-            mine[r * (D + 2) + d] = value;
-            if (d == 0) mine[r * (D + 2) + D] = top, mine[r * (D + 2) + D + 1] = sum;
+            x.put(target(r));
+            continue;
         }
+        float* mine = all + blockIdx.z * TILE + r * ROW;
+#pragma unroll
+        for (int c = 0; c < D / 32; c++) mine[c * 32 + lane] = x.value[c];
+        if (lane == 0) mine[D] = x.top, mine[D + 1] = x.sum;
     }
     if (splits == 1) return;
     __threadfence();
@@ -198,24 +224,12 @@ static __device__ __forceinline__ void merge(const Attention& p, const float (*a
     __syncthreads();
     if (!last) return;
     __threadfence();
-    const float* all = p.partial + cell * p.splits * 16 * (D + 2);
-    for (int i = threadIdx.x; i < rows * D; i += 32 * WARPS) {
-        int r = i / D, d = i % D;
-        float top = NEG_INF, sum = 0.f, value = 0.f;
-        for (int s = 0; s < splits; s++) top = fmaxf(top, __ldcg(all + (s * 16 + r) * (D + 2) + D));
-        for (int s = 0; s < splits; s++) {
-            const float* row = all + (s * 16 + r) * (D + 2);
-            float weight = exp2_fast(__ldcg(row + D) - top);
-            sum += __ldcg(row + D + 1) * weight;
-            value += __ldcg(row + d) * weight;
-        }
-        target(r)[d] = to_bf16(value / sum);
+    for (int r = warp; r < rows; r += WARPS) {
+        Merged<D> x(all, lane * TILE + r * ROW, splits, [](const float* at) { return __ldcg(at); });
+        x.put(target(r));
     }
     if (threadIdx.x == 0) p.tickets[cell] = 0;
 }
-
-// What Rows::put needs for each warp, 64 · (D + 2) bytes. Of dynamic size, because a fixed one may only be 48 KB.
-extern __shared__ float2 space[];
 
 static __device__ __forceinline__ int splits_of(const Attention& p, int blocks, int warps) {
     return min(p.splits, (blocks + warps * BLOCKS_PER_WARP - 1) / (warps * BLOCKS_PER_WARP));
@@ -254,7 +268,7 @@ static __device__ __forceinline__ void attend(const Attention& p) {
         x.add(block, s, shrink);
     }
     x.put(acc[warp]);
-    merge<D, WARPS>(p, acc, tile, token0, rows, splits);
+    merge<D, WARPS>(p, tile, token0, rows, splits);
 }
 
 // Sequences of one token each, sequence i with token i, straight from the projection: a warp per head puts queries, key and
@@ -319,7 +333,7 @@ static __device__ __forceinline__ void decode(const Attention& p, const Projecti
         x.add(block, s, shrink);
     }
     x.put(acc[warp]);
-    merge<D, WARPS>(p, acc, seq, seq, group, splits);
+    merge<D, WARPS>(p, seq, seq, group, splits);
 }
 
 // Few sequences need many warps each, so that all of their keys are under way at once; many need little of everything, so
