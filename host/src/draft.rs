@@ -131,9 +131,11 @@ pub fn attach(
             Source::EarlyExit
         }
         DraftKind::Model(name) => {
-            let model = load(name, environment, on_download)?;
+            let mut model = load(name, environment, on_download)?;
             check_tokenizer(name, &model, &policy.tokenizer)?;
             if trains {
+                // What trains is on the CPU, where everything is f32, and the digest is of that.
+                model.dequantize()?;
                 attached.digest = Some(digest(&model.tensors)?);
             }
             let trainable = match learns {

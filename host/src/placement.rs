@@ -7,17 +7,18 @@ use grpo_policy::{
     backend::{
         AnyBackend, Backend,
         cpu::{CpuBackend, Trainable},
-        cuda::{self, Budget, CudaBackend, CudaError, CudaSizes, MemoryPlan, PoolNeeds},
+        cuda::{
+            self, Budget, CudaBackend, CudaError, CudaSizes, CudaWeights, MemoryPlan, PoolNeeds,
+        },
     },
     engine::EngineConfig,
     error::PolicyError,
-    spec::ModelSpec,
-    weights::Weights,
+    weights::LoadedModel,
 };
 
 use crate::{
     cli::Environment,
-    config::{Device, RunConfig},
+    config::{Device, QuantizedWeights, RunConfig},
 };
 
 /// Tokens per KV block on a CPU (vLLM's default).
@@ -58,6 +59,8 @@ pub struct Place {
     pub cache: Option<PathBuf>,
     /// [`CudaBackend::set_deterministic`].
     pub deterministic: bool,
+    /// What becomes of a GGUF file's quantised matrices on a GPU.
+    pub quantized_weights: QuantizedWeights,
 }
 
 /// A model on its device.
@@ -76,6 +79,8 @@ pub(crate) struct Share {
     ordinal: usize,
     sizes: CudaSizes,
     cache: Option<PathBuf>,
+    /// Whether quantised matrices stay so.
+    keep: bool,
     /// Bytes of the policy's weights, and what was free with nothing but the policy there.
     weights: usize,
     free_without_draft: usize,
@@ -90,27 +95,29 @@ impl Place {
             gpu_memory_utilization: config.hardware.gpu_memory_utilization,
             cache: environment.cache.clone(),
             deterministic: config.hardware.deterministic,
+            quantized_weights: config.hardware.quantized_weights,
         }
     }
 
-    /// Puts a model onto its device. What trains goes to the CPU.
+    /// Puts a model onto its device. What trains goes to the CPU. There everything is f32: matrices that are quantised in
+    /// `model` are not any more.
     ///
     /// # Errors
     /// Those of the backends; with [`Device::Auto`] what is wrong with a GPU is none.
     pub(crate) fn put(
         &self,
-        model: (ModelSpec, &Weights),
+        model: &mut LoadedModel,
         trainable: &Trainable,
         gradient_checkpointing: bool,
         capacity: Capacity,
     ) -> Result<Placed, PolicyError> {
-        let (spec, tensors) = model;
-        let max_model_len = capacity.max_model_len.min(spec.max_position_embeddings);
+        let context = model.spec.max_position_embeddings;
+        let max_model_len = capacity.max_model_len.min(context);
         let capacity = Capacity {
             max_model_len,
             ..capacity
         };
-        let on_gpu = |ordinal| self.on_gpu(ordinal, (&spec, tensors), capacity);
+        let on_gpu = |ordinal| self.on_gpu(ordinal, model, capacity);
         let chosen = match (self.device, trainable) {
             (Device::Cpu, _) => Chosen::Cpu(None),
             (Device::Cuda(ordinal), Trainable::Nothing) => Chosen::Gpu(on_gpu(ordinal)?),
@@ -122,7 +129,7 @@ impl Place {
             Chosen::Gpu(placed) => Ok(placed),
             Chosen::Cpu(passed_over) => Ok(Placed {
                 passed_over,
-                ..on_cpu((spec, tensors), trainable, gradient_checkpointing, capacity)?
+                ..on_cpu(model, trainable, gradient_checkpointing, capacity)?
             }),
         }
     }
@@ -130,9 +137,10 @@ impl Place {
     fn on_gpu(
         &self,
         ordinal: usize,
-        (spec, tensors): (&ModelSpec, &Weights),
+        model: &LoadedModel,
         capacity: Capacity,
     ) -> Result<Placed, PolicyError> {
+        let spec = &model.spec;
         let max_batch = capacity.max_batch.unwrap_or(GPU_BATCH);
         let sizes = CudaSizes {
             max_step_tokens: STEP_TOKENS.max(max_batch),
@@ -140,14 +148,20 @@ impl Place {
             max_model_len: capacity.max_model_len,
         };
         let budget = Budget::open(ordinal, self.gpu_memory_utilization)?;
-        budget.admit(spec, &sizes)?;
+        let keep = match self.quantized_weights {
+            QuantizedWeights::Auto => budget.is_tight(spec, &sizes)?,
+            QuantizedWeights::Keep => true,
+            QuantizedWeights::Dequantize => false,
+        };
+        let weights = cuda_weights(model, keep);
+        budget.admit(spec, weights, &sizes)?;
         let cache = self.cache.clone();
-        let mut backend =
-            CudaBackend::new(ordinal, spec.clone(), tensors, sizes, cache.as_deref())?;
+        let folder = cache.as_deref();
+        let mut backend = CudaBackend::with_weights(ordinal, spec.clone(), weights, sizes, folder)?;
         if self.deterministic {
             backend.set_deterministic()?;
         }
-        let weights = cuda::weight_bytes(spec, sizes.max_model_len);
+        let weights = backend.weight_bytes();
         let free_without_draft = budget.free()?;
         let needs = PoolNeeds {
             token_bytes: backend.kv_bytes_per_token(),
@@ -160,6 +174,7 @@ impl Place {
             ordinal,
             sizes,
             cache,
+            keep,
             weights,
             free_without_draft,
             needs,
@@ -170,6 +185,14 @@ impl Place {
             gpu: Some(share),
             passed_over: None,
         })
+    }
+}
+
+fn cuda_weights(model: &LoadedModel, keep: bool) -> CudaWeights<'_> {
+    CudaWeights {
+        tensors: &model.tensors,
+        quantized: &model.quantized,
+        keep,
     }
 }
 
@@ -212,13 +235,15 @@ fn first_usable<T>(
 }
 
 fn on_cpu(
-    (spec, tensors): (ModelSpec, &Weights),
+    model: &mut LoadedModel,
     trainable: &Trainable,
     gradient_checkpointing: bool,
     capacity: Capacity,
 ) -> Result<Placed, PolicyError> {
     let max_model_len = capacity.max_model_len;
     let max_batch = capacity.max_batch.unwrap_or(CPU_BATCH);
+    model.dequantize()?;
+    let (spec, tensors) = (model.spec.clone(), &model.tensors);
     let backend = CpuBackend::new(spec, tensors, trainable, gradient_checkpointing)?;
     let wanted = max_batch * max_model_len.next_multiple_of(BLOCK_SIZE);
     let affordable = (KV_BYTES / backend.kv_bytes_per_token()).max(max_model_len + BLOCK_SIZE);
@@ -244,15 +269,12 @@ impl Share {
     ///
     /// # Errors
     /// As for the policy itself.
-    pub(crate) fn draft(
-        &self,
-        spec: ModelSpec,
-        tensors: &Weights,
-    ) -> Result<AnyBackend, PolicyError> {
+    pub(crate) fn draft(&self, model: &LoadedModel) -> Result<AnyBackend, PolicyError> {
+        let (spec, weights) = (&model.spec, cuda_weights(model, self.keep));
         // Its context may be shorter, but it is given the policy's block tables.
-        self.budget.admit(&spec, &self.sizes)?;
-        let cache = self.cache.as_deref();
-        let draft = CudaBackend::new(self.ordinal, spec, tensors, self.sizes, cache)?;
+        self.budget.admit(spec, weights, &self.sizes)?;
+        let (ordinal, cache) = (self.ordinal, self.cache.as_deref());
+        let draft = CudaBackend::with_weights(ordinal, spec.clone(), weights, self.sizes, cache)?;
         Ok(AnyBackend::Cuda(Box::new(draft)))
     }
 

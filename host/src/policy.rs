@@ -98,30 +98,21 @@ impl Policy {
     /// # Errors
     /// Weights that are not the spec's, a device that cannot be used, memory that does not suffice.
     pub fn new(
-        model: LoadedModel,
+        mut model: LoadedModel,
         source: &str,
         mode: Mode,
         gradient_checkpointing: bool,
         capacity: Capacity,
         place: &Place,
     ) -> anyhow::Result<Self> {
-        let LoadedModel {
-            spec,
-            tensors,
-            tokenizer,
-        } = model;
         let trainable = mode.trainable();
         let Placed {
             backend,
             engine,
             gpu,
             passed_over,
-        } = place.put(
-            (spec, &tensors),
-            &trainable,
-            gradient_checkpointing,
-            capacity,
-        )?;
+        } = place.put(&mut model, &trainable, gradient_checkpointing, capacity)?;
+        let tokenizer = model.tokenizer;
         let chat = match tokenizer.chat_template_source() {
             Some(_) => Some(tokenizer.chat_template()?),
             None => None,
@@ -188,15 +179,16 @@ impl Policy {
     /// As for the policy itself.
     pub fn place_draft(
         &self,
-        model: LoadedModel,
+        mut model: LoadedModel,
         trainable: &Trainable,
         gradient_checkpointing: bool,
     ) -> Result<AnyBackend, PolicyError> {
-        let LoadedModel { spec, tensors, .. } = model;
-        match &self.gpu {
-            Some(share) => share.draft(spec, &tensors),
-            None => AnyBackend::cpu(spec, &tensors, trainable, gradient_checkpointing),
+        if let Some(share) = &self.gpu {
+            return share.draft(&model);
         }
+        model.dequantize()?;
+        let LoadedModel { spec, tensors, .. } = model;
+        AnyBackend::cpu(spec, &tensors, trainable, gradient_checkpointing)
     }
 
     /// Speculates with this draft from now on; nothing may have been generated yet.

@@ -55,7 +55,7 @@ pub fn named_model(
             hub(environment)?.model(&Repo::model(&id).at(&revision), on_download)?
         }
     };
-    weights::load(&path).with_context(|| format!("model `{name}`"))
+    weights::load_as_stored(&path).with_context(|| format!("model `{name}`"))
 }
 
 /// The file with the head that an earlier run has trained for drafting with the model's first `layers`

@@ -7,7 +7,7 @@
 
 use grpo_host::{
     cli::Environment,
-    config::{Device, DraftKind, DraftTokens, RunConfig},
+    config::{Device, DraftKind, DraftTokens, QuantizedWeights, RunConfig},
     defaults, draft,
     placement::{Capacity, Place},
     policy::{Mode, Policy},
@@ -20,7 +20,7 @@ use grpo_policy::{
     },
     spec::{Family, ModelSpec},
     types::{Completion, PackedBatch, Request, SamplingParams},
-    weights::{LoadedModel, random_weights},
+    weights::{LoadedModel, Quantized, random_weights},
 };
 
 /// Compiled kernels are kept for the other tests.
@@ -30,6 +30,7 @@ fn place(device: Device) -> Place {
         gpu_memory_utilization: 0.5,
         cache: Some(env!("CARGO_TARGET_TMPDIR").into()),
         deterministic: false,
+        quantized_weights: QuantizedWeights::Auto,
     }
 }
 
@@ -182,6 +183,7 @@ fn half_billion() -> LoadedModel {
     };
     LoadedModel {
         tensors: random_weights(&spec, 1).unwrap(),
+        quantized: Quantized::new(),
         tokenizer: defaults::model().unwrap().tokenizer,
         spec,
     }
@@ -201,6 +203,7 @@ fn memory_is_as_planned() {
         let model = LoadedModel {
             spec: model.spec.clone(),
             tensors: model.tensors.clone(),
+            quantized: Quantized::new(),
             tokenizer: defaults::model().unwrap().tokenizer,
         };
         let place = Place {

@@ -9,7 +9,10 @@ use std::{
 
 use candle_core::{
     Device, Tensor,
-    quantized::gguf_file::{Content, Value},
+    quantized::{
+        QTensor,
+        gguf_file::{Content, Value},
+    },
 };
 
 use crate::error::{PolicyError, plainly};
@@ -41,10 +44,15 @@ impl Gguf {
 
     /// A tensor, dequantized to f32, dimensions in row-major order.
     pub(crate) fn tensor(&mut self, name: &str) -> Result<Tensor, PolicyError> {
-        let device = Device::Cpu;
+        self.stored(name)?
+            .dequantize(&Device::Cpu)
+            .map_err(|error| self.malformed(format!("tensor `{name}`: {}", plainly(&error))))
+    }
+
+    /// The same as the file has it.
+    pub(crate) fn stored(&mut self, name: &str) -> Result<QTensor, PolicyError> {
         self.content
-            .tensor(&mut self.file, name, &device)
-            .and_then(|q| q.dequantize(&device))
+            .tensor(&mut self.file, name, &Device::Cpu)
             .map_err(|error| self.malformed(format!("tensor `{name}`: {}", plainly(&error))))
     }
 

@@ -123,6 +123,9 @@ pub struct ModelArgs {
     /// On a GPU, make logits independent of what else is in the batch; slower
     #[arg(long)]
     pub deterministic: bool,
+    /// Whether matrices that a GGUF file has quantised stay so on a GPU [default: auto]
+    #[arg(long, value_name = "auto|keep|dequantize")]
+    pub quantized_weights: Option<String>,
     /// CPU threads [default: one per core]
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
@@ -151,6 +154,12 @@ impl ModelArgs {
         )?;
         let deterministic = self.deterministic.then_some(true);
         set(&mut base, "deterministic", "--deterministic", deterministic)?;
+        set(
+            &mut base,
+            "quantized_weights",
+            "--quantized-weights",
+            self.quantized_weights.as_ref(),
+        )?;
         set(&mut base, "threads", "--threads", self.threads)?;
         set(&mut base, "seed", "--seed", self.seed)?;
         Ok(base)

@@ -1,12 +1,9 @@
 //! What `bench rollout` says of a GPU beside tokens per second: how near a decoding step comes to the limit that the
 //! memory's bandwidth sets, and with `--profile` where its time goes.
 
-use grpo_policy::{
-    backend::{
-        AnyBackend,
-        cuda::{self, DecodeShape, Profile},
-    },
-    spec::ModelSpec,
+use grpo_policy::backend::{
+    AnyBackend,
+    cuda::{self, DecodeShape, Profile},
 };
 use serde_json::{Value, json};
 
@@ -28,7 +25,7 @@ impl NothingToProfile {
 /// The limit of a decoding step: what it reads cannot come faster than the memory moves it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Limit {
-    /// Bytes a step reads ([`cuda::step_bytes`]).
+    /// Bytes a step reads ([`cuda::CudaBackend::step_bytes`]).
     pub(super) step_bytes: usize,
     /// Bytes per second of a copy within the memory, read and written ones counted.
     pub(super) bandwidth: f64,
@@ -75,15 +72,11 @@ pub(super) fn limit(policy: &Policy, shape: &DecodeShape) -> anyhow::Result<Opti
     let AnyBackend::Cuda(gpu) = &policy.backend else {
         return Ok(None);
     };
-    let bytes = step_bytes(grpo_policy::backend::Backend::spec(&**gpu), shape);
+    let bytes = gpu.step_bytes(shape.prompts * shape.n * shape.context);
     Ok(gpu.memory_bandwidth()?.map(|bandwidth| Limit {
         step_bytes: bytes,
         bandwidth,
     }))
-}
-
-fn step_bytes(spec: &ModelSpec, shape: &DecodeShape) -> usize {
-    cuda::step_bytes(spec, shape.prompts * shape.n * shape.context)
 }
 
 /// Times the kernels of a decoding step.

@@ -6,7 +6,7 @@ use std::{path::Path, time::Instant};
 use anyhow::Context;
 use grpo_policy::{
     spec::ModelSpec,
-    weights::{LoadedModel, random_weights},
+    weights::{LoadedModel, Quantized, random_weights},
 };
 
 use super::progress::downloads;
@@ -47,6 +47,7 @@ impl Measured {
                 let spec = ModelSpec::from_config_json(&text, file)?;
                 let model = LoadedModel {
                     tensors: random_weights(&spec, config.training.seed)?,
+                    quantized: Quantized::new(),
                     // Only turns ids into text here, and leaves out those that it does not know.
                     tokenizer: defaults::model()?.tokenizer,
                     spec,

@@ -7,7 +7,7 @@ use grpo_policy::{
     backend::OptimStep,
     spec::ModelSpec,
     tokenizer::{Tokenizer, TokenizerFiles},
-    weights::{LoadedModel, random_weights},
+    weights::{LoadedModel, Quantized, random_weights},
 };
 use serde_json::json;
 
@@ -109,6 +109,7 @@ fn new_model(shape: &Path, tokenizer: &Path, seed: u64) -> anyhow::Result<Loaded
     Ok(LoadedModel {
         spec,
         tensors,
+        quantized: Quantized::new(),
         tokenizer,
     })
 }

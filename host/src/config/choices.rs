@@ -25,6 +25,19 @@ pub enum Device {
     Cuda(usize),
 }
 
+/// What becomes on a GPU of matrices that a GGUF file has quantised.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum QuantizedWeights {
+    /// Kept where the model in bf16 would take more than half of the memory, else made bf16.
+    #[default]
+    Auto,
+    /// Kept, in the formats that kernels read.
+    Keep,
+    /// Made bf16 when loaded.
+    Dequantize,
+}
+
 impl FromStr for Device {
     type Err = String;
 

@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::choices::{
-    Device, DynamicSampling, ImportanceMode, KlEstimator, LossType, LrSchedule, ScaleRewards,
+    Device, DynamicSampling, ImportanceMode, KlEstimator, LossType, LrSchedule, QuantizedWeights,
+    ScaleRewards,
 };
 use super::draft::{DraftKind, DraftTokens};
 use grpo_policy::backend::OptimStep;
@@ -390,6 +391,8 @@ pub struct HardwareConfig {
     pub gpu_memory_utilization: f64,
     /// On a GPU, make logits independent of what else is computed beside them. On a CPU they always are.
     pub deterministic: bool,
+    /// Whether matrices that a GGUF file has quantised stay so on a GPU.
+    pub quantized_weights: QuantizedWeights,
     /// CPU threads. `null`: one per core.
     pub threads: Option<u32>,
     /// Index of this process, below `world_size`.
@@ -404,6 +407,7 @@ impl Default for HardwareConfig {
             device: Device::default(),
             gpu_memory_utilization: 0.9,
             deterministic: false,
+            quantized_weights: QuantizedWeights::default(),
             threads: None,
             rank: 0,
             world_size: 1,

@@ -113,6 +113,20 @@ world_size: 1
 }
 
 #[test]
+fn quantised_weights_are_kept_or_not() {
+    let of = |text: &str| run(text).hardware.quantized_weights;
+    assert_eq!(of(""), QuantizedWeights::Auto);
+    assert_eq!(of("quantized_weights: keep"), QuantizedWeights::Keep);
+    let config = run("quantized_weights: dequantize");
+    assert_eq!(run(&config.to_yaml().unwrap()), config);
+    let (error, _) = refusal("quantized_weights: 4bit");
+    assert!(
+        error.contains("4bit") && error.contains("dequantize"),
+        "{error}"
+    );
+}
+
+#[test]
 fn a_gpu_lends_a_fraction_and_the_batch_may_be_open() {
     let default = RunConfig::default();
     assert_eq!(default.hardware.gpu_memory_utilization, 0.9);

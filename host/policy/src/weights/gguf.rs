@@ -1,8 +1,8 @@
-//! Tensors of a GGUF file under their Hugging Face names, dequantized to f32.
+//! Tensors of a GGUF file under their Hugging Face names: vectors and plain matrices in f32, the others as they are.
 
 use candle_core::Tensor;
 
-use super::Weights;
+use super::{Quantized, QuantizedMatrix, Weights};
 use crate::{
     error::PolicyError,
     gguf::Gguf,
@@ -10,9 +10,12 @@ use crate::{
 };
 
 /// Errors: [`PolicyError::UnexpectedWeight`] for a tensor without a Hugging Face name.
-pub(super) fn tensors(file: &mut Gguf, spec: &ModelSpec) -> Result<Weights, PolicyError> {
+pub(super) fn tensors(
+    file: &mut Gguf,
+    spec: &ModelSpec,
+) -> Result<(Weights, Quantized), PolicyError> {
     let names: Vec<String> = file.content.tensor_infos.keys().cloned().collect();
-    let mut weights = Weights::new();
+    let (mut weights, mut quantized) = (Weights::new(), Quantized::new());
     for name in names {
         // Already in the spec.
         if name == "rope_freqs.weight" {
@@ -21,17 +24,31 @@ pub(super) fn tensors(file: &mut Gguf, spec: &ModelSpec) -> Result<Weights, Poli
         let Some(target) = hugging_face_name(&name) else {
             return Err(PolicyError::UnexpectedWeight { name });
         };
-        let mut tensor = file.tensor(&name)?;
-        if spec.family == Family::Llama {
-            if target.contains(".q_proj.") {
-                tensor = split_halves(&tensor, spec.num_attention_heads)?;
-            } else if target.contains(".k_proj.") {
-                tensor = split_halves(&tensor, spec.num_key_value_heads)?;
-            }
+        let heads = match spec.family {
+            Family::Llama if target.contains(".q_proj.") => Some(spec.num_attention_heads),
+            Family::Llama if target.contains(".k_proj.") => Some(spec.num_key_value_heads),
+            _ => None,
+        };
+        let info = &file.content.tensor_infos[&name];
+        if info.ggml_dtype.block_size() > 1
+            && info.shape.rank() == 2
+            && let Some(matrix) = QuantizedMatrix::new(file.stored(&name)?)
+        {
+            let matrix = match heads {
+                Some(heads) => split_rows(&matrix, heads)?,
+                None => matrix,
+            };
+            quantized.insert(target, matrix);
+            continue;
         }
+        let tensor = file.tensor(&name)?;
+        let tensor = match heads {
+            Some(heads) => split_halves(&tensor, heads)?,
+            None => tensor,
+        };
         weights.insert(target, tensor);
     }
-    Ok(weights)
+    Ok((weights, quantized))
 }
 
 fn hugging_face_name(name: &str) -> Option<String> {
@@ -84,11 +101,39 @@ fn split_halves(tensor: &Tensor, heads: usize) -> Result<Tensor, PolicyError> {
         .reshape(dims)?)
 }
 
+/// The same of rows of blocks.
+fn split_rows(matrix: &QuantizedMatrix, heads: usize) -> Result<QuantizedMatrix, PolicyError> {
+    let [rows, _] = matrix.dims();
+    if !rows.is_multiple_of(2 * heads) {
+        return Ok(matrix.clone());
+    }
+    let dim = rows / heads;
+    matrix.reordered(|row| {
+        let (head, within) = (row / dim, row % dim);
+        let (half, pair) = (within / (dim / 2), within % (dim / 2));
+        head * dim + 2 * pair + half
+    })
+}
+
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
+    use candle_core::{Device, quantized::GgmlDType};
 
     use super::*;
+
+    #[test]
+    fn rows_of_blocks_move_like_rows_of_floats() {
+        let values: Vec<f32> = (0..24 * 64)
+            .map(|i| ((i * 37) % 101) as f32 - 50.0)
+            .collect();
+        let tensor = Tensor::from_vec(values, (24, 64), &Device::Cpu).unwrap();
+        let matrix = QuantizedMatrix::quantize(&tensor, GgmlDType::Q4_1).unwrap();
+        let all = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let expected = split_halves(&matrix.dequantize().unwrap(), 3).unwrap();
+        let found = split_rows(&matrix, 3).unwrap().dequantize().unwrap();
+        assert_eq!(all(&found), all(&expected));
+        assert_ne!(all(&found), all(&matrix.dequantize().unwrap()));
+    }
 
     #[test]
     fn interleaved_rows_become_halves() {

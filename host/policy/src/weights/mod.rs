@@ -1,9 +1,10 @@
 //! Models from disk and back: Hugging Face folders (safetensors, sharded too), GGUF files, PEFT adapters.
-//! Weights become f32 tensors on the CPU under their Hugging Face names, checked against the spec; what is
-//! computed with them is the backend's business, where the files come from the caller's.
+//! Weights become f32 tensors on the CPU under their Hugging Face names, checked against the spec, or stay in the blocks of
+//! their file; what is computed with them is the backend's business, where the files come from the caller's.
 
 mod gguf;
 mod lora;
+mod quantized;
 mod random;
 mod read;
 mod save;
@@ -13,6 +14,7 @@ use std::{collections::BTreeMap, path::Path};
 use candle_core::Tensor;
 
 pub use lora::{ALL_LINEAR, Adapter, LoraConfig, load_adapter, merge, save_adapter};
+pub use quantized::{Quantized, QuantizedMatrix};
 pub use random::random_weights;
 pub use save::{SaveType, little_endian, save_model, write_safetensors};
 
@@ -30,18 +32,43 @@ pub type Weights = BTreeMap<String, Tensor>;
 #[derive(Debug)]
 pub struct LoadedModel {
     pub spec: ModelSpec,
-    /// Exactly the names and shapes of [`ModelSpec::weight_shapes`].
+    /// With `quantized` exactly the names and shapes of [`ModelSpec::weight_shapes`].
     pub tensors: Weights,
+    /// Matrices that are still as a GGUF file has them.
+    pub quantized: Quantized,
     pub tokenizer: Tokenizer,
 }
 
-/// Loads a Hugging Face folder or a GGUF file.
+impl LoadedModel {
+    /// Moves every matrix to `tensors`, as f32.
+    ///
+    /// # Errors
+    /// candle's.
+    pub fn dequantize(&mut self) -> Result<(), PolicyError> {
+        // One by one, so that a matrix is in memory twice but not the model.
+        while let Some((name, matrix)) = self.quantized.pop_first() {
+            self.tensors.insert(name, matrix.dequantize()?);
+        }
+        Ok(())
+    }
+}
+
+/// Loads a Hugging Face folder or a GGUF file, all of it in f32.
+///
+/// Errors: as [`load_as_stored`].
+pub fn load(path: &Path) -> Result<LoadedModel, PolicyError> {
+    let mut model = load_as_stored(path)?;
+    model.dequantize()?;
+    Ok(model)
+}
+
+/// Loads a Hugging Face folder or a GGUF file, whose quantised matrices stay so.
 ///
 /// Errors: [`PolicyError::Read`] for missing files, [`PolicyError::AdapterFolder`] for a LoRA adapter without
 /// its base, [`PolicyError::Architecture`] and [`PolicyError::Unsupported`] for models that cannot run here,
 /// [`PolicyError::MissingWeight`], [`PolicyError::WeightShape`] and [`PolicyError::UnexpectedWeight`] when
 /// weights and config do not belong together.
-pub fn load(path: &Path) -> Result<LoadedModel, PolicyError> {
+pub fn load_as_stored(path: &Path) -> Result<LoadedModel, PolicyError> {
     if path.extension().is_some_and(|e| e == "gguf") {
         return load_gguf(path);
     }
@@ -72,10 +99,12 @@ pub fn load(path: &Path) -> Result<LoadedModel, PolicyError> {
         config: Some(&config),
         chat_template: template.as_deref(),
     })?;
-    let tensors = checked(&spec, read::folder(path)?, &config_path)?;
+    let found = (read::folder(path)?, Quantized::new());
+    let (tensors, quantized) = checked(&spec, found, &config_path)?;
     Ok(LoadedModel {
         spec,
         tensors,
+        quantized,
         tokenizer,
     })
 }
@@ -97,10 +126,11 @@ pub fn from_bytes(
     })?;
     let mut tensors = Weights::new();
     read::safetensors(safetensors, Path::new("model.safetensors"), &mut tensors)?;
-    let tensors = checked(&spec, tensors, origin)?;
+    let (tensors, quantized) = checked(&spec, (tensors, Quantized::new()), origin)?;
     Ok(LoadedModel {
         spec,
         tensors,
+        quantized,
         tokenizer,
     })
 }
@@ -116,43 +146,76 @@ fn load_gguf(path: &Path) -> Result<LoadedModel, PolicyError> {
     let mut file = Gguf::open(path)?;
     let spec = ModelSpec::from_gguf(&mut file)?;
     let tokenizer = Tokenizer::from_gguf(&file)?;
-    let tensors = checked(&spec, gguf::tensors(&mut file, &spec)?, path)?;
+    let (tensors, quantized) = checked(&spec, gguf::tensors(&mut file, &spec)?, path)?;
     Ok(LoadedModel {
         spec,
         tensors,
+        quantized,
         tokenizer,
     })
 }
 
 /// Holds weights to the spec: every weight there in its shape, and none left over but buffers that can be
 /// computed and a copy of tied embeddings.
-fn checked(spec: &ModelSpec, mut found: Weights, origin: &Path) -> Result<Weights, PolicyError> {
-    let mut weights = Weights::new();
+fn checked(
+    spec: &ModelSpec,
+    found: (Weights, Quantized),
+    origin: &Path,
+) -> Result<(Weights, Quantized), PolicyError> {
+    let (mut found, mut found_blocks) = found;
+    let (mut weights, mut blocks) = (Weights::new(), Quantized::new());
     for (name, expected) in spec.weight_shapes() {
-        let Some(tensor) = found.remove(&name) else {
-            return Err(PolicyError::MissingWeight { name });
+        let dims = match (found.remove(&name), found_blocks.remove(&name)) {
+            (Some(tensor), _) => {
+                let dims = tensor.dims().to_vec();
+                weights.insert(name.clone(), tensor);
+                dims
+            }
+            (None, Some(matrix)) => {
+                let dims = matrix.dims().to_vec();
+                blocks.insert(name.clone(), matrix);
+                dims
+            }
+            (None, None) => return Err(PolicyError::MissingWeight { name }),
         };
-        if tensor.dims() != expected {
+        if dims != expected {
             return Err(PolicyError::WeightShape {
                 name,
-                found: tensor.dims().to_vec(),
+                found: dims,
                 expected,
             });
         }
-        weights.insert(name, tensor);
     }
     found.retain(|name, _| !name.ends_with(".rotary_emb.inv_freq"));
-    if spec.tie_word_embeddings
-        && let (Some(head), Some(embedding)) = (
-            found.remove("lm_head.weight"),
-            weights.get("model.embed_tokens.weight"),
-        )
-    {
-        refuse_other_head(&head, embedding, origin)?;
+    if spec.tie_word_embeddings {
+        let (head, embedding) = ("lm_head.weight", "model.embed_tokens.weight");
+        let head = dense(found.remove(head), found_blocks.remove(head))?;
+        let embedding = || {
+            dense(
+                weights.get(embedding).cloned(),
+                blocks.get(embedding).cloned(),
+            )
+        };
+        if let Some(head) = head
+            && let Some(embedding) = embedding()?
+        {
+            refuse_other_head(&head, &embedding, origin)?;
+        }
     }
-    match found.into_keys().next() {
+    match found.into_keys().chain(found_blocks.into_keys()).next() {
         Some(name) => Err(PolicyError::UnexpectedWeight { name }),
-        None => Ok(weights),
+        None => Ok((weights, blocks)),
+    }
+}
+
+/// A weight in whichever form it is there.
+fn dense(
+    tensor: Option<Tensor>,
+    blocks: Option<QuantizedMatrix>,
+) -> Result<Option<Tensor>, PolicyError> {
+    match (tensor, blocks) {
+        (None, Some(blocks)) => Ok(Some(blocks.dequantize()?)),
+        (tensor, _) => Ok(tensor),
     }
 }
 

@@ -19,7 +19,13 @@ pub const SOURCES: [(&str, &str); 5] = [
             include_str!("kernels/attention.cu")
         ),
     ),
-    ("skinny.cu", include_str!("kernels/skinny.cu")),
+    (
+        "skinny.cu",
+        concat!(
+            include_str!("kernels/skinny.cu"),
+            include_str!("kernels/quantized.cu")
+        ),
+    ),
     ("hopper.cu", include_str!("kernels/hopper.cu")),
     (
         "sample.cu",

@@ -1,16 +1,16 @@
 //! The GPU: its context, the one stream everything runs on, and the loaded kernels.
 
-use std::{path::Path, sync::Arc, time::Instant};
+use std::{cell::Cell, path::Path, sync::Arc, time::Instant};
 
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaStream, DriverError,
     sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute, CUresult},
 };
 
-use super::{CudaError, compile, parts::Filter, product::Products};
+use super::{CudaError, compile, parts::Filter, product::Products, quantized::QuantizedKernels};
 
 /// Shared memory that a block may ask for; every supported GPU has it.
-const SHARED_BYTES: usize = 96 << 10;
+pub(super) const SHARED_BYTES: usize = 96 << 10;
 
 /// Of [`Gpu::memory_bandwidth`]: bytes of a copy, most and least; copies between two looks at the clock; tries.
 const COPIED: usize = 1 << 30;
@@ -22,12 +22,16 @@ const ROUNDS: usize = 5;
 pub(super) struct Gpu {
     pub(super) stream: Arc<CudaStream>,
     pub(super) kernels: Kernels,
+    pub(super) quantized: QuantizedKernels,
     /// On Hopper.
     pub(super) products: Option<Products>,
     pub(super) multiprocessors: usize,
     /// Knows programmatic dependent launch (Hopper and later).
     pub(super) overlaps: bool,
     pub(super) filter: Filter,
+    /// The kernel queued last writes weights. Others read weights before the one before them has ended, so the next one has to
+    /// wait for that.
+    pub(super) wrote_weights: Cell<bool>,
 }
 
 /// Every kernel by its name in the source.
@@ -91,10 +95,12 @@ impl Gpu {
         };
         Ok(Self {
             kernels: Kernels::load(&modules, head_dim)?,
+            quantized: QuantizedKernels::load(&modules)?,
             products,
             multiprocessors,
             overlaps: major >= 9,
             filter: Filter::default(),
+            wrote_weights: Cell::new(false),
             stream,
         })
     }
@@ -192,7 +198,7 @@ pub(super) fn context(ordinal: usize) -> Result<Arc<CudaContext>, CudaError> {
 }
 
 /// A kernel by its name.
-fn function(modules: &[Arc<CudaModule>], name: &str) -> Result<CudaFunction, CudaError> {
+pub(super) fn function(modules: &[Arc<CudaModule>], name: &str) -> Result<CudaFunction, CudaError> {
     let found = modules.iter().find_map(|m| m.load_function(name).ok());
     found.ok_or_else(|| CudaError::Shape(format!("there is no kernel `{name}`")))
 }

@@ -104,10 +104,8 @@ impl CudaBackend {
         let adapter = exit.adapter.as_ref().map(|a| a.device_ptr(&stream).0);
         self.run_first_layers(layers, at, pass)?;
         let (n, tokens) = (pass.counts.sampled, pass.counts.tokens);
-        self.work.check_rows(n)?;
         let (h, eps) = (self.spec.hidden_size, self.spec.rms_norm_eps as f32);
         let x = self.work.x.device_ptr(&stream).0;
-        let picked = self.work.picked.device_ptr(&stream).0;
         let mut delta = 0;
         if let Some(w) = adapter {
             let scaled = self.work.h.device_ptr(&stream).0;
@@ -117,6 +115,7 @@ impl CudaBackend {
                 tokens,
                 outputs: h,
                 inputs: h,
+                stride: h,
                 out: Out::Bf16,
             };
             let operands = Operands {
@@ -129,8 +128,6 @@ impl CudaBackend {
             }
             self.gemm.run(shape, operands)?;
         }
-        self.gpu
-            .rms_norm((x, delta, norm, picked), at.sampled, n, h, eps)?;
-        self.unembed(pass, picked, n)
+        self.exit_head(at, pass, (delta, norm), n)
     }
 }

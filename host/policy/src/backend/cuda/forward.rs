@@ -7,19 +7,22 @@ use half::bf16;
 use super::{
     BLOCK_SIZE, CudaBackend, CudaError, CudaSizes,
     device::Gpu,
-    gemm::{Operands, Out, Shape},
+    gemm::{Operands, Shape},
     inputs::{Counts, Field, Inputs},
-    launch::{Attention, Places, Skinny, SkinnyArgs},
+    launch::{Attention, Places},
     layer::WorkPointers,
     maps::Maps,
     parts::Part,
     product::{self, Form, Map, ProductArgs, Tile, TokenMaps},
+    quantized::{Linear, Stored},
+    skinny,
     weights::Layer,
 };
 use crate::{error::PolicyError, spec::ModelSpec};
 
 /// Up to so many tokens the products of skinny.cu are faster than cublasLt's. On Hopper those of hopper.cu are faster still, by
-/// 3 % at one token and 10 % at eight.
+/// 3 % at one token and 10 % at eight; but for quantised weights, which skinny.cu's alone read as they are. Reading those
+/// again for every further 8 tokens was slower than making them bf16 first (docs/performance/rollouts.md).
 const SKINNY_TOKENS: usize = 8;
 
 /// Rows of logits, at least: those of the longest proposal of one sequence must fit together, and where a verification does
@@ -148,21 +151,28 @@ impl CudaBackend {
     ) -> Result<(), PolicyError> {
         let tokens = pass.counts.tokens;
         let (h, stream) = (self.spec.hidden_size, self.gpu.stream.clone());
-        let table = self.weights.embed.device_ptr(&stream).0;
+        self.gpu.filter.enter(Part::Embed);
+        let (ids, table) = match self.weights.embed.at(&stream) {
+            Stored::Bf16(table) => (at.ids, table),
+            Stored::Quantized(blocks) => {
+                let rows = self.work.delta.device_ptr(&stream).0;
+                self.gpu.unpack_rows(blocks, (at.ids, rows), tokens, h)?;
+                (0, rows)
+            }
+        };
         let x = self.work.x.device_ptr(&stream).0;
         let (path, norm, out) = (
             self.path(tokens),
             self.norm_before(0),
             self.work.h.device_ptr(&stream).0,
         );
-        self.gpu.filter.enter(Part::Embed);
         match path {
             Path::Products => {
                 let sums = self.work.sums.device_ptr(&stream).0;
-                let (from, to) = ((at.ids, table, norm), (x, out, sums));
+                let (from, to) = ((ids, table, norm), (x, out, sums));
                 self.gpu.embed_normed(from, to, tokens, h)?;
             }
-            _ => self.gpu.embed(at.ids, table, x, tokens, h)?,
+            _ => self.gpu.embed(ids, table, x, tokens, h)?,
         }
         let kv = self
             .kv
@@ -189,10 +199,15 @@ impl CudaBackend {
             self.spec.hidden_size,
         ];
         let hopper = self.maps.is_some() && tokens <= product::MAX_TOKENS;
-        if hopper || self.deterministic {
+        let few = tokens <= SKINNY_TOKENS
+            && widths.iter().all(|width| width.is_multiple_of(16))
+            && skinny::has_room_for(self.spec.hidden_size);
+        if self.deterministic {
             Path::Products
-        } else if tokens <= SKINNY_TOKENS && widths.iter().all(|width| width.is_multiple_of(16)) {
+        } else if few && (!hopper || self.weights.is_mostly_quantized()) {
             Path::Skinny
+        } else if hopper {
+            Path::Products
         } else {
             Path::Library
         }
@@ -234,108 +249,7 @@ impl CudaBackend {
             .0
     }
 
-    /// Logits of `n` sampled tokens from the `first` on.
-    pub(super) fn head(
-        &mut self,
-        at: &Addresses,
-        pass: &PassArgs,
-        first: usize,
-        n: usize,
-    ) -> Result<(), PolicyError> {
-        self.work.check_rows(n)?;
-        let (h, v) = (self.spec.hidden_size, self.spec.vocab_size);
-        let (eps, stream) = (self.spec.rms_norm_eps as f32, self.gpu.stream.clone());
-        let norm = self.weights.norm.device_ptr(&stream).0;
-        let head = self.weights.head.as_ref().unwrap_or(&self.weights.embed);
-        let head = head.device_ptr(&stream).0;
-        let (x, picked, logits) = (
-            self.work.x.device_ptr(&stream).0,
-            self.work.picked.device_ptr(&stream).0,
-            self.work.logits.device_ptr(&stream).0,
-        );
-        // Where every token is sampled from, they lie in order.
-        let in_order = n == pass.counts.tokens;
-        self.gpu.filter.enter(Part::Head);
-        let path = self.path(pass.counts.tokens);
-        if in_order && path == Path::Skinny && v.is_multiple_of(16) {
-            self.gpu.skinny(
-                Skinny::Head,
-                &SkinnyArgs {
-                    w: head,
-                    x,
-                    norm,
-                    y: logits,
-                    tokens: n,
-                    outputs: v,
-                    inputs: h,
-                    eps,
-                },
-            )?;
-            return Ok(());
-        }
-        // In the deterministic mode a token's logits come in one way only, whatever else the pass has.
-        if in_order && path == Path::Products && !self.deterministic {
-            let args = ProductArgs {
-                y: logits,
-                sums_in: self.work.sums.device_ptr(&stream).0,
-                tiles_in: product::row_tiles(h) as i32,
-                stride: self.work.max_tokens as i32,
-                tokens: n as i32,
-                n: v as i32,
-                k: h as i32,
-                eps,
-                ..ProductArgs::default()
-            };
-            let maps = self.maps()?;
-            return Ok(self.product(Form::Logits, &maps.head, &maps.h, &args)?);
-        }
-        // The last layer has left them normalised.
-        let ready = in_order && path == Path::Library;
-        if !ready {
-            let rows = match in_order {
-                true => 0,
-                false => at.sampled + (first * size_of::<i32>()) as u64,
-            };
-            self.gpu.filter.enter(Part::Norm);
-            self.gpu.rms_norm((x, 0, norm, picked), rows, n, h, eps)?;
-        }
-        let picked = if ready {
-            self.work.h.device_ptr(&stream).0
-        } else {
-            picked
-        };
-        self.unembed(pass, picked, n)
-    }
-
-    /// Logits of `n` normalised hidden states at an address: in the deterministic mode `work.picked`'s.
-    pub(super) fn unembed(
-        &mut self,
-        pass: &PassArgs,
-        hidden: u64,
-        n: usize,
-    ) -> Result<(), PolicyError> {
-        let shape = Shape {
-            tokens: n,
-            outputs: self.spec.vocab_size,
-            inputs: self.spec.hidden_size,
-            out: Out::F32,
-        };
-        let logits = self.work.logits.device_ptr(&self.gpu.stream).0;
-        self.gpu.filter.enter(Part::Head);
-        if self.deterministic {
-            let maps = self.maps()?;
-            let args = ProductArgs {
-                y: logits,
-                tokens: n as i32,
-                n: shape.outputs as i32,
-                k: shape.inputs as i32,
-                ..ProductArgs::default()
-            };
-            return Ok(self.product(Form::Logits, &maps.head, &maps.picked, &args)?);
-        }
-        self.matmul(pass, Matrix::Head, shape, hidden, logits)
-    }
-
+    /// y of [`Shape`] with a matrix of the layers or the head, by cublasLt.
     pub(super) fn matmul(
         &mut self,
         pass: &PassArgs,
@@ -345,38 +259,39 @@ impl CudaBackend {
         y: u64,
     ) -> Result<(), PolicyError> {
         if pass.tune {
+            let scratch = self.weights.scratch_at(&self.gpu.stream);
+            let address = |stored| match stored {
+                Stored::Bf16(address) => address,
+                Stored::Quantized(_) => scratch,
+            };
             let all = self.matrices(matrix.everywhere());
+            let mut all: Vec<u64> = all.into_iter().map(address).collect();
+            all.dedup();
             let operands: Vec<Operands> = all.into_iter().map(|w| Operands { w, x, y }).collect();
             self.gemm.tune(shape, &operands)?;
         }
+        let w = self.as_bf16(self.matrices(matrix)[0])?;
         if !self.gpu.filter.admits() {
             return Ok(());
         }
-        let w = self.matrices(matrix)[0];
         Ok(self.gemm.run(shape, Operands { w, x, y })?)
     }
 
-    /// Addresses of a matrix, of one layer or of all.
-    fn matrices(&self, matrix: Matrix) -> Vec<u64> {
+    /// Where a matrix lies, of one layer or of all.
+    fn matrices(&self, matrix: Matrix) -> Vec<Stored> {
         let stream = &self.gpu.stream;
-        let (pick, layer): (fn(&Layer) -> &CudaSlice<bf16>, _) = match matrix {
+        let (pick, layer): (fn(&Layer) -> &Linear, _) = match matrix {
             Matrix::Qkv(layer) => (|l| &l.qkv, layer),
             Matrix::O(layer) => (|l| &l.o, layer),
             Matrix::GateUp(layer) => (|l| &l.gate_up, layer),
             Matrix::Down(layer) => (|l| &l.down, layer),
-            Matrix::Head => {
-                let head = self.weights.head.as_ref().unwrap_or(&self.weights.embed);
-                return vec![head.device_ptr(stream).0];
-            }
+            Matrix::Head => return vec![self.weights.head().at(stream)],
         };
         let layers = match layer {
             Some(index) => &self.weights.layers[index..=index],
             None => &self.weights.layers[..],
         };
-        layers
-            .iter()
-            .map(|l| pick(l).device_ptr(stream).0)
-            .collect()
+        layers.iter().map(|l| pick(l).at(stream)).collect()
     }
 }
 

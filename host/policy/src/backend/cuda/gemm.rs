@@ -30,6 +30,8 @@ pub(super) struct Shape {
     pub(super) tokens: usize,
     pub(super) outputs: usize,
     pub(super) inputs: usize,
+    /// From one token's outputs to the next one's in y, which may be wider.
+    pub(super) stride: usize,
     pub(super) out: Out,
 }
 
@@ -135,6 +137,7 @@ impl Gemm {
             tokens,
             outputs,
             inputs,
+            stride,
             out,
         } = shape;
         let y_type = match out {
@@ -148,7 +151,7 @@ impl Gemm {
             desc: lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, CUDA_R_32F)?,
             w: lt::create_matrix_layout(CUDA_R_16BF, k, m, inputs as i64)?,
             x: lt::create_matrix_layout(CUDA_R_16BF, k, n, inputs as i64)?,
-            y: lt::create_matrix_layout(y_type, m, n, outputs as i64)?,
+            y: lt::create_matrix_layout(y_type, m, n, stride as i64)?,
             algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
             tuned: false,
         };

@@ -56,39 +56,17 @@ impl Launch {
     }
 }
 
+/// An argument as [`Gpu::queue`] wants it; to live until that returns.
+pub(super) fn pointer<T>(value: &T) -> *mut c_void {
+    std::ptr::from_ref(value).cast_mut().cast()
+}
+
 /// Queues one kernel with these arguments.
 macro_rules! launch {
     ($gpu:expr, $kernel:expr, $launch:expr, $($arg:expr),+ $(,)?) => {{
-        let arguments = [$(std::ptr::from_ref($arg).cast_mut().cast::<c_void>()),+];
+        let arguments = [$(pointer($arg)),+];
         $gpu.queue($kernel, $launch, &arguments)
     }};
-}
-
-/// Which of the products with few tokens (skinny.cu).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Skinny {
-    /// Norm, then a product to bf16.
-    Project,
-    /// Added to the residual stream.
-    Add,
-    /// Norm, product, SwiGLU.
-    Swiglu,
-    /// Norm, product to f32.
-    Head,
-}
-
-/// Operands of a product with few tokens.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct SkinnyArgs {
-    pub(super) w: u64,
-    pub(super) x: u64,
-    /// 0 where nothing is normalised.
-    pub(super) norm: u64,
-    pub(super) y: u64,
-    pub(super) tokens: usize,
-    pub(super) outputs: usize,
-    pub(super) inputs: usize,
-    pub(super) eps: f32,
 }
 
 /// `qkv.cu`'s parameters, field by field; 0 for what a model does not have.
@@ -190,8 +168,9 @@ impl Gpu {
             pad: [0; 4],
             value,
         };
+        let after_weights = self.wrote_weights.take();
         let overlap = sys::CUlaunchAttributeValue {
-            programmaticStreamSerializationAllowed: 1,
+            programmaticStreamSerializationAllowed: i32::from(!after_weights),
         };
         let cluster = sys::CUlaunchAttributeValue {
             clusterDim: sys::CUlaunchAttributeValue_union__bindgen_ty_1 {
@@ -372,28 +351,6 @@ impl Gpu {
         };
         let launch = kernel.launch(args, sequences);
         launch!(self, &kernel.function, launch, args, from)
-    }
-
-    pub(super) fn skinny(&self, kind: Skinny, a: &SkinnyArgs) -> Result<(), CudaError> {
-        let kernels = &self.kernels;
-        let (kernel, per_block, warps) = match kind {
-            Skinny::Project => (&kernels.skinny_qkv, 16, 8),
-            Skinny::Add => (&kernels.skinny_add, 16, 16),
-            Skinny::Swiglu => (&kernels.skinny_swiglu, 16, 4),
-            Skinny::Head => (&kernels.skinny_head, 128, 8),
-        };
-        let shared = match kind {
-            Skinny::Add => 0,
-            _ => 8 * (a.inputs + 8) * 2,
-        };
-        let launch = Launch {
-            shared,
-            ..Launch::of(a.outputs.div_ceil(per_block), 32 * warps)
-        };
-        let (tokens, n, k) = (a.tokens as i32, a.outputs as i32, a.inputs as i32);
-        launch!(
-            self, kernel, launch, &a.w, &a.x, &a.norm, &a.y, &tokens, &n, &k, &a.eps,
-        )
     }
 
     fn sum_chunks(

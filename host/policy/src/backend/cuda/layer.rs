@@ -10,9 +10,11 @@ use super::{
     CudaBackend,
     forward::{Addresses, Matrix, PassArgs, Path, Work},
     gemm::{Out, Shape},
-    launch::{Projection, Skinny, SkinnyArgs},
+    launch::Projection,
     parts::Part,
     product::{self, Form, ProductArgs},
+    quantized::Stored,
+    skinny::{Skinny, SkinnyArgs},
     weights::Layer,
 };
 use crate::error::PolicyError;
@@ -43,6 +45,7 @@ impl Run<'_> {
             tokens: self.tokens(),
             outputs,
             inputs,
+            stride: outputs,
             out: Out::Bf16,
         }
     }
@@ -58,7 +61,7 @@ impl Run<'_> {
         }
     }
 
-    fn skinny(&self, (w, x, norm, y): (u64, u64, u64, u64), n: usize, k: usize) -> SkinnyArgs {
+    fn skinny(&self, (w, x, norm, y): (Stored, u64, u64, u64), n: usize, k: usize) -> SkinnyArgs {
         SkinnyArgs {
             w,
             x,
@@ -126,16 +129,20 @@ impl CudaBackend {
         };
         let args = scaled(work.qkv, run.qkv_width, tiles_in);
         self.gpu.filter.enter(Part::Qkv);
+        self.as_bf16(layer.qkv)?;
         self.product(Form::Store, &of.qkv, &maps.h, &args)?;
         self.attend(run)?;
         let args = added(layer.mlp_norm, q);
         self.gpu.filter.enter(Part::O);
+        self.as_bf16(layer.o)?;
         self.product(Form::Residual, &of.o, &maps.attended, &args)?;
         let args = scaled(work.act, 2 * f, tiles);
         self.gpu.filter.enter(Part::GateUp);
+        self.as_bf16(layer.gate_up)?;
         self.product(Form::Swiglu, &of.gate_up, &maps.h, &args)?;
         let args = added(self.norm_before(run.index + 1), f);
         self.gpu.filter.enter(Part::Down);
+        self.as_bf16(layer.down)?;
         Ok(self.product(Form::Residual, &of.down, &maps.act, &args)?)
     }
 
@@ -216,34 +223,33 @@ impl CudaBackend {
     }
 }
 
-/// Device addresses of a layer's weights; 0 for one it does not have.
+/// Where a layer's weights lie; 0 for one it does not have.
 struct Pointers {
     input_norm: u64,
-    qkv: u64,
+    qkv: Stored,
     qkv_bias: u64,
     q_norm: u64,
     k_norm: u64,
-    o: u64,
+    o: Stored,
     mlp_norm: u64,
-    gate_up: u64,
-    down: u64,
+    gate_up: Stored,
+    down: Stored,
 }
 
 impl Pointers {
     fn of(layer: &Layer, stream: &Arc<CudaStream>) -> Self {
         let floats = |s: &CudaSlice<f32>| s.device_ptr(stream).0;
-        let matrix = |s: &CudaSlice<bf16>| s.device_ptr(stream).0;
         let norms = layer.head_norms.as_ref();
         Self {
             input_norm: floats(&layer.input_norm),
-            qkv: matrix(&layer.qkv),
+            qkv: layer.qkv.at(stream),
             qkv_bias: layer.qkv_bias.as_ref().map_or(0, floats),
             q_norm: norms.map_or(0, |(q, _)| floats(q)),
             k_norm: norms.map_or(0, |(_, k)| floats(k)),
-            o: matrix(&layer.o),
+            o: layer.o.at(stream),
             mlp_norm: floats(&layer.mlp_norm),
-            gate_up: matrix(&layer.gate_up),
-            down: matrix(&layer.down),
+            gate_up: layer.gate_up.at(stream),
+            down: layer.down.at(stream),
         }
     }
 }

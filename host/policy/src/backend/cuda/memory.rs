@@ -1,18 +1,18 @@
 //! What a process may take of a GPU's memory, and how that is divided: weights, workspace, and the KV pool, which gets
 //! what is left of it as far as the run can use it.
 
-use std::{fmt, sync::Arc};
+use std::{collections::BTreeMap, fmt, sync::Arc};
 
 use cudarc::driver::{CudaContext, sys::CUdevice_attribute as Attribute};
-use half::bf16;
 use serde::Serialize;
 
 use super::{
-    BLOCK_SIZE, CudaError, CudaSizes, check, device, draws,
+    BLOCK_SIZE, CudaError, CudaSizes, CudaWeights, check, device, draws,
     forward::{MAX_SPLITS, MIN_LOGITS},
     graph::MAX_BURST,
     launch::{CHUNK, CHUNK_WORDS},
     product,
+    weights::WeightSizes,
 };
 use crate::spec::ModelSpec;
 
@@ -117,22 +117,36 @@ impl Budget {
     ///
     /// # Errors
     /// [`CudaError::Shape`], [`CudaError::TooBig`] and [`CudaError::OneSequence`].
-    pub fn admit(&self, spec: &ModelSpec, sizes: &CudaSizes) -> Result<(), CudaError> {
+    pub fn admit(
+        &self,
+        spec: &ModelSpec,
+        weights: CudaWeights<'_>,
+        sizes: &CudaSizes,
+    ) -> Result<(), CudaError> {
         check(spec)?;
-        let (weights, workspace) = (
-            weight_bytes(spec, sizes.max_model_len),
-            self.workspace(spec, sizes),
-        );
-        admit(&self.memory()?, weights, workspace)?
+        let needed = WeightSizes::of(spec, weights, sizes.max_model_len);
+        let workspace = self.workspace(spec, sizes) + needed.scratch;
+        admit(&self.memory()?, needed.weights, workspace)?
             .hold(sizes.max_model_len, super::kv_bytes_per_token(spec))
     }
 
-    /// Bytes that a model needs beside weights, keys and values, estimated from sizes; what is fixed is not among them.
+    /// Whether the weights in bf16 would take more than half of what may still be used.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn is_tight(&self, spec: &ModelSpec, sizes: &CudaSizes) -> Result<bool, CudaError> {
+        let none = BTreeMap::new();
+        let bf16 = WeightSizes::of(spec, CudaWeights::dense(&none), sizes.max_model_len);
+        Ok(bf16.weights > self.memory()?.left() / 2)
+    }
+
+    /// Bytes that a model needs beside weights, keys and values, estimated from sizes; what is fixed is not among them, nor is
+    /// where quantised matrices are made bf16.
     pub fn workspace(&self, spec: &ModelSpec, sizes: &CudaSizes) -> usize {
         workspace_bytes(spec, sizes, self.multiprocessors)
     }
 
-    /// Divides what is left when models of `weights` bytes (see [`weight_bytes`]) are there: the policy's, and the draft's
+    /// Divides what is left when models of `weights` bytes are there: the policy's, and the draft's
     /// if it has one. `free_without_draft` were free before the draft came.
     ///
     /// # Errors
@@ -256,28 +270,6 @@ impl fmt::Display for MemoryPlan {
     }
 }
 
-/// Bytes of a model's weights: matrices in bf16, vectors and the rotation table of `positions` positions in f32.
-pub fn weight_bytes(spec: &ModelSpec, positions: usize) -> usize {
-    let bytes = |shape: &[usize]| {
-        let width = if shape.len() == 1 { 4 } else { 2 };
-        shape.iter().product::<usize>() * width
-    };
-    let shapes = spec.weight_shapes();
-    let weights: usize = shapes.iter().map(|(_, shape)| bytes(shape)).sum();
-    weights + positions * spec.head_dim * 4
-}
-
-/// Bytes that a decoding step reads: every weight that takes part once, and the keys and values of `kv_tokens` tokens. A
-/// prompt that several sequences share counts for each of them, as decoding engines read it.
-pub fn step_bytes(spec: &ModelSpec, kv_tokens: usize) -> usize {
-    // Of embeddings that are not the head too, a few rows.
-    let looked_up = match spec.tie_word_embeddings {
-        true => 0,
-        false => size_of::<bf16>() * spec.vocab_size * spec.hidden_size,
-    };
-    weight_bytes(spec, 0) - looked_up + kv_tokens * super::kv_bytes_per_token(spec)
-}
-
 /// Bytes of the buffers of forward.rs, graph.rs, draws.rs and inputs.rs, those of a fixed size left to [`RESERVE`].
 fn workspace_bytes(spec: &ModelSpec, sizes: &CudaSizes, multiprocessors: usize) -> usize {
     let (h, q, f) = (spec.hidden_size, spec.q_dim(), spec.intermediate_size);
@@ -364,13 +356,18 @@ mod tests {
 
     #[test]
     fn a_step_reads_the_weights_once_and_the_keys_of_every_sequence() {
+        let none = BTreeMap::new();
+        let read =
+            |tied| WeightSizes::of(&half_billion(tied), CudaWeights::dense(&none), 1024).read;
         // 494,032,768 weights of two bytes, of which 71,552 in vectors take four.
         let weights = 2 * (494_032_768 + 71_552);
-        assert_eq!(step_bytes(&half_billion(true), 0), weights);
+        assert_eq!(read(true), weights);
         // The head is read whole whether it is the embeddings or not, the embeddings are not.
-        assert_eq!(step_bytes(&half_billion(false), 0), weights);
-        let with_cache = step_bytes(&half_billion(true), 64 * 256);
-        assert_eq!(with_cache, weights + 64 * 256 * 12_288);
+        assert_eq!(read(false), weights);
+        assert_eq!(
+            super::super::kv_bytes_per_token(&half_billion(true)),
+            12_288
+        );
     }
 
     #[test]

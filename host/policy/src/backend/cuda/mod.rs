@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "the one place that talks to a device")]
 
 mod ahead;
+mod blocks;
 mod compile;
 mod device;
 mod draws;
@@ -15,6 +16,7 @@ mod exit;
 mod forward;
 mod gemm;
 mod graph;
+mod head;
 mod inputs;
 mod launch;
 mod layer;
@@ -23,6 +25,8 @@ mod memory;
 mod parts;
 mod product;
 mod propose;
+mod quantized;
+mod skinny;
 mod step;
 mod survey;
 mod verify;
@@ -41,7 +45,7 @@ pub use compile::{SOURCES, architecture, compile};
 pub use device::count;
 pub use error::CudaError;
 pub use graph::{DecodeShape, KernelTime, Profile};
-pub use memory::{Budget, MemoryPlan, PoolNeeds, step_bytes, weight_bytes};
+pub use memory::{Budget, MemoryPlan, PoolNeeds};
 pub use propose::DeviceRow;
 pub use survey::{GpuFacts, Survey, survey};
 
@@ -51,8 +55,10 @@ use crate::{
     error::PolicyError,
     spec::ModelSpec,
     types::{PackedBatch, TokenScores, TopTokens},
+    weights::Quantized,
 };
 use ahead::Ahead;
+use blocks::Bits;
 use device::Gpu;
 use draws::Draws;
 use exit::EarlyExit;
@@ -62,7 +68,7 @@ use graph::{Captured, Decode, MAX_BURST};
 use inputs::{Inputs, Layout};
 use maps::Maps;
 use propose::Shelf;
-use weights::Weights;
+use weights::{WeightSizes, Weights};
 
 /// Tokens of a KV block: what one warp reads at a time (attention.cu).
 pub const BLOCK_SIZE: usize = 32;
@@ -81,6 +87,35 @@ pub struct CudaSizes {
     pub max_model_len: usize,
 }
 
+/// The weights of a model by their checkpoint names (see [`crate::weights`]); matrices are in either.
+#[derive(Clone, Copy, Debug)]
+pub struct CudaWeights<'a> {
+    pub tensors: &'a BTreeMap<String, Tensor>,
+    pub quantized: &'a Quantized,
+    /// Whether the second stay quantised where their format allows it; otherwise all become bf16.
+    pub keep: bool,
+}
+
+impl<'a> CudaWeights<'a> {
+    /// Nothing is quantised.
+    pub fn dense(tensors: &'a BTreeMap<String, Tensor>) -> Self {
+        static NONE: Quantized = Quantized::new();
+        Self {
+            tensors,
+            quantized: &NONE,
+            keep: false,
+        }
+    }
+
+    /// How the matrices `names`, which lie in one, are kept.
+    fn kept(&self, names: &[&str]) -> Option<Bits> {
+        match self.keep {
+            true => Bits::of(self.quantized, names),
+            false => None,
+        }
+    }
+}
+
 /// Keys and values of all layers.
 struct KvPool {
     /// Owns what `base` names.
@@ -95,6 +130,8 @@ pub struct CudaBackend {
     gpu: Gpu,
     gemm: Gemm,
     weights: Weights,
+    /// [`WeightSizes::read`].
+    read_bytes: usize,
     work: Work,
     /// On Hopper.
     maps: Option<Maps>,
@@ -155,11 +192,25 @@ impl CudaBackend {
     /// kernels are kept in the folder `cache`.
     ///
     /// # Errors
-    /// A weight that is missing or of another shape; [`CudaError`] for everything about the GPU.
+    /// As [`Self::with_weights`].
     pub fn new(
         ordinal: usize,
         spec: ModelSpec,
         tensors: &BTreeMap<String, Tensor>,
+        sizes: CudaSizes,
+        cache: Option<&Path>,
+    ) -> Result<Self, PolicyError> {
+        Self::with_weights(ordinal, spec, CudaWeights::dense(tensors), sizes, cache)
+    }
+
+    /// The same with weights that may be and stay quantised.
+    ///
+    /// # Errors
+    /// A weight that is missing or of another shape; [`CudaError`] for everything about the GPU.
+    pub fn with_weights(
+        ordinal: usize,
+        spec: ModelSpec,
+        given: CudaWeights<'_>,
         sizes: CudaSizes,
         cache: Option<&Path>,
     ) -> Result<Self, PolicyError> {
@@ -175,7 +226,8 @@ impl CudaBackend {
         let gpu = Gpu::open(ordinal, spec.head_dim, cache)?;
         // Before the weights, because it finds out whether cublasLt is there.
         let gemm = Gemm::new(&gpu.stream)?;
-        let weights = Weights::new(&gpu.stream, &spec, tensors, sizes.max_model_len)?;
+        let weights = Weights::new(&gpu.stream, &spec, given, sizes.max_model_len)?;
+        let read_bytes = WeightSizes::of(&spec, given, sizes.max_model_len).read;
         let layout = Layout {
             tokens: sizes.max_step_tokens,
             sequences: sizes.max_batch,
@@ -209,6 +261,7 @@ impl CudaBackend {
             scratch: sampler::Scratch::default(),
             kv: None,
             weights,
+            read_bytes,
             gpu,
             spec,
         })
@@ -219,9 +272,13 @@ impl CudaBackend {
     /// Drafts' own passes stay as they are.
     ///
     /// # Errors
-    /// [`CudaError::NotYet`] where there are no products of our own for all sizes.
+    /// [`CudaError::NotYet`] where there are no products of our own for all sizes; those of memory for a quantised head,
+    /// which becomes bf16: that product takes it whole.
     pub fn set_deterministic(&mut self) -> Result<(), CudaError> {
         self.maps()?;
+        self.weights.dequantize_head(&self.gpu)?;
+        let (stream, spec) = (&self.gpu.stream, &self.spec);
+        self.maps = Some(Maps::new(stream, spec, &self.weights, &self.work)?);
         self.deterministic = true;
         self.ahead.forget();
         self.graphs.clear();
@@ -235,6 +292,17 @@ impl CudaBackend {
     /// What the driver says.
     pub fn memory_bandwidth(&self) -> Result<Option<f64>, CudaError> {
         self.gpu.memory_bandwidth()
+    }
+
+    /// Bytes of the weights on the device.
+    pub fn weight_bytes(&self) -> usize {
+        self.weights.bytes()
+    }
+
+    /// Bytes that a decoding step reads: every weight that takes part once, as it is stored, and the keys and values of
+    /// `kv_tokens` tokens. A prompt that several sequences share counts for each of them, as decoding engines read it.
+    pub fn step_bytes(&self, kv_tokens: usize) -> usize {
+        self.read_bytes + kv_tokens * kv_bytes_per_token(&self.spec)
     }
 
     /// Query heads that share a key head.

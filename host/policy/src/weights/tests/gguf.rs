@@ -12,7 +12,7 @@ use super::{assert_same, fixture, values};
 use crate::{
     error::{Feature, PolicyError},
     spec::{Family, ModelSpec, RopeScaling},
-    weights::{LoadedModel, Weights, load},
+    weights::{LoadedModel, Weights, load, load_as_stored},
 };
 
 /// Hugging Face row order to the one of Llama GGUF files, element by element: half `i`, pair `j` of a head
@@ -103,6 +103,10 @@ fn write_gguf(path: &Path, metadata: &HashMap<String, Value>, weights: &Weights)
         .iter()
         .map(|(name, t)| (name.clone(), QTensor::quantize(t, GgmlDType::F32).unwrap()))
         .collect();
+    write_tensors(path, metadata, &tensors);
+}
+
+fn write_tensors(path: &Path, metadata: &HashMap<String, Value>, tensors: &[(String, QTensor)]) {
     let metadata: Vec<(&str, &Value)> = metadata.iter().map(|(k, v)| (k.as_str(), v)).collect();
     let tensors: Vec<(&str, &QTensor)> = tensors.iter().map(|(k, t)| (k.as_str(), t)).collect();
     let mut file = std::fs::File::create(path).unwrap();
@@ -158,6 +162,44 @@ fn gguf_files_give_the_model_of_the_folder() {
             found.tokenizer.chat_template_source(),
             Some("{{ messages }}")
         );
+    }
+}
+
+/// Quantised matrices stay as they are until they are asked for, and are then what they were before: dequantised as they
+/// lie in the file, and brought into order.
+#[test]
+fn quantised_matrices_stay_as_stored() {
+    let folder = tempfile::tempdir().unwrap();
+    for architecture in ["llama", "qwen2"] {
+        let model = load(&fixture(architecture)).unwrap();
+        let path = folder.path().join(format!("{architecture}.gguf"));
+        let weights = gguf_weights(&model);
+        let stored: Vec<(String, QTensor)> = weights
+            .iter()
+            .map(|(name, tensor)| {
+                let in_blocks = tensor.dims().len() == 2 && tensor.dims()[1].is_multiple_of(32);
+                let format = match in_blocks {
+                    true => GgmlDType::Q4_1,
+                    false => GgmlDType::F32,
+                };
+                (name.clone(), QTensor::quantize(tensor, format).unwrap())
+            })
+            .collect();
+        write_tensors(&path, &metadata(architecture, &model), &stored);
+        let found = load_as_stored(&path).unwrap();
+        assert!(!found.quantized.is_empty());
+        for (name, matrix) in &found.quantized {
+            assert_eq!(matrix.format(), GgmlDType::Q4_1, "{name}");
+            assert!(!found.tensors.contains_key(name));
+        }
+        let dense = load(&path).unwrap();
+        assert!(dense.quantized.is_empty());
+        let expected: Weights = stored
+            .into_iter()
+            .map(|(name, tensor)| (name, tensor.dequantize(&Device::Cpu).unwrap()))
+            .collect();
+        let all = gguf_weights(&dense);
+        assert_same(&all, &expected);
     }
 }
 

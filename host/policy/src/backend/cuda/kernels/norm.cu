@@ -1,11 +1,11 @@
 // Row-wise operations on the residual stream, which is f32 from the embedding to the last norm.
 
-// x[t] = table[ids[t]]. One block per token. ids: [T], table: [V, H], x: [T, H]. It begins a step, and lets nobody start before
-// all of the step before has ended: attention relies on that.
+// x[t] = table[ids[t]], or table[t] without ids. One block per token. ids: [T], table: [V, H], x: [T, H]. It begins a step, and
+// lets nobody start before all of the step before has ended: attention relies on that.
 extern "C" __global__ void embed(const int* ids, const bf16* table, float* x, int hidden) {
     wait_for_previous();
     let_next_start();
-    const uint2* from = (const uint2*)(table + (size_t)ids[blockIdx.x] * hidden);
+    const uint2* from = (const uint2*)(table + (size_t)(ids ? ids[blockIdx.x] : blockIdx.x) * hidden);
     float4* to = (float4*)(x + (size_t)blockIdx.x * hidden);
     for (int i = threadIdx.x; i < hidden / 4; i += blockDim.x) {
         uint2 v = from[i];
@@ -19,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(256) embed_normed(const int* ids, c
     __shared__ float part[8];
     wait_for_previous();
     let_next_start();
-    const uint2* from = (const uint2*)(table + (size_t)ids[blockIdx.x] * hidden);
+    const uint2* from = (const uint2*)(table + (size_t)(ids ? ids[blockIdx.x] : blockIdx.x) * hidden);
     float4* to = (float4*)(x + (size_t)blockIdx.x * hidden);
     uint2* normed = (uint2*)(h + (size_t)blockIdx.x * hidden);
     float sum = 0.f;

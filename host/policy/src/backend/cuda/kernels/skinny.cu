@@ -8,6 +8,79 @@
 #define SWIGLU 2    // y: bf16 [T, N/2]: silu of the first half of the rows of W times the second half
 #define LOGITS 3    // y: f32 [T, N]
 
+// x · norm of all tokens to shared memory, in rows of `stride`, and the sums of squares of x that each warp saw.
+template <int WARPS>
+static __device__ __forceinline__ void stage_normed(const float* x, const float* norm, bf16* xs, int stride,
+                                                    float (*squares)[8], int tokens, int k) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float sum[8];
+#pragma unroll
+    for (int j = 0; j < 8; j++) sum[j] = 0.f;
+    for (int i = threadIdx.x * 4; i < k; i += 128 * WARPS) {
+        float4 m = *(const float4*)(norm + i);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+            float4 v = j < tokens ? *(const float4*)(x + (size_t)j * k + i) : make_float4(0, 0, 0, 0);
+            sum[j] += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+            *(uint2*)(xs + j * stride + i) = make_uint2(pack(v.x * m.x, v.y * m.y), pack(v.z * m.z, v.w * m.w));
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        if (j < tokens) sum[j] = warp_sum(sum[j]);
+        if (lane == 0) squares[warp][j] = sum[j];
+    }
+    __syncthreads();
+}
+
+// Puts a lane's part of the products d to its place; n and k are those of `skinny`.
+template <int WARPS, bool NORM, bool SPLIT, int FORM>
+static __device__ __forceinline__ void finish(float* d, float (*squares)[8], void* y, int row0, int row1, int tokens, int n,
+                                              int k, float eps) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
+    int all = FORM == SWIGLU ? n / 2 : n;
+    if (SPLIT) {
+        __shared__ float part[WARPS][32][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) part[warp][lane][i] = d[i];
+        __syncthreads();
+        if (warp != 0) return;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            d[i] = 0.f;
+#pragma unroll
+            for (int v = 0; v < WARPS; v++) d[i] += part[v][lane][i];
+        }
+    }
+    if (NORM) {
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            float sum = 0.f;
+#pragma unroll
+            for (int v = 0; v < WARPS; v++) sum += squares[v][2 * t + j];
+            float scale = rsqrtf(sum / k + eps);
+            d[j] *= scale, d[2 + j] *= scale;
+        }
+    }
+    // d0, d1: row0 of tokens 2t, 2t + 1; d2, d3: row1.
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        int token = 2 * t + j;
+        if (token >= tokens) break;
+        float first = d[j], second = d[2 + j];
+        if (FORM == STORE) {
+            bf16* to = (bf16*)y + (size_t)token * n;
+            to[row0] = to_bf16(first), to[row1] = to_bf16(second);
+        } else if (FORM == SWIGLU) {
+            ((bf16*)y)[(size_t)token * all + row0] = to_bf16(first / (1.f + __expf(-first)) * second);
+        } else {
+            float* to = (float*)y + (size_t)token * n;
+            to[row0] = first + (FORM == RESIDUAL ? to[row0] : 0.f);
+            to[row1] = second + (FORM == RESIDUAL ? to[row1] : 0.f);
+        }
+    }
+}
+
 // NORM: x is f32 [T, K] and normalised on the way: the weights of the norm go into x before the product, the scale of
 // each token, known only when all of x has been seen, after it. Otherwise x is bf16 [T, K]. SPLIT: all warps share
 // 16 rows and divide k, for few rows; otherwise each warp has 16 rows. K is a multiple of 32, N of 16 (8 outputs of
@@ -51,26 +124,7 @@ static __device__ __forceinline__ void skinny(const bf16* w, const void* x, cons
     load_w(start);
     wait_for_previous();
     if (!NORM) load_x(start);
-    if (NORM) {
-        float sum[8];
-#pragma unroll
-        for (int j = 0; j < 8; j++) sum[j] = 0.f;
-        for (int i = threadIdx.x * 4; i < k; i += 128 * WARPS) {
-            float4 m = *(const float4*)(norm + i);
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                float4 v = j < tokens ? *(const float4*)((const float*)x + (size_t)j * k + i) : make_float4(0, 0, 0, 0);
-                sum[j] += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-                *(uint2*)(xs + j * stride + i) = make_uint2(pack(v.x * m.x, v.y * m.y), pack(v.z * m.z, v.w * m.w));
-            }
-        }
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            if (j < tokens) sum[j] = warp_sum(sum[j]);
-            if (lane == 0) squares[warp][j] = sum[j];
-        }
-        __syncthreads();
-    }
+    if (NORM) stage_normed<WARPS>((const float*)x, norm, xs, stride, squares, tokens, k);
     if (idle) return;
     float d[4] = {0.f, 0.f, 0.f, 0.f};
     for (int i = start; i < k; i += DEPTH * step) {
@@ -99,46 +153,7 @@ static __device__ __forceinline__ void skinny(const bf16* w, const void* x, cons
             if (!NORM) load_x(i + DEPTH * step);
         }
     }
-    if (SPLIT) {
-        __shared__ float part[WARPS][32][4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) part[warp][lane][i] = d[i];
-        __syncthreads();
-        if (warp != 0) return;
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            d[i] = 0.f;
-#pragma unroll
-            for (int v = 0; v < WARPS; v++) d[i] += part[v][lane][i];
-        }
-    }
-    if (NORM) {
-#pragma unroll
-        for (int j = 0; j < 2; j++) {
-            float sum = 0.f;
-#pragma unroll
-            for (int v = 0; v < WARPS; v++) sum += squares[v][2 * t + j];
-            float scale = rsqrtf(sum / k + eps);
-            d[j] *= scale, d[2 + j] *= scale;
-        }
-    }
-    // d0, d1: row0 of tokens 2t, 2t + 1; d2, d3: row1.
-#pragma unroll
-    for (int j = 0; j < 2; j++) {
-        int token = 2 * t + j;
-        if (token >= tokens) break;
-        float first = d[j], second = d[2 + j];
-        if (FORM == STORE) {
-            bf16* to = (bf16*)y + (size_t)token * n;
-            to[row0] = to_bf16(first), to[row1] = to_bf16(second);
-        } else if (FORM == SWIGLU) {
-            ((bf16*)y)[(size_t)token * all + row0] = to_bf16(first / (1.f + __expf(-first)) * second);
-        } else {
-            float* to = (float*)y + (size_t)token * n;
-            to[row0] = first + (FORM == RESIDUAL ? to[row0] : 0.f);
-            to[row1] = second + (FORM == RESIDUAL ? to[row1] : 0.f);
-        }
-    }
+    finish<WARPS, NORM, SPLIT, FORM>(d, squares, y, row0, row1, tokens, n, k, eps);
 }
 
 // Few rows need many warps to a row, so that enough loads are under way; many rows need small blocks, so that all of them
