@@ -8,7 +8,7 @@ use grpo_policy::{
     backend::{
         Backend, Drafted, Exit, Pass, SampleArgs, Sampled, StepRow,
         cpu::{CpuBackend, Trainable},
-        cuda::{BLOCK_SIZE, CudaBackend},
+        cuda::{BLOCK_SIZE, CudaBackend, CudaSizes},
     },
     engine::{Engine, EngineConfig},
     spec::{Family, ModelSpec},
@@ -125,10 +125,37 @@ fn distributions_are_those_of_the_cpu() {
     }
 }
 
+/// Tokens of the completions, and how far their log-probs are from those the CPU gives them: on average, and at most.
+fn gaps(cpu: &mut CpuBackend, work: &[Request], completions: &[Completion]) -> (usize, f64, f64) {
+    let mut batch = PackedBatch::default();
+    for c in completions {
+        let prompt = &work[c.request as usize].prompt;
+        batch.push(&[prompt.as_slice(), &c.tokens].concat(), prompt.len());
+    }
+    let scores = cpu.score(&batch, 1.0, Pass::Score).unwrap();
+    let found = completions.iter().flat_map(|c| &c.logprobs);
+    let gaps: Vec<f64> = found
+        .zip(&scores.logprobs)
+        .map(|(a, b)| f64::from((a - b).abs()))
+        .collect();
+    assert_eq!(gaps.len(), scores.logprobs.len());
+    let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
+    (gaps.len(), mean, gaps.into_iter().fold(0.0, f64::max))
+}
+
 fn generate(
     backend: &mut impl Backend,
     requests: Vec<Request>,
     max_batch: usize,
+) -> Vec<Completion> {
+    generate_up_to(backend, requests, max_batch, 512)
+}
+
+fn generate_up_to(
+    backend: &mut impl Backend,
+    requests: Vec<Request>,
+    max_batch: usize,
+    max_model_len: usize,
 ) -> Vec<Completion> {
     let mut engine = Engine::new(EngineConfig {
         block_size: BLOCK_SIZE,
@@ -136,7 +163,7 @@ fn generate(
         max_batch,
         max_step_tokens: 1024,
         enable_prefix_cache: true,
-        max_model_len: 512,
+        max_model_len,
     })
     .unwrap();
     engine
@@ -179,33 +206,55 @@ fn log_probs_of_completions_are_those_of_the_cpu() {
         let mut gpu = CudaBackend::new(0, spec.clone(), &tensors, SIZES, cache()).unwrap();
         let work = requests(&spec, 6, 7, 70);
         let completions = generate(&mut gpu, work.clone(), 40);
-        let mut batch = PackedBatch::default();
-        for c in &completions {
-            let prompt = &work[c.request as usize].prompt;
-            batch.push(&[prompt.as_slice(), &c.tokens].concat(), prompt.len());
-        }
-        let scores = cpu.score(&batch, 1.0, Pass::Score).unwrap();
-        let found: Vec<f32> = completions
-            .iter()
-            .flat_map(|c| c.logprobs.clone())
-            .collect();
-        assert_eq!(found.len(), scores.logprobs.len());
-        let gaps: Vec<f64> = found
-            .iter()
-            .zip(&scores.logprobs)
-            .map(|(a, b)| f64::from((a - b).abs()))
-            .collect();
-        let mean = gaps.iter().sum::<f64>() / gaps.len() as f64;
-        let max = gaps.iter().copied().fold(0.0, f64::max);
+        let (tokens, mean, max) = gaps(&mut cpu, &work, &completions);
         println!(
-            "{:?}: {} tokens, mean |Δlogp| {mean:.5}, max {max:.4}",
+            "{:?}: {tokens} tokens, mean |Δlogp| {mean:.5}, max {max:.4}",
             spec.family,
-            gaps.len()
         );
         assert!(
             mean < 0.03 && max < 0.5,
             "{:?}: mean {mean}, max {max}",
             spec.family
+        );
+    }
+}
+
+/// Long prompts of some completions each, whose first blocks are read once for several; ragged ends. The CPU scores what came
+/// out.
+#[test]
+#[ignore = "needs a GPU"]
+fn completions_that_share_long_prompts_are_those_of_the_cpu() {
+    const SIZES: CudaSizes = CudaSizes {
+        max_model_len: 1300,
+        ..cuda_models::SIZES
+    };
+    for (heads, together) in [
+        ((14, 2, 64), true),
+        ((8, 1, 128), true),
+        ((6, 3, 32), true),
+        ((16, 1, 96), false),
+    ] {
+        let spec = ModelSpec {
+            max_position_embeddings: 2048,
+            ..spec(Family::Qwen2, heads, 515)
+        };
+        let tensors = weights(&spec, 3);
+        let mut cpu = CpuBackend::new(spec.clone(), &tensors, &Trainable::Nothing, false).unwrap();
+        let mut gpu = CudaBackend::new(0, spec.clone(), &tensors, SIZES, cache()).unwrap();
+        let mut work = requests(&spec, 8, 7, 45);
+        for (id, request) in work.iter_mut().enumerate() {
+            let more = (0..1030 + 20 * id).map(|i| ((i * 17 + id * 5) % 515) as u32);
+            request
+                .prompt
+                .extend(more.take(1200 - request.prompt.len()));
+        }
+        let completions = generate_up_to(&mut gpu, work.clone(), 64, SIZES.max_model_len);
+        assert_eq!(gpu.reads_prompts_together(), together, "{heads:?}");
+        let (tokens, mean, max) = gaps(&mut cpu, &work, &completions);
+        println!("{heads:?}: {tokens} tokens, mean |Δlogp| {mean:.5}, max {max:.4}");
+        assert!(
+            mean < 0.03 && max < 0.5,
+            "{heads:?}: mean {mean}, max {max}"
         );
     }
 }

@@ -69,6 +69,8 @@ struct Flying {
 /// A burst that is running.
 struct Burst {
     rows: Vec<Flying>,
+    /// The graph of its steps.
+    key: Captured,
     landing: usize,
 }
 
@@ -155,11 +157,12 @@ impl CudaBackend {
         let steps = rows.iter().map(allowed).max().unwrap_or(1).min(MAX_BURST);
         let args: Vec<_> = rows.iter().filter_map(|row| row.sample.as_ref()).collect();
         let size = bucket(rows.len(), self.decode.rows());
-        self.captured(size, rows, Sampling::Plain)?;
+        let siblings = self.siblings(rows);
+        let key = self.captured(size, rows, Sampling::Plain, siblings.as_ref())?;
         self.decode.send_randomness(&self.gpu, &args, steps)?;
         let group = self.group();
         self.decode
-            .send_rows(&self.gpu, rows, size - rows.len(), group)?;
+            .send_rows(&self.gpu, rows, size - rows.len(), group, siblings.as_ref())?;
         let flying = rows.iter().zip(&args).map(|(row, args)| Flying {
             sequence: row.sequence,
             position: args.position,
@@ -167,7 +170,7 @@ impl CudaBackend {
             live: args.ahead + 1 > steps,
         });
         let flying = flying.collect();
-        let burst = self.fly(flying, size, steps)?;
+        let burst = self.fly(flying, key, steps)?;
         let slots: Vec<usize> = (0..rows.len()).collect();
         self.ahead.flying = self.follow(&burst, &slots, rows)?;
         let places: Vec<_> = slots.into_iter().map(Some).collect();
@@ -226,16 +229,11 @@ impl CudaBackend {
             .send_randomness_by(&self.gpu, &chances, steps, (temperature, uniform))?;
         self.decode
             .send_more(&self.gpu, &onward, burst.rows.len(), more)?;
-        let size = bucket(burst.rows.len(), self.decode.rows());
-        Ok(Some(self.fly(next, size, steps)?))
+        Ok(Some(self.fly(next, burst.key, steps)?))
     }
 
     /// Queues the steps, and the way of what they draw to the host.
-    fn fly(&mut self, rows: Vec<Flying>, size: usize, steps: usize) -> Result<Burst, CudaError> {
-        let key = Captured::Decode {
-            rows: size,
-            sampling: Sampling::Plain,
-        };
+    fn fly(&mut self, rows: Vec<Flying>, key: Captured, steps: usize) -> Result<Burst, CudaError> {
         for _ in 0..steps {
             self.graphs[&key].launch()?;
         }
@@ -245,7 +243,7 @@ impl CudaBackend {
         self.decode
             .send_home(&self.gpu, steps, &mut to.token, &mut to.logprob)?;
         to.arrived.record(&self.gpu.stream)?;
-        Ok(Burst { rows, landing })
+        Ok(Burst { rows, key, landing })
     }
 
     /// Waits for a burst and takes what it drew for the rows at these places; nothing for the others.

@@ -16,7 +16,8 @@ pub const SOURCES: [(&str, &str); 5] = [
         "attention.cu",
         concat!(
             include_str!("kernels/qkv.cu"),
-            include_str!("kernels/attention.cu")
+            include_str!("kernels/attention.cu"),
+            include_str!("kernels/group.cu")
         ),
     ),
     (

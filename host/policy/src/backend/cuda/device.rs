@@ -7,7 +7,10 @@ use cudarc::driver::{
     sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute, CUresult},
 };
 
-use super::{CudaError, compile, parts::Filter, product::Products, quantized::QuantizedKernels};
+use super::{
+    CudaError, compile, parts::Filter, product::Products, quantized::QuantizedKernels,
+    siblings::GroupKernels,
+};
 
 /// Shared memory that a block may ask for; every supported GPU has it.
 pub(super) const SHARED_BYTES: usize = 96 << 10;
@@ -38,6 +41,8 @@ pub(super) struct Gpu {
 pub(super) struct Kernels {
     pub(super) embed: CudaFunction,
     pub(super) rms_norm: CudaFunction,
+    /// The same for many rows of up to 1024 and 2048.
+    pub(super) norm_rows: [CudaFunction; 2],
     pub(super) silu_mul: CudaFunction,
     pub(super) qkv_rope_cache: CudaFunction,
     pub(super) copy_blocks: CudaFunction,
@@ -47,6 +52,7 @@ pub(super) struct Kernels {
     /// The same for sequences of one token, straight from the projection: few of them, and many.
     pub(super) decode_few: AttentionKernel,
     pub(super) decode_many: AttentionKernel,
+    pub(super) decode_group: GroupKernels,
     pub(super) skinny_qkv: CudaFunction,
     pub(super) skinny_add: CudaFunction,
     pub(super) skinny_swiglu: CudaFunction,
@@ -94,7 +100,7 @@ impl Gpu {
             false => None,
         };
         Ok(Self {
-            kernels: Kernels::load(&modules, head_dim)?,
+            kernels: Kernels::load(&context, &modules, head_dim)?,
             quantized: QuantizedKernels::load(&modules)?,
             products,
             multiprocessors,
@@ -218,7 +224,11 @@ pub(super) fn roomy(
 }
 
 impl Kernels {
-    fn load(modules: &[Arc<CudaModule>], head_dim: usize) -> Result<Self, CudaError> {
+    fn load(
+        context: &Arc<CudaContext>,
+        modules: &[Arc<CudaModule>],
+        head_dim: usize,
+    ) -> Result<Self, CudaError> {
         let get = |name: &str| function(modules, name);
         let roomy = |name: &str| roomy(modules, name, SHARED_BYTES);
         let attention = |kind: &str| -> Result<AttentionKernel, CudaError> {
@@ -236,6 +246,7 @@ impl Kernels {
         Ok(Self {
             embed: get("embed")?,
             rms_norm: get("rms_norm")?,
+            norm_rows: [get("norm_rows_8")?, get("norm_rows_16")?],
             silu_mul: get("silu_mul")?,
             qkv_rope_cache: get("qkv_rope_cache")?,
             copy_blocks: get("copy_blocks")?,
@@ -243,6 +254,7 @@ impl Kernels {
             attention: attention("attention")?,
             decode_few: attention("decode_few")?,
             decode_many: attention("decode_many")?,
+            decode_group: GroupKernels::load(context, modules, head_dim)?,
             skinny_qkv: roomy("skinny_qkv")?,
             skinny_add: roomy("skinny_add")?,
             skinny_swiglu: roomy("skinny_swiglu")?,

@@ -15,6 +15,7 @@ use super::{
     parts::Part,
     product::{self, Form, Map, ProductArgs, Tile, TokenMaps},
     quantized::{Linear, Stored},
+    siblings::Grid,
     skinny,
     weights::Layer,
 };
@@ -119,6 +120,8 @@ pub(super) struct PassArgs {
     pub(super) splits: usize,
     /// Every sequence has one token.
     pub(super) decode: bool,
+    /// These read together what they share.
+    pub(super) siblings: Option<Grid>,
     /// Choose the fastest algorithm of each product on the way.
     pub(super) tune: bool,
 }

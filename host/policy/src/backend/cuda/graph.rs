@@ -16,6 +16,7 @@ use super::{
     inputs::{Counts, Field, Inputs, Layout, Onward},
     launch::{CHUNK, CHUNK_WORDS, SampleArgs},
     parts::Part,
+    siblings::{Grid, Siblings},
     step::Sampling,
 };
 use crate::{
@@ -37,6 +38,7 @@ pub(super) enum Captured {
     Decode {
         rows: usize,
         sampling: Sampling,
+        siblings: Option<Grid>,
     },
     Verify {
         rows: usize,
@@ -163,7 +165,7 @@ impl Decode {
 
     /// Makes the next sampling the first of a burst again.
     pub(super) fn rewind(&mut self, gpu: &Gpu) -> Result<(), CudaError> {
-        self.inputs.fill(&gpu.stream, &[], 0, 1)?;
+        self.inputs.fill(&gpu.stream, &[], 0, 1, None)?;
         Ok(())
     }
 
@@ -183,8 +185,9 @@ impl Decode {
         rows: &[StepRow<'_>],
         pad: usize,
         group: usize,
+        siblings: Option<&Siblings>,
     ) -> Result<Counts, CudaError> {
-        self.inputs.fill(&gpu.stream, rows, pad, group)
+        self.inputs.fill(&gpu.stream, rows, pad, group, siblings)
     }
 
     /// Sends what rows of a burst of `slots` need to go on from where the device has come to ([`Inputs::refill`]).
@@ -288,9 +291,11 @@ impl CudaBackend {
         let (steps, stride) = (most.min(MAX_BURST), self.decode.rows);
         let asks = Asks::burst(&args, steps, stride);
         self.draws.send(&self.gpu, &asks)?;
-        let key = self.captured(size, rows, Sampling::Truncated)?;
+        let siblings = self.siblings(rows);
+        let key = self.captured(size, rows, Sampling::Truncated, siblings.as_ref())?;
         let (group, pad) = (self.group(), size - rows.len());
-        self.decode.send_rows(&self.gpu, rows, pad, group)?;
+        self.decode
+            .send_rows(&self.gpu, rows, pad, group, siblings.as_ref())?;
         for _ in 0..steps {
             self.graphs[&key].launch().map_err(CudaError::from)?;
         }
@@ -300,19 +305,31 @@ impl CudaBackend {
         })
     }
 
+    /// Those of the rows that read together what they share. In the deterministic mode nothing depends on neighbours.
+    pub(super) fn siblings(&self, rows: &[StepRow<'_>]) -> Option<Siblings> {
+        if self.deterministic {
+            return None;
+        }
+        let kernels = &self.gpu.kernels.decode_group;
+        Siblings::of(rows, &self.spec, self.gpu.multiprocessors)
+            .filter(|siblings| kernels.serves(siblings.grid, self.group()))
+    }
+
     /// Makes the graph of a decoding step of `size` rows, if it is not there.
     pub(super) fn captured(
         &mut self,
         size: usize,
         rows: &[StepRow<'_>],
         sampling: Sampling,
+        siblings: Option<&Siblings>,
     ) -> Result<Captured, PolicyError> {
         let key = Captured::Decode {
             rows: size,
             sampling,
+            siblings: siblings.map(|siblings| siblings.grid),
         };
         if !self.graphs.contains_key(&key) {
-            let graph = self.capture(size, rows, sampling)?;
+            let graph = self.capture(size, rows, sampling, siblings)?;
             self.graphs.insert(key, graph);
         }
         Ok(key)
@@ -325,16 +342,18 @@ impl CudaBackend {
         size: usize,
         rows: &[StepRow<'_>],
         sampling: Sampling,
+        siblings: Option<&Siblings>,
     ) -> Result<CudaGraph, PolicyError> {
         let (group, pad) = (self.group(), size - rows.len());
         let counts = self
             .decode
             .inputs
-            .fill(&self.gpu.stream, rows, pad, group)?;
+            .fill(&self.gpu.stream, rows, pad, group, siblings)?;
         let pass = PassArgs {
             counts,
             splits: self.splits(counts.tiles),
             decode: true,
+            siblings: siblings.map(|siblings| siblings.grid),
             tune: true,
         };
         self.record(&pass, |backend, pass| backend.queue_step(pass, sampling))

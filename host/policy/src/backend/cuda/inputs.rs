@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 
-use super::CudaError;
+use super::{CudaError, siblings::Siblings};
 use crate::backend::{BlockId, StepRow};
 
 /// Query rows of a tensor-core tile (attention.cu).
@@ -133,7 +133,8 @@ impl Inputs {
         self.layout.width
     }
 
-    /// Lays the rows out and sends them; `pad` rows of one token follow. `group` query heads share a key head.
+    /// Lays the rows out and sends them; `pad` rows of one token follow. `group` query heads share a key head. With
+    /// `siblings`, single tokens are in tiles of these.
     ///
     /// # Errors
     /// [`CudaError::Capacity`] for more than there is room for.
@@ -143,6 +144,7 @@ impl Inputs {
         rows: &[StepRow<'_>],
         pad: usize,
         group: usize,
+        siblings: Option<&Siblings>,
     ) -> Result<Counts, CudaError> {
         let tokens: usize = rows.iter().map(|row| row.tokens.len()).sum();
         let blocks = rows.iter().map(|row| row.blocks.len()).max().unwrap_or(0);
@@ -153,6 +155,15 @@ impl Inputs {
         }
         for _ in 0..pad {
             self.add_padding(&mut n);
+        }
+        if let Some(siblings) = siblings {
+            // Behind the last tile comes where it ends, as often as the graph has tiles.
+            for tile in 0..=siblings.grid.tiles {
+                let first = siblings.first.get(tile).copied().unwrap_or(rows.len());
+                let shared = siblings.shared.get(tile).copied().unwrap_or(0);
+                self.set(Field::TileSequence, tile, first as i32);
+                self.set(Field::TileFirst, tile, shared as i32);
+            }
         }
         self.set(Field::Step, 0, 0);
         self.send(stream, rows.len())?;

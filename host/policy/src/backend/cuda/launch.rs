@@ -269,7 +269,16 @@ impl Gpu {
         hidden: usize,
         eps: f32,
     ) -> Result<(), CudaError> {
+        let wide = hidden > 128 * 8;
         let hidden = hidden as i32;
+        // With few rows a block for each is faster.
+        if n > 256 && hidden <= 128 * 16 {
+            let (kernel, count) = (&self.kernels.norm_rows[usize::from(wide)], n as i32);
+            let launch = Launch::of(n.div_ceil(4), 128);
+            return launch!(
+                self, kernel, launch, &x, &delta, &weight, &out, &rows, &count, &hidden, &eps
+            );
+        }
         let kernel = &self.kernels.rms_norm;
         launch!(
             self,

@@ -212,7 +212,10 @@ impl CudaBackend {
         // One kernel for all passes makes the same sums in all of them.
         self.gpu.filter.enter(Part::Attention);
         if pass.decode && !self.deterministic {
-            return Ok(self.gpu.decode(&attention, &projection, run.tokens())?);
+            return Ok(match pass.siblings {
+                Some(grid) => self.gpu.decode_group(&attention, &projection, grid)?,
+                None => self.gpu.decode(&attention, &projection, run.tokens())?,
+            });
         }
         self.gpu.filter.enter(Part::Rope);
         let places = run.at.places();

@@ -26,6 +26,7 @@ mod parts;
 mod product;
 mod propose;
 mod quantized;
+mod siblings;
 mod skinny;
 mod step;
 mod survey;
@@ -283,6 +284,21 @@ impl CudaBackend {
         self.ahead.forget();
         self.graphs.clear();
         Ok(())
+    }
+
+    /// Whether some decoding step since [`Backend::init_kv`] has read the prompts that sequences share once for several of them
+    /// (group.cu).
+    pub fn reads_prompts_together(&self) -> bool {
+        let together = |key: &Captured| {
+            matches!(
+                key,
+                Captured::Decode {
+                    siblings: Some(_),
+                    ..
+                }
+            )
+        };
+        self.graphs.keys().any(together)
     }
 
     /// Bytes per second that the GPU's memory moves, measured; to be asked before [`Backend::init_kv`] takes what is free.

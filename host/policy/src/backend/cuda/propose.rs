@@ -139,11 +139,14 @@ impl CudaBackend {
             last_only: true,
         };
         if width > MAX_WIDTH || shape.size * width > self.inputs.tokens() {
-            let counts = self.inputs.fill(&self.gpu.stream, rows, 0, shape.group)?;
+            let counts = self
+                .inputs
+                .fill(&self.gpu.stream, rows, 0, shape.group, None)?;
             let pass = PassArgs {
                 counts,
                 splits: self.splits(counts.tiles),
                 decode: false,
+                siblings: None,
                 tune: false,
             };
             return self.queue_exit(exit, &pass);

@@ -110,11 +110,12 @@ impl CudaBackend {
 
     fn run_rows(&mut self, rows: &[StepRow<'_>]) -> Result<(Addresses, PassArgs), PolicyError> {
         let group = self.group();
-        let counts = self.inputs.fill(&self.gpu.stream, rows, 0, group)?;
+        let counts = self.inputs.fill(&self.gpu.stream, rows, 0, group, None)?;
         let pass = PassArgs {
             counts,
             splits: self.splits(counts.tiles),
             decode: false,
+            siblings: None,
             tune: false,
         };
         let at = Addresses::of(&self.inputs);

@@ -97,6 +97,7 @@ impl CudaBackend {
             counts,
             splits: self.splits(counts.tiles),
             decode: shape.width == 1,
+            siblings: None,
             tune: true,
         }
     }

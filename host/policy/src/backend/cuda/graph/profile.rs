@@ -16,7 +16,7 @@ use crate::{
         BlockId, SampleArgs, StepRow,
         cuda::{
             BLOCK_SIZE, CudaBackend, CudaError, forward::PassArgs, inputs::Counts, parts::Part,
-            step::Sampling,
+            siblings::Siblings, step::Sampling,
         },
     },
     error::PolicyError,
@@ -133,6 +133,7 @@ struct Laid<'a> {
     rows: &'a [StepRow<'a>],
     pad: usize,
     steps: usize,
+    siblings: Option<Siblings>,
 }
 
 impl CudaBackend {
@@ -177,6 +178,7 @@ impl CudaBackend {
             rows: &rows,
             pad,
             steps,
+            siblings: self.siblings(&rows),
         };
         let profile = self.profile_rows(&laid);
         self.gpu.filter.keep(None);
@@ -191,6 +193,7 @@ impl CudaBackend {
             counts,
             splits: self.splits(counts.tiles),
             decode: true,
+            siblings: laid.siblings.as_ref().map(|siblings| siblings.grid),
             tune: true,
         };
         self.queue_step(&pass, Sampling::Plain)?;
@@ -248,7 +251,7 @@ impl CudaBackend {
     fn lay_out(&mut self, laid: &Laid<'_>) -> Result<Counts, PolicyError> {
         let (group, stream) = (self.group(), &self.gpu.stream);
         let inputs = &mut self.decode.inputs;
-        Ok(inputs.fill(stream, laid.rows, laid.pad, group)?)
+        Ok(inputs.fill(stream, laid.rows, laid.pad, group, laid.siblings.as_ref())?)
     }
 
     /// Microseconds of `graphs` one after the other.

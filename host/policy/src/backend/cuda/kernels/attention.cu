@@ -72,20 +72,17 @@ struct KeyBlock {
     }
 };
 
-// Running softmax of 16 rows, of which lane (g, t) has g and g + 8.
+// 16 query rows, of which lane (g, t) has g and g + 8.
 template <int D>
-struct Rows {
+struct Queries {
     u32 q[D / 32][8];
-    float o[D / 8][4], m[2], l[2];
-    int limit[2];  // last key each may see
 
-    // queries: row r at `row(r)`, rows beyond `rows` are zeros.
+    // Row r at `row(r)`, rows from `rows` on are zeros.
     template <typename Row>
-    __device__ __forceinline__ void begin(int rows, Row row) {
+    __device__ __forceinline__ Queries(int rows, Row row) {
         int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-            m[h] = NEG_INF, l[h] = 0.f;
             const bf16* query = row(g + 8 * h);
 #pragma unroll
             for (int c = 0; c < D / 32; c++) {
@@ -93,12 +90,24 @@ struct Rows {
                 q[c][h] = x.x, q[c][2 + h] = x.y, q[c][4 + h] = x.z, q[c][6 + h] = x.w;
             }
         }
+    }
+};
+
+// Running softmax of 16 rows, of which lane (g, t) has g and g + 8.
+template <int D>
+struct Rows {
+    float o[D / 8][4], m[2], l[2];
+    int limit[2];  // last key each may see
+
+    __device__ __forceinline__ Rows() {
+        m[0] = m[1] = NEG_INF, l[0] = l[1] = 0.f;
 #pragma unroll
         for (int d = 0; d < D / 8; d++) o[d][0] = o[d][1] = o[d][2] = o[d][3] = 0.f;
     }
 
     // Scores of the keys from `first` on, and what is left of what was summed before.
-    __device__ __forceinline__ void score(const KeyBlock<D>& b, int first, float scale, float s[4][4], float shrink[2]) {
+    __device__ __forceinline__ void score(const Queries<D>& x, const KeyBlock<D>& b, int first, float scale, float s[4][4],
+                                          float shrink[2]) {
         int t = threadIdx.x % 4;
         float top[2] = {NEG_INF, NEG_INF};
 #pragma unroll
@@ -106,8 +115,8 @@ struct Rows {
             s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0.f;
 #pragma unroll
             for (int c = 0; c < D / 32; c++) {
-                mma(s[j], q[c][0], q[c][1], q[c][2], q[c][3], b.k[j][c].x, b.k[j][c].y);
-                mma(s[j], q[c][4], q[c][5], q[c][6], q[c][7], b.k[j][c].z, b.k[j][c].w);
+                mma(s[j], x.q[c][0], x.q[c][1], x.q[c][2], x.q[c][3], b.k[j][c].x, b.k[j][c].y);
+                mma(s[j], x.q[c][4], x.q[c][5], x.q[c][6], x.q[c][7], b.k[j][c].z, b.k[j][c].w);
             }
             int key = first + 8 * t + 2 * j;
 #pragma unroll
@@ -254,7 +263,7 @@ static __device__ __forceinline__ void attend(const Attention& p) {
     int blocks = (visible + BLOCK - 1) / BLOCK, splits = splits_of(p, blocks, WARPS);
     if (blockIdx.z >= splits) return;
     Rows<D> x;
-    x.begin(rows, [&](int r) { return p.q + ((size_t)(token0 + r / group) * p.q_heads + kv_head * group + r % group) * D; });
+    Queries<D> queries(rows, [&](int r) { return p.q + ((size_t)(token0 + r / group) * p.q_heads + kv_head * group + r % group) * D; });
 #pragma unroll
     for (int h = 0; h < 2; h++) x.limit[h] = kv_len - q_len + first + (g + 8 * h) / group;
     const int* table = p.tables + (size_t)seq * p.table_width;
@@ -264,7 +273,7 @@ static __device__ __forceinline__ void attend(const Attention& p) {
         block.load_keys(p.keys + base);
         block.load_values(p.values + base);
         float s[4][4], shrink[2];
-        x.score(block, b * BLOCK, p.scale, s, shrink);
+        x.score(queries, block, b * BLOCK, p.scale, s, shrink);
         x.add(block, s, shrink);
     }
     x.put(acc[warp]);
@@ -318,7 +327,7 @@ static __device__ __forceinline__ void decode(const Attention& p, const Projecti
     }
     __syncthreads();
     Rows<D> x;
-    x.begin(group, [&](int r) { return own + r * D; });
+    Queries<D> queries(group, [&](int r) { return own + r * D; });
     x.limit[0] = x.limit[1] = position;
     for (bool ready = true; b < blocks; ready = false, b += WARPS * splits) {
         if (!ready) {
@@ -328,7 +337,7 @@ static __device__ __forceinline__ void decode(const Attention& p, const Projecti
         }
         if (b == blocks - 1) block.patch_key(position % BLOCK, own + 16 * D);
         float s[4][4], shrink[2];
-        x.score(block, b * BLOCK, p.scale, s, shrink);
+        x.score(queries, block, b * BLOCK, p.scale, s, shrink);
         if (b == blocks - 1) block.patch_value(position % BLOCK, own + 17 * D);
         x.add(block, s, shrink);
     }

@@ -85,6 +85,57 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(float* x, const bf16*
     }
 }
 
+// The same with a warp per row, which needs no barrier, for H up to 128 · QUARTERS. Four rows a block. On an H200 and H = 896 it
+// takes 2.6 µs instead of 3.4 at 512 rows, and more than a block per row at 256 and fewer.
+template <int QUARTERS>
+static __device__ __forceinline__ void norm_row(float* x, const bf16* delta, const float* weight, bf16* out, const int* rows,
+                                                int count, int hidden, float eps) {
+    int lane = threadIdx.x % 32, at = blockIdx.x * 4 + threadIdx.x / 32, quarter = hidden / 4;
+    let_next_start();
+    float4 v[QUARTERS], w[QUARTERS];
+#pragma unroll
+    for (int j = 0; j < QUARTERS; j++)
+        if (lane + 32 * j < quarter) w[j] = ((const float4*)weight)[lane + 32 * j];
+    wait_for_previous();
+    if (at >= count) return;
+    int row = rows ? rows[at] : at;
+    float4* from = (float4*)(x + (size_t)row * hidden);
+    const uint2* add = (const uint2*)(delta + (size_t)row * hidden);
+    uint2 d[QUARTERS];
+#pragma unroll
+    for (int j = 0; j < QUARTERS; j++) {
+        int i = lane + 32 * j;
+        d[j] = make_uint2(0, 0), v[j] = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (i < quarter) v[j] = from[i];
+        if (i < quarter && delta) d[j] = add[i];
+    }
+    float sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < QUARTERS; j++) {
+        v[j].x += low(d[j].x), v[j].y += high(d[j].x), v[j].z += low(d[j].y), v[j].w += high(d[j].y);
+        sum += v[j].x * v[j].x + v[j].y * v[j].y + v[j].z * v[j].z + v[j].w * v[j].w;
+    }
+    float scale = rsqrtf(warp_sum(sum) / hidden + eps);
+    uint2* to = (uint2*)(out + (size_t)at * hidden);
+#pragma unroll
+    for (int j = 0; j < QUARTERS; j++) {
+        int i = lane + 32 * j;
+        if (i >= quarter) continue;
+        to[i] = make_uint2(pack(v[j].x * scale * w[j].x, v[j].y * scale * w[j].y),
+                           pack(v[j].z * scale * w[j].z, v[j].w * scale * w[j].w));
+        if (delta) from[i] = v[j];
+    }
+}
+
+#define NORM_ROWS(QUARTERS)                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(128)                                                                       \
+        norm_rows_##QUARTERS(float* x, const bf16* delta, const float* weight, bf16* out, const int* rows, int count,       \
+                             int hidden, float eps) {                                                                       \
+        norm_row<QUARTERS>(x, delta, weight, out, rows, count, hidden, eps);                                                \
+    }
+NORM_ROWS(8)
+NORM_ROWS(16)
+
 static __device__ __forceinline__ u32 swiglu(u32 gate, u32 up) {
     float a = low(gate), b = high(gate);
     return pack(a / (1.f + __expf(-a)) * low(up), b / (1.f + __expf(-b)) * high(up));
