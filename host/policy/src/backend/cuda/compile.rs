@@ -78,7 +78,7 @@ pub fn compile(name: &str, source: &str, architecture: &'static str) -> Result<S
 }
 
 /// Major and minor version of NVRTC; zeros without it, where nothing is compiled either.
-fn nvrtc_version() -> (i32, i32) {
+pub fn nvrtc_version() -> (i32, i32) {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: opens and closes a shared library that has no side effects of its own, then writes two integers.
     unsafe {

@@ -212,10 +212,12 @@ impl CudaBackend {
         // One kernel for all passes makes the same sums in all of them.
         self.gpu.filter.enter(Part::Attention);
         if pass.decode && !self.deterministic {
-            return Ok(match pass.siblings {
-                Some(grid) => self.gpu.decode_group(&attention, &projection, grid)?,
-                None => self.gpu.decode(&attention, &projection, run.tokens())?,
-            });
+            let (gpu, tokens) = (&self.gpu, run.tokens());
+            let queued = match pass.siblings {
+                Some(grid) => gpu.decode_group(&attention, &projection, grid),
+                None => gpu.decode(&attention, &projection, tokens),
+            };
+            return Ok(queued?);
         }
         self.gpu.filter.enter(Part::Rope);
         let places = run.at.places();

@@ -42,7 +42,7 @@ use candle_core::Tensor;
 use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
 use half::bf16;
 
-pub use compile::{SOURCES, architecture, compile};
+pub use compile::{SOURCES, architecture, compile, nvrtc_version};
 pub use device::count;
 pub use error::CudaError;
 pub use graph::{DecodeShape, KernelTime, Profile};

@@ -59,7 +59,7 @@ impl Siblings {
         let one_wave =
             |members: &&usize| rows.len() * spec.num_key_value_heads <= **members * processors;
         let choices = || [2, 4, 8].iter().filter(fits);
-        let members = *choices().find(one_wave).or(choices().last())?;
+        let members = *choices().find(one_wave).or(choices().next_back())?;
         let tiles = tiles(rows, members);
         let (_, worth) = WORTH.iter().find(|(heads, _)| group <= *heads)?;
         let read: usize = tiles.iter().map(|(_, shared)| shared).sum();
@@ -210,14 +210,17 @@ mod tests {
     }
 
     fn rows(tables: &[Vec<u32>], position: usize) -> Vec<StepRow<'_>> {
-        let row = |(i, blocks): (usize, &'_ Vec<u32>)| StepRow {
-            sequence: i as u64,
-            tokens: &[1],
-            position,
-            blocks,
-            sample: None,
-        };
-        tables.iter().enumerate().map(row).collect()
+        tables
+            .iter()
+            .enumerate()
+            .map(|(i, blocks)| StepRow {
+                sequence: i as u64,
+                tokens: &[1],
+                position,
+                blocks,
+                sample: None,
+            })
+            .collect()
     }
 
     #[test]
