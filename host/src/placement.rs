@@ -7,7 +7,10 @@ use grpo_policy::{
     backend::{
         AnyBackend, Backend,
         cpu::{CpuBackend, Trainable},
-        cuda::{self, Budget, CudaBackend, CudaError, CudaSizes, MemoryPlan, PoolNeeds},
+        cuda::{
+            self, Budget, CudaBackend, CudaError, CudaSizes, Kept, MemoryPlan, PoolNeeds,
+            TrainingPlan,
+        },
     },
     engine::EngineConfig,
     error::PolicyError,
@@ -60,6 +63,32 @@ pub struct Place {
     pub deterministic: bool,
 }
 
+/// How training passes are made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Passes {
+    /// Most tokens of one but for a longer sequence alone.
+    pub micro_batch_tokens: usize,
+    /// Make activations again in the backward pass: always on a CPU, on a GPU where they would not fit.
+    pub gradient_checkpointing: bool,
+}
+
+impl Passes {
+    /// As the config says.
+    pub fn of(config: &RunConfig) -> Self {
+        Self {
+            micro_batch_tokens: config.training.micro_batch_tokens as usize,
+            gradient_checkpointing: config.training.gradient_checkpointing,
+        }
+    }
+}
+
+/// What of a model trains, and how.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Learning {
+    pub trainable: Trainable,
+    pub passes: Passes,
+}
+
 /// A model on its device.
 pub(crate) struct Placed {
     pub(crate) backend: AnyBackend,
@@ -76,8 +105,9 @@ pub(crate) struct Share {
     ordinal: usize,
     sizes: CudaSizes,
     cache: Option<PathBuf>,
-    /// Bytes of the policy's weights, and what was free with nothing but the policy there.
+    /// Bytes of the policy's weights and of what it trains with, and what was free with nothing but the policy there.
     weights: usize,
+    training: Option<TrainingPlan>,
     free_without_draft: usize,
     needs: PoolNeeds,
 }
@@ -93,15 +123,14 @@ impl Place {
         }
     }
 
-    /// Puts a model onto its device. What trains goes to the CPU.
+    /// Puts a model onto its device.
     ///
     /// # Errors
     /// Those of the backends; with [`Device::Auto`] what is wrong with a GPU is none.
     pub(crate) fn put(
         &self,
         model: (ModelSpec, &Weights),
-        trainable: &Trainable,
-        gradient_checkpointing: bool,
+        learning: &Learning,
         capacity: Capacity,
     ) -> Result<Placed, PolicyError> {
         let (spec, tensors) = model;
@@ -110,19 +139,17 @@ impl Place {
             max_model_len,
             ..capacity
         };
-        let on_gpu = |ordinal| self.on_gpu(ordinal, (&spec, tensors), capacity);
-        let chosen = match (self.device, trainable) {
-            (Device::Cpu, _) => Chosen::Cpu(None),
-            (Device::Cuda(ordinal), Trainable::Nothing) => Chosen::Gpu(on_gpu(ordinal)?),
-            (Device::Cuda(_), _) => return Err(CudaError::NotYet("training").into()),
-            (Device::Auto, Trainable::Nothing) => first_usable(cuda::count(), on_gpu)?,
-            (Device::Auto, _) => Chosen::Cpu(None),
+        let on_gpu = |ordinal| self.on_gpu(ordinal, (&spec, tensors), learning, capacity);
+        let chosen = match self.device {
+            Device::Cpu => Chosen::Cpu(None),
+            Device::Cuda(ordinal) => Chosen::Gpu(on_gpu(ordinal)?),
+            Device::Auto => first_usable(cuda::count(), on_gpu)?,
         };
         match chosen {
             Chosen::Gpu(placed) => Ok(placed),
             Chosen::Cpu(passed_over) => Ok(Placed {
                 passed_over,
-                ..on_cpu((spec, tensors), trainable, gradient_checkpointing, capacity)?
+                ..on_cpu((spec, tensors), learning, capacity)?
             }),
         }
     }
@@ -131,6 +158,7 @@ impl Place {
         &self,
         ordinal: usize,
         (spec, tensors): (&ModelSpec, &Weights),
+        learning: &Learning,
         capacity: Capacity,
     ) -> Result<Placed, PolicyError> {
         let max_batch = capacity.max_batch.unwrap_or(GPU_BATCH);
@@ -141,9 +169,14 @@ impl Place {
         };
         let budget = Budget::open(ordinal, self.gpu_memory_utilization)?;
         budget.admit(spec, &sizes)?;
+        let admitted = admit_training(&budget, (spec, &sizes), learning)?;
         let cache = self.cache.clone();
         let mut backend =
             CudaBackend::new(ordinal, spec.clone(), tensors, sizes, cache.as_deref())?;
+        if let Some((kept, plan)) = admitted {
+            let passes = (plan.tokens, kept);
+            backend.train(tensors, &learning.trainable, passes)?;
+        }
         if self.deterministic {
             backend.set_deterministic()?;
         }
@@ -154,8 +187,10 @@ impl Place {
             blocks: gpu_blocks(&sizes, capacity.kv_tokens),
             longest: sizes.max_model_len,
         };
+        let training = admitted.map(|(_, plan)| plan);
         let share = Share {
-            plan: budget.plan(weights, free_without_draft, &needs)?,
+            plan: budget.plan((weights, training), free_without_draft, &needs)?,
+            training,
             budget,
             ordinal,
             sizes,
@@ -171,6 +206,27 @@ impl Place {
             passed_over: None,
         })
     }
+}
+
+/// How a model trains beside what it needs anyway; `None` for one that only generates.
+fn admit_training(
+    budget: &Budget,
+    (spec, sizes): (&ModelSpec, &CudaSizes),
+    learning: &Learning,
+) -> Result<Option<(Kept, TrainingPlan)>, CudaError> {
+    if learning.trainable == Trainable::Nothing {
+        return Ok(None);
+    }
+    let Passes {
+        micro_batch_tokens,
+        gradient_checkpointing,
+    } = learning.passes;
+    let passes = (
+        micro_batch_tokens.max(sizes.max_model_len),
+        gradient_checkpointing,
+    );
+    let admitted = budget.admit_training((spec, sizes), &learning.trainable, passes);
+    admitted.map(Some)
 }
 
 /// Blocks that sequences of all lengths can use, each with one to copy on its first write; or those configured.
@@ -213,13 +269,13 @@ fn first_usable<T>(
 
 fn on_cpu(
     (spec, tensors): (ModelSpec, &Weights),
-    trainable: &Trainable,
-    gradient_checkpointing: bool,
+    learning: &Learning,
     capacity: Capacity,
 ) -> Result<Placed, PolicyError> {
     let max_model_len = capacity.max_model_len;
     let max_batch = capacity.max_batch.unwrap_or(CPU_BATCH);
-    let backend = CpuBackend::new(spec, tensors, trainable, gradient_checkpointing)?;
+    let checkpointing = learning.passes.gradient_checkpointing;
+    let backend = CpuBackend::new(spec, tensors, &learning.trainable, checkpointing)?;
     let wanted = max_batch * max_model_len.next_multiple_of(BLOCK_SIZE);
     let affordable = (KV_BYTES / backend.kv_bytes_per_token()).max(max_model_len + BLOCK_SIZE);
     let kv_tokens = capacity.kv_tokens.unwrap_or(wanted.min(affordable));
@@ -248,11 +304,16 @@ impl Share {
         &self,
         spec: ModelSpec,
         tensors: &Weights,
+        learning: &Learning,
     ) -> Result<AnyBackend, PolicyError> {
         // Its context may be shorter, but it is given the policy's block tables.
         self.budget.admit(&spec, &self.sizes)?;
+        let admitted = admit_training(&self.budget, (&spec, &self.sizes), learning)?;
         let cache = self.cache.as_deref();
-        let draft = CudaBackend::new(self.ordinal, spec, tensors, self.sizes, cache)?;
+        let mut draft = CudaBackend::new(self.ordinal, spec, tensors, self.sizes, cache)?;
+        if let Some((kept, plan)) = admitted {
+            draft.train(tensors, &learning.trainable, (plan.tokens, kept))?;
+        }
         Ok(AnyBackend::Cuda(Box::new(draft)))
     }
 
@@ -269,7 +330,8 @@ impl Share {
             ..self.needs
         };
         let budget = &self.budget;
-        self.plan = budget.plan(self.weights, self.free_without_draft, &needs)?;
+        let of_policy = (self.weights, self.training);
+        self.plan = budget.plan(of_policy, self.free_without_draft, &needs)?;
         Ok(self.engine())
     }
 

@@ -19,7 +19,7 @@ use grpo_policy::{
 
 use crate::{
     config::RunConfig,
-    placement::{Capacity, Place, Placed, Share},
+    placement::{Capacity, Learning, Passes, Place, Placed, Share},
     types::{Message, PromptBody},
 };
 
@@ -101,7 +101,7 @@ impl Policy {
         model: LoadedModel,
         source: &str,
         mode: Mode,
-        gradient_checkpointing: bool,
+        passes: Passes,
         capacity: Capacity,
         place: &Place,
     ) -> anyhow::Result<Self> {
@@ -111,17 +111,13 @@ impl Policy {
             tokenizer,
         } = model;
         let trainable = mode.trainable();
+        let learning = Learning { trainable, passes };
         let Placed {
             backend,
             engine,
             gpu,
             passed_over,
-        } = place.put(
-            (spec, &tensors),
-            &trainable,
-            gradient_checkpointing,
-            capacity,
-        )?;
+        } = place.put((spec, &tensors), &learning, capacity)?;
         let chat = match tokenizer.chat_template_source() {
             Some(_) => Some(tokenizer.chat_template()?),
             None => None,
@@ -189,13 +185,13 @@ impl Policy {
     pub fn place_draft(
         &self,
         model: LoadedModel,
-        trainable: &Trainable,
-        gradient_checkpointing: bool,
+        learning: &Learning,
     ) -> Result<AnyBackend, PolicyError> {
         let LoadedModel { spec, tensors, .. } = model;
+        let checkpointing = learning.passes.gradient_checkpointing;
         match &self.gpu {
-            Some(share) => share.draft(spec, &tensors),
-            None => AnyBackend::cpu(spec, &tensors, trainable, gradient_checkpointing),
+            Some(share) => share.draft(spec, &tensors, learning),
+            None => AnyBackend::cpu(spec, &tensors, &learning.trainable, checkpointing),
         }
     }
 

@@ -1,14 +1,14 @@
 //! Every CUDA kernel compiles for every GPU it is written for. Needs NVRTC and no GPU; `cargo xtask kernels` brings NVRTC
 //! and runs it, so plain `cargo test` leaves it out.
 
-use grpo_policy::backend::cuda::{SOURCES, architecture, compile};
+use grpo_policy::backend::cuda::{SOURCES, TRAINING_SOURCES, architecture, compile};
 
 #[test]
 #[ignore = "needs NVRTC: cargo xtask kernels"]
 fn kernels_compile_for_every_gpu() {
     for capability in [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)] {
         let architecture = architecture(capability.0, capability.1);
-        for (name, source) in SOURCES {
+        for (name, source) in SOURCES.into_iter().chain(TRAINING_SOURCES) {
             let ptx = compile(name, source, architecture)
                 .unwrap_or_else(|e| panic!("{name} for {architecture}: {e}"));
             let target = architecture.replace("compute_", "sm_");

@@ -8,7 +8,7 @@ use serde_json::json;
 use super::bench_model::{Measured, best, check_fits, timed};
 use crate::{
     cli::{BenchTrainArgs, Environment},
-    placement::{Capacity, Place},
+    placement::{Capacity, Passes, Place},
     policy::{Mode, Policy},
     sft::{Example, step},
 };
@@ -24,7 +24,6 @@ pub(super) fn run(args: &BenchTrainArgs, environment: &Environment) -> anyhow::R
         args.output,
         environment,
     )?;
-    super::require_cpu(measured.config.hardware.device)?;
     let context = measured.context();
     let tokens = args.tokens.map_or(TOKENS.min(context), |n| n as usize);
     check_fits(tokens, context, "--tokens")?;
@@ -48,7 +47,8 @@ pub(super) fn run(args: &BenchTrainArgs, environment: &Environment) -> anyhow::R
     };
     let place = Place::of(&config, environment);
     let mode = Mode::of(&config);
-    let mut policy = Policy::new(model, &name, mode, checkpointing, capacity, &place)?;
+    let mut policy = Policy::new(model, &name, mode, Passes::of(&config), capacity, &place)?;
+    super::tell_of_device(&policy, args.output.quiet);
     let trainable = policy.backend.trainable_parameters();
     let optimizer = config.optimizer.step(config.optimizer.learning_rate);
     let mut losses = Vec::new();

@@ -59,10 +59,11 @@ impl Launch {
 /// Queues one kernel with these arguments.
 macro_rules! launch {
     ($gpu:expr, $kernel:expr, $launch:expr, $($arg:expr),+ $(,)?) => {{
-        let arguments = [$(std::ptr::from_ref($arg).cast_mut().cast::<c_void>()),+];
+        let arguments = [$(std::ptr::from_ref($arg).cast_mut().cast::<std::ffi::c_void>()),+];
         $gpu.queue($kernel, $launch, &arguments)
     }};
 }
+pub(super) use launch;
 
 /// Which of the products with few tokens (skinny.cu).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -217,29 +217,31 @@ impl CudaBackend {
 }
 
 /// Device addresses of a layer's weights; 0 for one it does not have.
-struct Pointers {
-    input_norm: u64,
-    qkv: u64,
-    qkv_bias: u64,
-    q_norm: u64,
-    k_norm: u64,
-    o: u64,
-    mlp_norm: u64,
-    gate_up: u64,
-    down: u64,
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pointers {
+    pub(super) input_norm: u64,
+    pub(super) qkv: u64,
+    pub(super) qkv_bias: u64,
+    pub(super) q_norm: u64,
+    pub(super) k_norm: u64,
+    pub(super) o: u64,
+    pub(super) mlp_norm: u64,
+    pub(super) gate_up: u64,
+    pub(super) down: u64,
 }
 
 impl Pointers {
-    fn of(layer: &Layer, stream: &Arc<CudaStream>) -> Self {
+    pub(super) fn of(layer: &Layer, stream: &Arc<CudaStream>) -> Self {
         let floats = |s: &CudaSlice<f32>| s.device_ptr(stream).0;
         let matrix = |s: &CudaSlice<bf16>| s.device_ptr(stream).0;
         let norms = layer.head_norms.as_ref();
+        let k_norm = |norms: &CudaSlice<f32>| floats(norms) + 2 * norms.len() as u64;
         Self {
             input_norm: floats(&layer.input_norm),
             qkv: matrix(&layer.qkv),
             qkv_bias: layer.qkv_bias.as_ref().map_or(0, floats),
-            q_norm: norms.map_or(0, |(q, _)| floats(q)),
-            k_norm: norms.map_or(0, |(_, k)| floats(k)),
+            q_norm: norms.map_or(0, floats),
+            k_norm: norms.map_or(0, k_norm),
             o: matrix(&layer.o),
             mlp_norm: floats(&layer.mlp_norm),
             gate_up: matrix(&layer.gate_up),

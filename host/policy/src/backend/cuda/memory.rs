@@ -13,8 +13,9 @@ use super::{
     graph::MAX_BURST,
     launch::{CHUNK, CHUNK_WORDS},
     product,
+    train::{Kept, TrainingPlan, training_bytes},
 };
-use crate::spec::ModelSpec;
+use crate::{backend::cpu::Trainable, spec::ModelSpec};
 
 /// Kept for what the driver takes later on: captured graphs, cublasLt's own buffers, kernels that spill.
 const RESERVE: usize = 256 << 20;
@@ -127,23 +128,43 @@ impl Budget {
             .hold(sizes.max_model_len, super::kv_bytes_per_token(spec))
     }
 
+    /// How passes of `tokens` tokens train beside what there is to be of a model: their activations are kept where they take
+    /// no more than half of what is left, so that the other half is for keys and values, and else, with `may_recompute`, made
+    /// again in the backward pass.
+    ///
+    /// # Errors
+    /// [`CudaError::TrainingTooBig`].
+    pub fn admit_training(
+        &self,
+        (spec, sizes): (&ModelSpec, &CudaSizes),
+        trainable: &Trainable,
+        (tokens, may_recompute): (usize, bool),
+    ) -> Result<(Kept, TrainingPlan), CudaError> {
+        let weights = weight_bytes(spec, sizes.max_model_len);
+        let workspace = self.workspace(spec, sizes);
+        let Left(left) = admit(&self.memory()?, weights, workspace)?;
+        let plan = |kept| training_bytes(spec, trainable, (tokens, kept), self.multiprocessors);
+        choose(left, plan, may_recompute)
+    }
+
     /// Bytes that a model needs beside weights, keys and values, estimated from sizes; what is fixed is not among them.
     pub fn workspace(&self, spec: &ModelSpec, sizes: &CudaSizes) -> usize {
         workspace_bytes(spec, sizes, self.multiprocessors)
     }
 
-    /// Divides what is left when models of `weights` bytes (see [`weight_bytes`]) are there: the policy's, and the draft's
-    /// if it has one. `free_without_draft` were free before the draft came.
+    /// Divides what is left when a policy of `weights` bytes (see [`weight_bytes`]) is there with what it needs to train, and
+    /// its draft if it has one. `free_without_draft` were free before the draft came.
     ///
     /// # Errors
     /// [`CudaError::OneSequence`] where the pool would not hold the longest one.
     pub fn plan(
         &self,
-        weights: usize,
+        (weights, training): (usize, Option<TrainingPlan>),
         free_without_draft: usize,
         needs: &PoolNeeds,
     ) -> Result<MemoryPlan, CudaError> {
-        divide(&self.memory()?, (weights, free_without_draft), needs).map(|plan| MemoryPlan {
+        let of_policy = (weights, training, free_without_draft);
+        divide(&self.memory()?, of_policy, needs).map(|plan| MemoryPlan {
             device: self.device(),
             ..plan
         })
@@ -182,9 +203,31 @@ fn admit(memory: &Memory, weights: usize, workspace: usize) -> Result<Left, Cuda
     }
 }
 
+fn choose(
+    left: usize,
+    plan: impl Fn(Kept) -> TrainingPlan,
+    may_recompute: bool,
+) -> Result<(Kept, TrainingPlan), CudaError> {
+    let kept = plan(Kept::Activations);
+    let roomy = 2 * kept.activations <= left.saturating_sub(kept.state + kept.gradients);
+    let (chosen, plan) = match roomy || !may_recompute {
+        true => (Kept::Activations, kept),
+        false => (Kept::Inputs, plan(Kept::Inputs)),
+    };
+    if plan.bytes() > left {
+        return Err(CudaError::TrainingTooBig {
+            state: plan.state + plan.gradients,
+            activations: plan.activations,
+            tokens: plan.tokens,
+            left,
+        });
+    }
+    Ok((chosen, plan))
+}
+
 fn divide(
     memory: &Memory,
-    (weights, free_without_draft): (usize, usize),
+    (weights, training, free_without_draft): (usize, Option<TrainingPlan>, usize),
     needs: &PoolNeeds,
 ) -> Result<MemoryPlan, CudaError> {
     let block_bytes = BLOCK_SIZE * needs.token_bytes;
@@ -201,7 +244,8 @@ fn divide(
         total: memory.total,
         allowed: memory.allowed(),
         weights,
-        workspace: of_policy.saturating_sub(weights),
+        workspace: of_policy.saturating_sub(weights + training.map_or(0, |t| t.bytes())),
+        training,
         draft: memory.used().saturating_sub(of_policy),
         kv,
         kv_blocks,
@@ -221,6 +265,9 @@ pub struct MemoryPlan {
     pub weights: usize,
     /// Activations, logits, inputs.
     pub workspace: usize,
+    /// What training takes of it, where the policy trains.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub training: Option<TrainingPlan>,
     /// Weights and workspace of a draft model.
     pub draft: usize,
     /// Keys and values, of a draft model too.
@@ -241,6 +288,21 @@ impl fmt::Display for MemoryPlan {
             mib(self.weights),
             mib(self.workspace)
         )?;
+        if let Some(training) = &self.training {
+            write!(
+                f,
+                "optimizer {} MiB, gradients {} MiB, activations {} MiB ({} tokens{}), ",
+                mib(training.state),
+                mib(training.gradients),
+                mib(training.activations),
+                training.tokens,
+                if training.recompute {
+                    ", recomputed"
+                } else {
+                    ""
+                }
+            )?;
+        }
         if self.draft > 0 {
             write!(f, "draft {} MiB, ", mib(self.draft))?;
         }
@@ -319,7 +381,7 @@ mod tests {
 
     #[test]
     fn the_pool_gets_what_is_left_of_the_share() {
-        let plan = divide(&MEMORY, (1_500 * MIB, 7_300 * MIB), &NEEDS).unwrap();
+        let plan = divide(&MEMORY, (1_500 * MIB, None, 7_300 * MIB), &NEEDS).unwrap();
         let mib = |mib: usize| mib * MIB;
         assert_eq!((plan.allowed, plan.weights), (mib(8_000), mib(1_500)));
         assert_eq!((plan.workspace, plan.draft), (mib(200), mib(300)));
@@ -331,7 +393,7 @@ mod tests {
             blocks: 50_000,
             ..NEEDS
         };
-        let plan = divide(&MEMORY, (mib(1_500), mib(7_000)), &needs).unwrap();
+        let plan = divide(&MEMORY, (mib(1_500), None, mib(7_000)), &needs).unwrap();
         assert_eq!((plan.kv_blocks, plan.free), (5_744, mib(7_000 - 5_744)));
         assert_eq!(
             plan.to_string(),
@@ -399,6 +461,46 @@ mod tests {
     }
 
     #[test]
+    fn activations_are_kept_while_they_leave_half_for_keys_and_values() {
+        let plan = |kept| TrainingPlan {
+            state: 3_000,
+            gradients: 1_000,
+            activations: if kept == Kept::Inputs { 500 } else { 2_000 },
+            tokens: 64,
+            recompute: kept == Kept::Inputs,
+        };
+        let chosen = |left, may_recompute| choose(left, plan, may_recompute).map(|(kept, _)| kept);
+        assert_eq!(chosen(8_000, true).unwrap(), Kept::Activations);
+        assert_eq!(chosen(7_999, true).unwrap(), Kept::Inputs);
+        assert_eq!(chosen(6_000, false).unwrap(), Kept::Activations);
+        assert_eq!(chosen(4_500, true).unwrap(), Kept::Inputs);
+        for (left, may_recompute) in [(5_999, false), (4_499, true)] {
+            let error = chosen(left, may_recompute).unwrap_err();
+            assert!(
+                error.hint().unwrap().contains("micro_batch_tokens"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_training_takes_is_not_workspace() {
+        let training = TrainingPlan {
+            state: 60 * MIB,
+            gradients: 20 * MIB,
+            activations: 40 * MIB,
+            tokens: 4096,
+            recompute: true,
+        };
+        let of_policy = (1_500 * MIB, Some(training), 7_300 * MIB);
+        let plan = divide(&MEMORY, of_policy, &NEEDS).unwrap();
+        assert_eq!((plan.weights, plan.workspace), (1_500 * MIB, 80 * MIB));
+        let text = plan.to_string();
+        let expected = "optimizer 60 MiB, gradients 20 MiB, activations 40 MiB (4096 tokens, recomputed), draft 300 MiB";
+        assert!(text.contains(expected), "{text}");
+    }
+
+    #[test]
     fn others_on_the_gpu_and_the_share_bound_each_other() {
         let crowded = Memory {
             free_at_start: 3_000 * MIB,
@@ -422,7 +524,7 @@ mod tests {
             longest,
             ..NEEDS
         };
-        let error = divide(&MEMORY, (0, 0), &needs).unwrap_err();
+        let error = divide(&MEMORY, (0, None, 0), &needs).unwrap_err();
         assert_eq!(
             error.to_string(),
             "one sequence of 183840 tokens needs 5745 MiB of KV cache and 5744 MiB are left on the GPU"
@@ -432,10 +534,10 @@ mod tests {
             longest: longest - BLOCK_SIZE,
             ..needs
         };
-        assert!(divide(&MEMORY, (0, 0), &needs).is_ok());
+        assert!(divide(&MEMORY, (0, None, 0), &needs).is_ok());
         // Asked for with `kv_cache_tokens`: requests that do not fit are refused when they come.
         let few = PoolNeeds { blocks: 3, ..NEEDS };
-        assert_eq!(divide(&MEMORY, (0, 0), &few).unwrap().kv_blocks, 3);
+        assert_eq!(divide(&MEMORY, (0, None, 0), &few).unwrap().kv_blocks, 3);
     }
 
     #[test]

@@ -25,25 +25,27 @@ mod product;
 mod propose;
 mod step;
 mod survey;
+mod train;
 mod verify;
 mod weights;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use candle_core::Tensor;
 use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
 use half::bf16;
 
-pub use compile::{SOURCES, architecture, compile};
+pub use compile::{SOURCES, TRAINING_SOURCES, architecture, compile};
 pub use device::count;
 pub use error::CudaError;
 pub use graph::{DecodeShape, KernelTime, Profile};
 pub use memory::{Budget, MemoryPlan, PoolNeeds, step_bytes, weight_bytes};
 pub use propose::DeviceRow;
 pub use survey::{GpuFacts, Survey, survey};
+pub use train::{Kept, TrainingPlan, training_bytes};
 
 use crate::{
     backend::{Backend, BlockId, Drafted, Exit, OptimStep, Pass, Sampled, StepRow},
@@ -62,6 +64,7 @@ use graph::{Captured, Decode, MAX_BURST};
 use inputs::{Inputs, Layout};
 use maps::Maps;
 use propose::Shelf;
+use train::Training;
 use weights::Weights;
 
 /// Tokens of a KV block: what one warp reads at a time (attention.cu).
@@ -89,7 +92,7 @@ struct KvPool {
     blocks: usize,
 }
 
-/// The policy on one GPU. Generates; training is on the CPU.
+/// The policy on one GPU. Generates and, after [`CudaBackend::train`], trains.
 pub struct CudaBackend {
     spec: ModelSpec,
     gpu: Gpu,
@@ -110,6 +113,10 @@ pub struct CudaBackend {
     early_exit: Option<EarlyExit>,
     graphs: HashMap<Captured, CudaGraph>,
     scratch: sampler::Scratch,
+    /// From the first training or scoring pass on.
+    training: Option<Box<Training>>,
+    /// Folder of compiled kernels.
+    cache: Option<PathBuf>,
 }
 
 /// What decides whether a model runs here, as [`CudaError::Shape`].
@@ -206,6 +213,8 @@ impl CudaBackend {
             ahead: Ahead::new(&gpu.stream, sizes.max_batch)?,
             graphs: HashMap::new(),
             scratch: sampler::Scratch::default(),
+            training: None,
+            cache: cache.map(Path::to_owned),
             kv: None,
             weights,
             gpu,
@@ -298,29 +307,35 @@ impl Backend for CudaBackend {
 
     fn score(
         &mut self,
-        _batch: &PackedBatch,
-        _temperature: f32,
-        _pass: Pass,
+        batch: &PackedBatch,
+        temperature: f32,
+        pass: Pass,
     ) -> Result<TokenScores, PolicyError> {
-        Err(CudaError::NotYet("scoring").into())
+        self.score_packed(batch, temperature, pass)
     }
 
-    fn backward(&mut self, _dlogp: &[f32]) -> Result<(), PolicyError> {
-        Err(CudaError::NotYet("training").into())
+    fn backward(&mut self, dlogp: &[f32]) -> Result<(), PolicyError> {
+        self.backward_packed(dlogp)
     }
 
     fn distill(
         &mut self,
-        _batch: &PackedBatch,
-        _targets: &[TopTokens],
-        _temperature: f32,
-        _weight: f64,
-        _exit: Exit,
+        batch: &PackedBatch,
+        targets: &[TopTokens],
+        temperature: f32,
+        weight: f64,
+        exit: Exit,
     ) -> Result<f64, PolicyError> {
-        Err(CudaError::NotYet("training").into())
+        match exit {
+            Exit::Final => self.distill_packed(batch, targets, temperature, weight),
+            Exit::Early => self.distill_exit(batch, targets, temperature, weight),
+        }
     }
 
-    fn optimizer_step(&mut self, _step: &OptimStep, _exit: Exit) -> Result<f64, PolicyError> {
-        Err(CudaError::NotYet("training").into())
+    fn optimizer_step(&mut self, step: &OptimStep, exit: Exit) -> Result<f64, PolicyError> {
+        match exit {
+            Exit::Final => self.update(step),
+            Exit::Early => self.update_exit(step),
+        }
     }
 }

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use candle_core::{DType, Tensor};
-use cudarc::driver::{CudaSlice, CudaStream};
+use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
 
 use super::CudaError;
@@ -15,8 +15,8 @@ pub(super) struct Layer {
     /// `[(Q + 2K)·D, H]`.
     pub(super) qkv: CudaSlice<bf16>,
     pub(super) qkv_bias: Option<CudaSlice<f32>>,
-    /// Per head, `[D]`; Qwen3.
-    pub(super) head_norms: Option<(CudaSlice<f32>, CudaSlice<f32>)>,
+    /// Of each head of q, and of k, `[2, D]`; Qwen3.
+    pub(super) head_norms: Option<CudaSlice<f32>>,
     /// `[H, Q·D]`.
     pub(super) o: CudaSlice<bf16>,
     pub(super) mlp_norm: CudaSlice<f32>,
@@ -99,10 +99,10 @@ impl Upload<'_> {
         let [q_w, k_w, v_w] = ["q", "k", "v"].map(|part| attention(part, "weight"));
         let [q_b, k_b, v_b] = ["q", "k", "v"].map(|part| attention(part, "bias"));
         let head_norms = match spec.qk_norm {
-            true => Some((
-                self.floats(&[&name("self_attn.q_norm.weight")], &[d])?,
-                self.floats(&[&name("self_attn.k_norm.weight")], &[d])?,
-            )),
+            true => {
+                let [q, k] = ["q", "k"].map(|part| name(&format!("self_attn.{part}_norm.weight")));
+                Some(self.floats(&[&q, &k], &[d, d])?)
+            }
             false => None,
         };
         let qkv_bias = match spec.qkv_bias {
@@ -152,6 +152,52 @@ impl Weights {
             norm: upload.floats(&["model.norm.weight"], &[h])?,
             head,
             rope,
+        })
+    }
+}
+
+impl Weights {
+    /// Addresses of all buffers but the rotation table, in the order of the fields of [`Layer`] and, around the layers,
+    /// embedding, norm, head.
+    pub(super) fn buffers(&self, stream: &Arc<CudaStream>) -> Vec<u64> {
+        let floats = |s: &CudaSlice<f32>| s.device_ptr(stream).0;
+        let matrix = |s: &CudaSlice<bf16>| s.device_ptr(stream).0;
+        let mut all = vec![matrix(&self.embed)];
+        for layer in &self.layers {
+            all.extend([floats(&layer.input_norm), matrix(&layer.qkv)]);
+            all.extend(layer.qkv_bias.as_ref().map(floats));
+            all.extend(layer.head_norms.as_ref().map(floats));
+            all.extend([matrix(&layer.o), floats(&layer.mlp_norm)]);
+            all.extend([matrix(&layer.gate_up), matrix(&layer.down)]);
+        }
+        all.push(floats(&self.norm));
+        all.extend(self.head.as_ref().map(matrix));
+        all
+    }
+
+    /// The same numbers in buffers of their own.
+    pub(super) fn copy(&self, stream: &Arc<CudaStream>) -> Result<Self, CudaError> {
+        let floats = |s: &CudaSlice<f32>| stream.clone_dtod(s);
+        let matrix = |s: &CudaSlice<bf16>| stream.clone_dtod(s);
+        let layer = |layer: &Layer| {
+            Ok(Layer {
+                input_norm: floats(&layer.input_norm)?,
+                qkv: matrix(&layer.qkv)?,
+                qkv_bias: layer.qkv_bias.as_ref().map(floats).transpose()?,
+                head_norms: layer.head_norms.as_ref().map(floats).transpose()?,
+                o: matrix(&layer.o)?,
+                mlp_norm: floats(&layer.mlp_norm)?,
+                gate_up: matrix(&layer.gate_up)?,
+                down: matrix(&layer.down)?,
+            })
+        };
+        let layers = self.layers.iter().map(layer);
+        Ok(Self {
+            embed: matrix(&self.embed)?,
+            layers: layers.collect::<Result<_, CudaError>>()?,
+            norm: floats(&self.norm)?,
+            head: self.head.as_ref().map(matrix).transpose()?,
+            rope: floats(&self.rope)?,
         })
     }
 }
