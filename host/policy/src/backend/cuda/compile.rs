@@ -35,7 +35,10 @@ pub const SOURCES: [(&str, &str); 5] = [
 pub const TRAINING_SOURCES: [(&str, &str); 5] = [
     (
         "train_attention.cu",
-        include_str!("kernels/train_attention.cu"),
+        concat!(
+            include_str!("kernels/train_tiles.cu"),
+            include_str!("kernels/train_attention.cu")
+        ),
     ),
     ("train_rows.cu", include_str!("kernels/train_rows.cu")),
     ("train_head.cu", include_str!("kernels/train_head.cu")),

@@ -7,6 +7,8 @@
 //
 // The tables of tiles are the host's. Blocks start in their order, so tiles with much work belong first.
 //
+// It is compiled behind train_tiles.cu, which has the products of tiles.
+//
 // Scores are made twice on the way back, once by query tile (attend_dq) and once by key tile (attend_dkv), which needs no
 // atomics, so that the sums are in the same order every time. In both, what one product leaves in registers is laid out as
 // the next one's operand; attend_dkv therefore computes the scores transposed.
@@ -31,106 +33,8 @@ struct TrainAttention {
     float scale;              // 1/√D
 };
 
-extern __shared__ uint4 space[];
-
-// Where 8 neighbours of a row of a tile in shared memory are: chunks change places so that 8 rows of a column, which
-// ldmatrix reads, lie in different banks.
-template <int D>
-static __device__ __forceinline__ int place(int row, int chunk) {
-    return row * D + (chunk ^ (D % 64 ? row >> 1 & 3 : row & 7)) * 8;
-}
-static __device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-// 16 or 4 bytes on their way to shared memory; zeros where there is nothing to read.
-static __device__ __forceinline__ void fetch16(void* to, const void* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-static __device__ __forceinline__ void fetch4(void* to, const void* from, bool there) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address(to)), "l"(from), "r"(there ? 4 : 0) : "memory");
-}
-// What this thread has fetched so far is there; after a barrier, what all have.
-static __device__ __forceinline__ void arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
-// ROWS rows of D numbers to a tile; row r is token(r) of `from`, zeros if that is negative.
-template <int D, int ROWS, int THREADS, typename Token>
-static __device__ __forceinline__ void fetch_rows(bf16* to, const bf16* from, int stride, Token token) {
-#pragma unroll
-    for (int i = threadIdx.x; i < ROWS * D / 8; i += THREADS) {
-        int row = i / (D / 8), chunk = i % (D / 8), at = token(row);
-        fetch16(to + place<D>(row, chunk), from + (size_t)max(at, 0) * stride + chunk * 8, at >= 0);
-    }
-}
-
-static __device__ __forceinline__ void load_matrices(u32 r[4], const bf16* p) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(p)) : "memory");
-}
-static __device__ __forceinline__ void load_transposed(u32 r[4], const bf16* p) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(p)) : "memory");
-}
-
-// a[16×16] of `mma`: rows from `row`, columns from 16 · k.
-template <int D>
-static __device__ __forceinline__ void load_a(u32 a[4], const bf16* tile, int row, int k) {
-    int lane = threadIdx.x % 32;
-    load_matrices(a, tile + place<D>(row + lane % 16, 2 * k + lane / 16));
-}
-
-// d[m][n] += a · bᵀ over D, for N · 8 rows of `b` from `row`; `a` gives the operand of rows m and step k.
-template <int D, int M, int N, typename A>
-static __device__ __forceinline__ void times_rows(float (*d)[N][4], A a, const bf16* b, int row) {
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int k = 0; k < D / 16; k++) {
-        u32 left[M][4];
-#pragma unroll
-        for (int m = 0; m < M; m++) a(left[m], m, k);
-#pragma unroll
-        for (int n = 0; n < N; n += 2) {
-            u32 right[4];
-            load_matrices(right, b + place<D>(row + 8 * n + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
-#pragma unroll
-            for (int m = 0; m < M; m++) {
-                mma(d[m][n], left[m][0], left[m][1], left[m][2], left[m][3], right[0], right[1]);
-                mma(d[m][n + 1], left[m][0], left[m][1], left[m][2], left[m][3], right[2], right[3]);
-            }
-        }
-    }
-}
-
-// d[m][D] += a · b, `a` as times_rows has left it, N · 8 columns, over that many rows of `b` from `row`.
-template <int D, int M, int N>
-static __device__ __forceinline__ void times_columns(float (*d)[D / 8][4], const float (*a)[N][4], const bf16* b, int row) {
-    int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int k = 0; k < N / 2; k++) {
-        u32 left[M][4];
-#pragma unroll
-        for (int m = 0; m < M; m++) {
-            left[m][0] = pack(a[m][2 * k][0], a[m][2 * k][1]), left[m][1] = pack(a[m][2 * k][2], a[m][2 * k][3]);
-            left[m][2] = pack(a[m][2 * k + 1][0], a[m][2 * k + 1][1]), left[m][3] = pack(a[m][2 * k + 1][2], a[m][2 * k + 1][3]);
-        }
-#pragma unroll
-        for (int n = 0; n < D / 8; n += 2) {
-            u32 right[4];
-            load_transposed(right, b + place<D>(row + 16 * k + lane % 16, n + lane / 16));
-#pragma unroll
-            for (int m = 0; m < M; m++) {
-                mma(d[m][n], left[m][0], left[m][1], left[m][2], left[m][3], right[0], right[1]);
-                mma(d[m][n + 1], left[m][0], left[m][1], left[m][2], left[m][3], right[2], right[3]);
-            }
-        }
-    }
-}
-
-template <int M, int N>
-static __device__ __forceinline__ void clear(float (*d)[N][4]) {
-#pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int n = 0; n < N; n++) d[m][n][0] = d[m][n][1] = d[m][n][2] = d[m][n][3] = 0.f;
-}
+// Aligned for the swizzle, whose pattern goes by the address.
+extern __shared__ __align__(1024) uint4 space[];
 
 static __device__ __forceinline__ float quad_sum(float x) {
     x += __shfl_xor_sync(FULL, x, 1);
@@ -162,30 +66,33 @@ struct QueryTile {
     }
 };
 
-// Rows of a warp, bf16, by way of its own rows of a tile in shared memory. d: as mma leaves it, times factor[m][half].
+// Rows of a warp, as bf16 times factor[m][half], by way of its own rows of a tile in shared memory, which nobody needs any more.
 template <int D, int M>
 static __device__ __forceinline__ void put_rows(const float (*d)[D / 8][4], const float (*factor)[2], bf16* tile, int row, bf16* to,
                                                 int stride, int rows) {
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    __syncwarp();
+    // Another warp of the warpgroup may still be reading them.
+    if (GROUPED<D>) __syncthreads();
+    else __syncwarp();
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
             for (int n = 0; n < D / 8; n++)
-                *(u32*)(tile + place<D>(row + 16 * m + 8 * h + g, n) + 2 * t) =
+                *(u32*)(tile + place<D, TILE>(row + 16 * m + 8 * h + g, n) + 2 * t) =
                     pack(d[m][n][2 * h] * factor[m][h], d[m][n][2 * h + 1] * factor[m][h]);
     __syncwarp();
 #pragma unroll
-    for (int i = lane; i < 16 * M * D / 8; i += 32) {
-        int r = row + i / (D / 8), chunk = i % (D / 8);
-        if (r < rows) *(uint4*)(to + (size_t)r * stride + chunk * 8) = *(const uint4*)(tile + place<D>(r, chunk));
+    for (int j = 0; j < 16 * M * D / 8; j += 32) {
+        int i = lane + j, r = row + i / (D / 8), chunk = i % (D / 8);
+        if (r < rows) *(uint4*)(to + (size_t)r * stride + chunk * 8) = *(const uint4*)(tile + place<D, TILE>(r, chunk));
     }
 }
 
-// Running softmax of 16 · M rows (Milakov & Gimelshein 2018); s: scores of N · 8 keys, weights afterwards. Keys beyond
-// limit[m][h], counted from the first of these, are masked if `masked`. Every row sees the first key it is shown.
+// Running softmax of 16 · M rows (Milakov & Gimelshein 2018); s: scores of N · 8 keys, weights afterwards. If `masked`, the first
+// row sees no key beyond `limit`, counted from the first of these, and the others accordingly more. Every row sees the first key
+// that it is ever shown.
 template <int M, int N>
 struct Softmax {
     float top[M][2], sum[M][2];
@@ -227,49 +134,89 @@ struct Softmax {
     }
 };
 
-// STEP: keys in shared memory at a time, twice; M: 16 rows each that a warp has; PART: keys whose scores are alive.
+template <int M, int N>
+static __device__ __forceinline__ void rescale(float (*o)[N][4], const float (*by)[2]) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) o[m][n][i] *= by[m][i / 2];
+}
+
+// STEP: keys in shared memory at a time, twice; M: 16 rows each that a warp has; PART: keys whose scores are alive. With wgmma
+// PART is STEP, and the values of a step are multiplied while the next one's softmax is computed, as in FlashAttention-3
+// (Shah et al. 2024); so values are fetched a step later than keys.
 template <int D, int STEP, int M, int PART>
 static __device__ __forceinline__ void attend(const TrainAttention& p) {
     constexpr int THREADS = TILE / (16 * M) * 32, N = PART / 8;
     bf16 *queries = (bf16*)space, *keys = queries + TILE * D, *values = keys + 2 * STEP * D;
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * M, g = lane / 4, t = lane % 4;
+    int first_row = GROUPED<D> ? row / 64 * 64 : row, last_row = first_row + (GROUPED<D> ? 64 : 16 * M) - 1;
     let_next_start();
     wait_for_previous();
     QueryTile tile(p);
-    int width = (p.q_heads + 2 * p.kv_heads) * D;
+    int width = (p.q_heads + 2 * p.kv_heads) * D, steps = (tile.keys() + STEP - 1) / STEP;
     const bf16 *key_head = p.qkv + (p.q_heads + tile.kv_head) * D, *value_head = key_head + p.kv_heads * D;
-    auto fetch = [&](int from) {
-        auto token = [&](int r) { return tile.key(from + r); };
-        fetch_rows<D, STEP, THREADS>(keys + from / STEP % 2 * STEP * D, key_head, width, token);
-        fetch_rows<D, STEP, THREADS>(values + from / STEP % 2 * STEP * D, value_head, width, token);
+    auto fetch = [&](bf16* to, const bf16* from, int step) {
+        if (step < steps)
+            fetch_rows<D, STEP, THREADS>(to + step % 2 * STEP * D, from, width, [&](int r) { return tile.key(step * STEP + r); });
     };
     fetch_rows<D, TILE, THREADS>(queries, p.qkv + tile.head * D, width, [&](int r) { return tile.query(r); });
-    fetch(0);
+    fetch(keys, key_head, 0);
     Softmax<M, N> softmax;
-    float o[M][D / 8][4], shrink[M][2];
+    Left<M, N> weights;
+    float o[M][D / 8][4], s[M][N][4], shrink[M][2], scale = p.scale * LOG2_E;
     clear<M, D / 8>(o);
-    float scale = p.scale * LOG2_E;
-    for (int from = 0; from < tile.keys(); from += STEP) {
-        arrived();
-        __syncthreads();
-        if (from + STEP < tile.keys()) fetch(from + STEP);
-        const bf16 *k = keys + from / STEP % 2 * STEP * D, *v = values + from / STEP % 2 * STEP * D;
+    auto weigh = [&](int from) {
+        return softmax.weigh(s, from + PART - 1 > tile.limit(first_row), tile.limit(row + g) - from, scale, shrink);
+    };
+    if constexpr (GROUPED<D>) {
+        static_assert(PART == STEP, "one product of scores a step");
+        // Rows beyond the tile see no more than it does: both warpgroups have to come to the same barriers.
+        int seen = min(tile.limit(last_row) / STEP + 1, steps), step = 0;
+        auto next = [&] {
+            arrived();
+            fetch(keys, key_head, step + 1);
+            fetch(values, value_head, step);
+        };
+        next();
+        times_rows<D, TILE, STEP, M, N>(s, queries, row, keys, 0);
+        finish<D>();
+        weigh(0);
+        weights.pack_from(s);
+        for (step = 1; step < seen; step++) {
+            next();
+            times_rows<D, TILE, STEP, M, N>(s, queries, row, keys + step % 2 * STEP * D, 0);
+            times_columns<D, STEP, M, N>(o, weights, values + (step + 1) % 2 * STEP * D, 0);
+            finish<D, 1>();
+            weigh(step * STEP);
+            finish<D>();
+            weights.keep();
+            rescale<M, D / 8>(o, shrink);
+            weights.pack_from(s);
+        }
+        next();
+        times_columns<D, STEP, M, N>(o, weights, values + (step + 1) % 2 * STEP * D, 0);
+        finish<D>();
+        weights.keep();
+        // The other warpgroup sees more.
+        for (step++; step <= steps; step++) next();
+    } else {
+        fetch(values, value_head, 0);
+        for (int step = 0; step < steps; step++) {
+            arrived();
+            fetch(keys, key_head, step + 1);
+            fetch(values, value_head, step + 1);
 #pragma unroll
-        for (int part = 0; part < STEP; part += PART) {
-            if (from + part > tile.limit(row + 16 * M - 1)) break;
-            float s[M][N][4];
-            clear<M, N>(s);
-            times_rows<D, M, N>(s, [&](u32 a[4], int m, int i) { load_a<D>(a, queries, row + 16 * m, i); }, k, part);
-            bool masked = from + part + PART - 1 > tile.limit(row);
-            if (softmax.weigh(s, masked, tile.limit(row + g) - from - part, scale, shrink)) {
-#pragma unroll
-                for (int m = 0; m < M; m++)
-#pragma unroll
-                    for (int n = 0; n < D / 8; n++)
-#pragma unroll
-                        for (int i = 0; i < 4; i++) o[m][n][i] *= shrink[m][i / 2];
+            for (int part = 0; part < STEP; part += PART) {
+                int from = step * STEP + part;
+                if (from > tile.limit(last_row)) break;
+                times_rows<D, TILE, STEP, M, N>(s, queries, row, keys + step % 2 * STEP * D, part);
+                if (weigh(from)) rescale<M, D / 8>(o, shrink);
+                weights.pack_from(s);
+                times_columns<D, STEP, M, N>(o, weights, values + step % 2 * STEP * D, part);
             }
-            times_columns<D, M, N>(o, s, v, part);
         }
     }
 #pragma unroll
@@ -300,7 +247,7 @@ static __device__ __forceinline__ void row_products(const TrainAttention& p, con
                 const bf16* out = p.out + ((size_t)(tile.first + r) * p.q_heads + tile.head) * D;
 #pragma unroll
                 for (int c = t; c < D / 8; c += 4) {
-                    uint4 a = load16(out + 8 * c), b = *(const uint4*)(douts + place<D>(r, c));
+                    uint4 a = load16(out + 8 * c), b = *(const uint4*)(douts + place<D, TILE>(r, c));
                     sum += low(a.x) * low(b.x) + high(a.x) * high(b.x) + low(a.y) * low(b.y) + high(a.y) * high(b.y);
                     sum += low(a.z) * low(b.z) + high(a.z) * high(b.z) + low(a.w) * low(b.w) + high(a.w) * high(b.w);
                 }
@@ -310,29 +257,13 @@ static __device__ __forceinline__ void row_products(const TrainAttention& p, con
         }
 }
 
-// dS = P · (dP − delta) from scores s and dp, into dp, where P = exp(s − lse). base: lse in powers of two.
-template <int M, int N>
-static __device__ __forceinline__ void score_gradient(const float (*s)[N][4], float (*dp)[N][4], bool masked, int limit,
-                                                      float scale, const float (*base)[2], const float (*delta)[2]) {
-    int t = threadIdx.x % 4;
-#pragma unroll
-    for (int m = 0; m < M; m++)
-#pragma unroll
-        for (int n = 0; n < N; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                float weight = exp2_fast(s[m][n][i] * scale - base[m][i / 2]);
-                if (masked && 8 * n + 2 * t + i % 2 > limit + 16 * m + i / 2 * 8) weight = 0.f;
-                dp[m][n][i] = weight * (dp[m][n][i] - delta[m][i / 2]);
-            }
-}
-
 // As `attend`: dQ = scale · dS · K.
 template <int D, int STEP, int M, int PART>
 static __device__ __forceinline__ void attend_dq(const TrainAttention& p) {
     constexpr int THREADS = TILE / (16 * M) * 32, N = PART / 8;
     bf16 *queries = (bf16*)space, *douts = queries + TILE * D, *keys = douts + TILE * D, *values = keys + 2 * STEP * D;
-    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * M, g = lane / 4;
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * M, g = lane / 4, t = lane % 4;
+    int first_row = GROUPED<D> ? row / 64 * 64 : row, last_row = first_row + (GROUPED<D> ? 64 : 16 * M) - 1;
     let_next_start();
     wait_for_previous();
     QueryTile tile(p);
@@ -358,21 +289,39 @@ static __device__ __forceinline__ void attend_dq(const TrainAttention& p) {
         }
     for (int from = 0; from < tile.keys(); from += STEP) {
         arrived();
-        __syncthreads();
         if (from == 0) row_products<D, M>(p, tile, douts, row, delta);
         if (from + STEP < tile.keys()) fetch(from + STEP);
         const bf16 *k = keys + from / STEP % 2 * STEP * D, *v = values + from / STEP % 2 * STEP * D;
 #pragma unroll
         for (int part = 0; part < STEP; part += PART) {
-            if (from + part > tile.limit(row + 16 * M - 1)) break;
+            if (from + part > tile.limit(last_row)) break;
             float s[M][N][4], dp[M][N][4];
-            clear<M, N>(s);
-            clear<M, N>(dp);
-            times_rows<D, M, N>(s, [&](u32 a[4], int m, int i) { load_a<D>(a, queries, row + 16 * m, i); }, k, part);
-            times_rows<D, M, N>(dp, [&](u32 a[4], int m, int i) { load_a<D>(a, douts, row + 16 * m, i); }, v, part);
-            bool masked = from + part + PART - 1 > tile.limit(row);
-            score_gradient<M, N>(s, dp, masked, tile.limit(row + g) - from - part, scale, base, delta);
-            times_columns<D, M, N>(dq, dp, k, part);
+            times_rows<D, TILE, STEP, M, N>(s, queries, row, k, part);
+            times_rows<D, TILE, STEP, M, N>(dp, douts, row, v, part);
+            finish<D, 1>();
+            bool masked = from + part + PART - 1 > tile.limit(first_row);
+            int limit = tile.limit(row + g) - from - part - 2 * t;
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int n = 0; n < N; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        s[m][n][i] = exp2_fast(s[m][n][i] * scale - base[m][i / 2]);
+                        if (masked && 8 * n + i % 2 > limit + 16 * m + i / 2 * 8) s[m][n][i] = 0.f;
+                    }
+            finish<D>();
+#pragma unroll
+            for (int m = 0; m < M; m++)
+#pragma unroll
+                for (int n = 0; n < N; n++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) dp[m][n][i] = s[m][n][i] * (dp[m][n][i] - delta[m][i / 2]);
+            Left<M, N> gradient;
+            gradient.pack_from(dp);
+            times_columns<D, STEP, M, N>(dq, gradient, k, part);
+            finish<D>();
+            gradient.keep();
         }
     }
     float factor[M][2];
@@ -390,6 +339,7 @@ static __device__ __forceinline__ void attend_dkv(const TrainAttention& p) {
     bf16 *keys = (bf16*)space, *values = keys + TILE * D, *queries = values + TILE * D, *douts = queries + 2 * STEP * D;
     float* sums = (float*)(douts + 2 * STEP * D);  // [2] of lse and delta, [STEP] each
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 * M, g = lane / 4, t = lane % 4;
+    int first_row = GROUPED<D> ? row / 64 * 64 : row, last_row = first_row + (GROUPED<D> ? 64 : 16 * M) - 1;
     let_next_start();
     wait_for_previous();
     int4 tile = p.key_tiles[blockIdx.y];
@@ -416,35 +366,46 @@ static __device__ __forceinline__ void attend_dkv(const TrainAttention& p) {
     clear<M, D / 8>(dv);
     for (int step = 0; step < steps * (head1 - head0); step++) {
         arrived();
-        __syncthreads();
         if (step + 1 < steps * (head1 - head0)) fetch(step + 1);
         int first = step % steps * STEP, slot = step % 2;
         const bf16 *q = queries + slot * STEP * D, *dout = douts + slot * STEP * D;
         const float *lse = sums + slot * 2 * STEP, *delta = lse + STEP;
 #pragma unroll
         for (int part = 0; part < STEP; part += PART) {
-            if (first + part + PART - 1 < row) continue;
+            if (first + part + PART - 1 < first_row) continue;
             float s[M][N][4], dp[M][N][4];
-            clear<M, N>(s);
-            clear<M, N>(dp);
-            times_rows<D, M, N>(s, [&](u32 a[4], int m, int i) { load_a<D>(a, keys, row + 16 * m, i); }, q, part);
-            times_rows<D, M, N>(dp, [&](u32 a[4], int m, int i) { load_a<D>(a, values, row + 16 * m, i); }, dout, part);
-            bool masked = first + part < row + 16 * M - 1;
+            times_rows<D, TILE, STEP, M, N>(s, keys, row, q, part);
+            times_rows<D, TILE, STEP, M, N>(dp, values, row, dout, part);
+            finish<D, 1>();
+            bool masked = first + part < last_row;
+            int limit = row + g - first - part - 2 * t;
 #pragma unroll
             for (int n = 0; n < N; n++) {
-                float2 l = *(const float2*)(lse + part + 8 * n + 2 * t), d = *(const float2*)(delta + part + 8 * n + 2 * t);
+                float2 l = *(const float2*)(lse + part + 8 * n + 2 * t);
 #pragma unroll
                 for (int m = 0; m < M; m++)
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        float weight = exp2_fast(s[m][n][i] * scale - (i % 2 ? l.y : l.x) * LOG2_E);
-                        if (masked && first + part + 8 * n + 2 * t + i % 2 < row + 16 * m + i / 2 * 8 + g) weight = 0.f;
-                        s[m][n][i] = weight;
-                        dp[m][n][i] = weight * (dp[m][n][i] - (i % 2 ? d.y : d.x));
+                        s[m][n][i] = exp2_fast(s[m][n][i] * scale - (i % 2 ? l.y : l.x) * LOG2_E);
+                        if (masked && 8 * n + i % 2 < limit + 16 * m + i / 2 * 8) s[m][n][i] = 0.f;
                     }
             }
-            times_columns<D, M, N>(dv, s, dout, part);
-            times_columns<D, M, N>(dk, dp, q, part);
+            Left<M, N> weights, gradient;
+            weights.pack_from(s);
+            times_columns<D, STEP, M, N>(dv, weights, dout, part);
+            finish<D, 1>();
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                float2 d = *(const float2*)(delta + part + 8 * n + 2 * t);
+#pragma unroll
+                for (int m = 0; m < M; m++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++) dp[m][n][i] = s[m][n][i] * (dp[m][n][i] - (i % 2 ? d.y : d.x));
+            }
+            gradient.pack_from(dp);
+            times_columns<D, STEP, M, N>(dk, gradient, q, part);
+            finish<D>();
+            weights.keep(), gradient.keep();
         }
     }
     float* to = p.dkv + ((size_t)split * p.tokens + tile.x) * 2 * p.kv_heads * D + kv_head * D;
@@ -467,22 +428,37 @@ static __device__ __forceinline__ void attend_dkv(const TrainAttention& p) {
 //   attend_D      out and lse. Grid (Q, query tiles).
 //   attend_dq_D   delta, and the queries' part of dqkv, from out, lse and dout. Grid (Q, query tiles).
 //   attend_dkv_D  dkv, after attend_dq_D. Grid (K · splits, key tiles).
-// Threads and bytes of dynamic shared memory, at most 99 KiB, which is what GPUs of 8.6 and 8.9 have:
-//   D                 32          64          96         128
-//   attend       128, 24576  128, 49152  128, 73728  128, 98304
-//   attend_dq    128, 32768  128, 65536  128, 98304  128, 98304
-//   attend_dkv   128, 33792  128, 66560  256, 99328  256, 98816
-#define KERNELS(D, FORWARD, BACKWARD, DQ_M, DQ_PART, DKV_M, DKV_PART)                                                      \
-    extern "C" __global__ void __launch_bounds__(128) attend_##D(const __grid_constant__ TrainAttention p) {               \
-        attend<D, 64, 2, FORWARD>(p);                                                                                      \
-    }                                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(256 / DQ_M) attend_dq_##D(const __grid_constant__ TrainAttention p) {     \
-        attend_dq<D, BACKWARD, DQ_M, DQ_PART>(p);                                                                          \
-    }                                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(256 / DKV_M) attend_dkv_##D(const __grid_constant__ TrainAttention p) {   \
-        attend_dkv<D, BACKWARD, DKV_M, DKV_PART>(p);                                                                       \
+// Threads: as many as the function allows. Bytes of dynamic shared memory, at most 99 KiB but on Hopper, which is what GPUs of 8.6
+// and 8.9 have:
+//   D             32     64     96    128   128 on Hopper (9.0)
+//   attend     24576  49152  73728  98304   98304
+//   attend_dq  32768  65536  98304  98304  131072
+//   attend_dkv 33792  66560  99328  98816  132096
+// Shapes are STEP, M, PART and the blocks that a multiprocessor has to have registers for, by measurement on an H200 (also those
+// without wgmma).
+#define KERNEL(KIND, D, STEP, M, PART, BLOCKS)                                                    \
+    extern "C" __global__ void __launch_bounds__(TILE / (16 * M) * 32, BLOCKS)                    \
+        KIND##_##D(const __grid_constant__ TrainAttention p) {                                    \
+        KIND<D, STEP, M, PART>(p);                                                                \
     }
-KERNELS(32, 64, 64, 2, 64, 2, 32)
-KERNELS(64, 64, 64, 2, 32, 2, 32)
-KERNELS(96, 64, 64, 2, 32, 1, 32)
-KERNELS(128, 32, 32, 2, 32, 1, 32)
+KERNEL(attend, 32, 64, 2, 64, 1)
+KERNEL(attend_dq, 32, 64, 2, 32, 1)
+KERNEL(attend_dkv, 32, 64, 2, 32, 1)
+KERNEL(attend, 96, 64, 2, 32, 1)
+KERNEL(attend_dq, 96, 64, 1, 32, 1)
+KERNEL(attend_dkv, 96, 64, 1, 32, 1)
+#if WARPGROUPS
+KERNEL(attend, 64, 64, 1, 64, 2)
+KERNEL(attend_dq, 64, 64, 1, 32, 2)
+KERNEL(attend_dkv, 64, 64, 1, 64, 1)
+KERNEL(attend, 128, 64, 1, 64, 1)
+KERNEL(attend_dq, 128, 64, 1, 64, 1)
+KERNEL(attend_dkv, 128, 64, 1, 64, 1)
+#else
+KERNEL(attend, 64, 64, 2, 64, 1)
+KERNEL(attend_dq, 64, 64, 2, 32, 1)
+KERNEL(attend_dkv, 64, 64, 1, 64, 1)
+KERNEL(attend, 128, 64, 2, 64, 1)
+KERNEL(attend_dq, 128, 32, 2, 32, 1)
+KERNEL(attend_dkv, 128, 32, 1, 32, 1)
+#endif

@@ -142,11 +142,12 @@ pub(super) struct Kernels {
 }
 
 /// Bytes of shared memory of attention's three kernels (the end of train_attention.cu has the table).
-fn shared_bytes(head_dim: usize) -> [usize; 3] {
+fn shared_bytes(head_dim: usize, hopper: bool) -> [usize; 3] {
     match head_dim {
         32 => [24_576, 32_768, 33_792],
         64 => [49_152, 65_536, 66_560],
         96 => [73_728, 98_304, 99_328],
+        _ if hopper => [98_304, 131_072, 132_096],
         _ => [98_304, 98_304, 98_816],
     }
 }
@@ -180,7 +181,8 @@ impl Kernels {
                 shared,
             })
         };
-        let [attend, dq, dkv] = shared_bytes(head_dim);
+        let hopper = context.compute_capability()?.0 == 9;
+        let [attend, dq, dkv] = shared_bytes(head_dim, hopper);
         let width = hidden.div_ceil(1024).next_power_of_two();
         Ok(Self {
             attend: tiled("attend", attend)?,
