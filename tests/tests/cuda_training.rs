@@ -10,7 +10,7 @@ mod cuda_models;
 
 use std::collections::BTreeMap;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use cuda_models::{SIZES, cache, spec, weights};
 use grpo_policy::{
     backend::{
@@ -22,7 +22,7 @@ use grpo_policy::{
     error::PolicyError,
     spec::{Family, ModelSpec},
     types::{PackedBatch, Request, SamplingParams, TokenScores, TopTokens},
-    weights::LoraConfig,
+    weights::{LoraConfig, random_weights},
 };
 
 type Tensors = BTreeMap<String, Tensor>;
@@ -121,6 +121,29 @@ fn apart(expected: &Tensors, found: &Tensors) -> (f64, f64, String) {
     ((away / long).sqrt(), worst.0, worst.1)
 }
 
+/// Weights as they are at the start of training, as bf16 holds them, with norms and biases that are not all alike.
+fn fresh(spec: &ModelSpec, seed: u64) -> Tensors {
+    let all = random_weights(spec, seed).unwrap();
+    let varied = |tensor: &Tensor| {
+        let n = tensor.elem_count();
+        let wave = (0..n)
+            .map(|i| ((i * 37) % 19) as f32 / 40.0 - 0.2)
+            .collect();
+        let wave = Tensor::from_vec(wave, n, tensor.device()).unwrap();
+        tensor.add(&wave).unwrap()
+    };
+    let rounded = |tensor: Tensor| {
+        let tensor = tensor.to_dtype(DType::BF16).unwrap();
+        tensor.to_dtype(DType::F32).unwrap()
+    };
+    all.iter()
+        .map(|(name, tensor)| match tensor.dims().len() {
+            1 => (name.clone(), varied(tensor)),
+            _ => (name.clone(), rounded(tensor.clone())),
+        })
+        .collect()
+}
+
 /// Coefficients as a policy gradient has them: of both signs, most sequences alike.
 fn coefficients(n: usize) -> Vec<f32> {
     (0..n)
@@ -149,38 +172,52 @@ fn spread(a: &TokenScores, b: &TokenScores) -> f64 {
     (squares / a.logprobs.len() as f64).sqrt()
 }
 
+/// Gradients of two micro-batches on both devices: relative distance of all together, and of the furthest.
+fn gradients_apart(spec: &ModelSpec, tensors: &Tensors) -> (f64, f64) {
+    let batch = batch(spec.vocab_size);
+    let (mut cpu, mut gpu) = (
+        cpu(spec, tensors, &FULL),
+        gpu(spec, tensors, &FULL, Kept::Activations),
+    );
+    let dlogp = coefficients(batch.n_scored());
+    for temperature in [1.0, 0.7] {
+        let expected = cpu.score(&batch, temperature, Pass::Train).unwrap();
+        let found = gpu.score(&batch, temperature, Pass::Train).unwrap();
+        let logp = spread(&expected, &found);
+        let entropy = largest(&expected.entropy, &found.entropy);
+        println!("{:?} logp {logp:.4} entropy {entropy:.4}", spec.family);
+        assert!(logp < 0.05 && entropy < 0.15);
+        cpu.backward(&dlogp).unwrap();
+        gpu.backward(&dlogp).unwrap();
+    }
+    let (expected, found) = (
+        cpu.export_gradients().unwrap(),
+        gpu.export_gradients().unwrap(),
+    );
+    let (all, worst, name) = apart(&expected, &found);
+    println!(
+        "{:?} {}x{}x{}: gradients apart {all:.4}, worst {worst:.4} {name}",
+        spec.family, spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
+    );
+    (all, worst)
+}
+
 #[test]
 #[ignore = "needs a GPU"]
 fn gradients_are_those_of_the_cpu() {
     for spec in shapes() {
-        let tensors = weights(&spec, 7);
-        let batch = batch(spec.vocab_size);
-        let (mut cpu, mut gpu) = (
-            cpu(&spec, &tensors, &FULL),
-            gpu(&spec, &tensors, &FULL, Kept::Activations),
-        );
-        let dlogp = coefficients(batch.n_scored());
-        // Two micro-batches add up.
-        for temperature in [1.0, 0.7] {
-            let expected = cpu.score(&batch, temperature, Pass::Train).unwrap();
-            let found = gpu.score(&batch, temperature, Pass::Train).unwrap();
-            let logp = spread(&expected, &found);
-            let entropy = largest(&expected.entropy, &found.entropy);
-            println!("{:?} logp {logp:.4} entropy {entropy:.4}", spec.family);
-            assert!(logp < 0.1 && entropy < 0.3);
-            cpu.backward(&dlogp).unwrap();
-            gpu.backward(&dlogp).unwrap();
-        }
-        let (expected, found) = (
-            cpu.export_gradients().unwrap(),
-            gpu.export_gradients().unwrap(),
-        );
-        let (all, worst, name) = apart(&expected, &found);
-        println!(
-            "{:?} {}x{}x{}: gradients apart {all:.4}, worst {worst:.4} {name}",
-            spec.family, spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim
-        );
-        assert!(all < 0.02 && worst < 0.1, "{:?}", spec.family);
+        let (all, worst) = gradients_apart(&spec, &fresh(&spec, 7));
+        assert!(all < 0.01 && worst < 0.03, "{:?}", spec.family);
+    }
+}
+
+/// Far from uniform attention and logits make more of what bf16 rounds.
+#[test]
+#[ignore = "needs a GPU"]
+fn gradients_of_large_weights_are_near_those_of_the_cpu() {
+    for spec in shapes() {
+        let (all, worst) = gradients_apart(&spec, &weights(&spec, 7));
+        assert!(all < 0.04 && worst < 0.1, "{:?}", spec.family);
     }
 }
 
@@ -259,7 +296,7 @@ fn losses(backend: &mut impl Backend, batch: &PackedBatch, steps: usize) -> Vec<
 #[ignore = "needs a GPU"]
 fn twenty_steps_follow_the_cpu() {
     let spec = spec(Family::Qwen2, (6, 2, 64), 263);
-    let tensors = grpo_policy::weights::random_weights(&spec, 3).unwrap();
+    let tensors = random_weights(&spec, 3).unwrap();
     let batch = batch(spec.vocab_size);
     for trainable in [FULL, lora(&["all-linear"], 16)] {
         let expected = losses(&mut cpu(&spec, &tensors, &trainable), &batch, 20);
@@ -291,7 +328,7 @@ fn twenty_steps_follow_the_cpu() {
 #[ignore = "needs a GPU"]
 fn resuming_is_exact_and_so_is_making_activations_again() {
     let spec = spec(Family::Qwen3, (6, 2, 64), 263);
-    let tensors = grpo_policy::weights::random_weights(&spec, 3).unwrap();
+    let tensors = random_weights(&spec, 3).unwrap();
     let batch = batch(spec.vocab_size);
     for trainable in [FULL, lora(&["all-linear"], 12)] {
         let mut first = gpu(&spec, &tensors, &trainable, Kept::Activations);
@@ -353,7 +390,7 @@ fn distillation_is_that_of_the_cpu_for_the_model_and_its_early_exit() {
     );
     let (all, worst, name) = apart(&e, &f);
     println!("gradients apart {all:.4}, worst {worst:.4} {name}");
-    assert!(all < 0.02 && worst < 0.1);
+    assert!(all < 0.04 && worst < 0.1);
     cpu.add_early_exit(2, None).unwrap();
     gpu.add_early_exit(2, None).unwrap();
     assert_eq!(
@@ -435,7 +472,7 @@ fn what_is_wrong_is_refused_and_changes_nothing() {
 #[ignore = "needs a GPU"]
 fn rollouts_and_training_see_the_same_policy() {
     let spec = spec(Family::Qwen2, (6, 2, 64), 263);
-    let tensors = grpo_policy::weights::random_weights(&spec, 3).unwrap();
+    let tensors = random_weights(&spec, 3).unwrap();
     let batch = batch(spec.vocab_size);
     for trainable in [FULL, lora(&["all-linear"], 16)] {
         let mut gpu = gpu(&spec, &tensors, &trainable, Kept::Activations);

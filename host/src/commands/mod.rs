@@ -10,6 +10,7 @@ macro_rules! outln {
     ($($text:tt)*) => { $crate::commands::output::write(&format!("{}\n", format_args!($($text)*))) };
 }
 
+mod bench_flops;
 mod bench_gpu;
 mod bench_model;
 mod bench_plugin;

@@ -45,7 +45,7 @@ pub use graph::{DecodeShape, KernelTime, Profile};
 pub use memory::{Budget, MemoryPlan, PoolNeeds, step_bytes, weight_bytes};
 pub use propose::DeviceRow;
 pub use survey::{GpuFacts, Survey, survey};
-pub use train::{Kept, TrainingPlan, training_bytes};
+pub use train::{Kept, TrainingPlan, WorkTime, training_bytes};
 
 use crate::{
     backend::{Backend, BlockId, Drafted, Exit, OptimStep, Pass, Sampled, StepRow},

@@ -10,10 +10,9 @@ const STEP: usize = 256;
 pub(super) const PARTS: usize = 256;
 pub(super) const COLUMN_PARTS: usize = 64;
 
-/// Bytes of the logits of a chunk and their gradients: most of them where the output matrix trains, because its gradient is
-/// read and written for every chunk, and where it does not.
-const CHUNK_TRAINED: usize = 1 << 30;
-const CHUNK_FROZEN: usize = 256 << 20;
+/// Bytes of the logits of a chunk and their gradients. The gradient of the rows has few tiles of much work, and that of the
+/// output matrix is read and written for every chunk: both want long chunks.
+const CHUNK: usize = 1 << 30;
 
 /// What of a pass is kept for its backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,8 +31,6 @@ pub(super) struct Sizes {
     /// Tokens of a pass.
     pub(super) tokens: usize,
     pub(super) kept: Kept,
-    /// Whether the output matrix trains.
-    pub(super) trains_head: bool,
     /// Rank that adapters are stored with; 0 without.
     pub(super) rank: usize,
     pub(super) multiprocessors: usize,
@@ -146,12 +143,8 @@ impl Arena {
         if sizes.kept != Kept::Nothing {
             arena.backward(spec, sizes, &mut carver);
         }
-        let budget = match sizes.trains_head {
-            true => CHUNK_TRAINED,
-            false => CHUNK_FROZEN,
-        };
         let row = arena.stride * (size_of::<f32>() + 2);
-        let rows = (budget / row).max(128) / 128 * 128;
+        let rows = (CHUNK / row).max(128) / 128 * 128;
         arena.chunk_rows = rows.min(sizes.tokens.next_multiple_of(8));
         arena.logits = carver.take(arena.chunk_rows * arena.stride, 4);
         arena.dlogits = carver.take(arena.chunk_rows * arena.stride, 2);
@@ -323,7 +316,6 @@ mod tests {
         Sizes {
             tokens,
             kept,
-            trains_head: true,
             rank: 0,
             multiprocessors: 132,
         }
@@ -380,16 +372,9 @@ mod tests {
 
     #[test]
     fn a_chunk_of_logits_is_bounded_and_never_longer_than_the_pass() {
-        let rows = |tokens, trains_head| {
-            let sizes = Sizes {
-                trains_head,
-                ..sizes(tokens, Kept::Activations)
-            };
-            Arena::new(&spec(), &sizes).chunk_rows
-        };
-        assert_eq!(rows(8192, true), 1152);
-        assert_eq!(rows(8192, false), 256);
-        assert_eq!(rows(100, true), 104);
+        let rows = |tokens| Arena::new(&spec(), &sizes(tokens, Kept::Activations)).chunk_rows;
+        assert_eq!(rows(8192), 1152);
+        assert_eq!(rows(100), 104);
     }
 
     #[test]

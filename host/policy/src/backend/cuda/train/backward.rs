@@ -3,6 +3,7 @@
 use super::{
     Mode, On, Training,
     arena::{COLUMN_PARTS, Kept, PARTS, Trace, qkv_width},
+    clock::Kind,
     forward::{Run, product, projection},
     head::{Lesson, Scored},
     kernels::{Norm, NormBackward},
@@ -46,6 +47,7 @@ impl Training {
         scored: &Scored,
         lesson: &Lesson,
     ) -> Result<(), PolicyError> {
+        self.clock.turn(true);
         self.head_backward(on, run, scored, lesson)?;
         for layer in (0..on.spec.num_hidden_layers).rev() {
             let trace = match self.sizes.kept {
@@ -58,6 +60,7 @@ impl Training {
         if matches!(self.mode, Mode::Full { .. }) {
             self.embedding_backward(on, run)?;
         }
+        self.clock.pause(on.gpu)?;
         self.trains()?.check_complete()
     }
 
@@ -80,16 +83,21 @@ impl Training {
         let (t, h, f) = (run.tokens(), on.spec.hidden_size, on.spec.intermediate_size);
         let at = run.model.layers[layer];
         let (act, dx16) = (self.arena.act, self.arena.dx16);
-        self.back((dx16, at.down, act), (t, h, f))?;
+        self.back(on, (dx16, at.down, act), (t, h, f))?;
         // The gradients take the places of what they are made from.
         let gradients = [trace.gate_up, act, trace.gate_up, act];
+        self.clock.enter(on.gpu, Kind::Swiglu)?;
         self.kernels.swiglu_backward(on.gpu, gradients, (t, f))?;
         self.weight_gradient(on, layer, Matrix::Down, (dx16, act, t))?;
         let normed = self.arena.h;
         let norm = (at.mlp_norm, trace.middle, trace.middle_rstd);
         self.norm_again(on, norm, t)?;
         self.weight_gradient(on, layer, Matrix::GateUp, (trace.gate_up, normed, t))?;
-        self.back((trace.gate_up, at.gate_up, self.arena.delta), (t, 2 * f, h))?;
+        self.back(
+            on,
+            (trace.gate_up, at.gate_up, self.arena.delta),
+            (t, 2 * f, h),
+        )?;
         self.norm_backward(on, norm, self.slots.layers[layer].mlp_norm, t)
     }
 
@@ -103,7 +111,7 @@ impl Training {
         let (spec, t, at) = (on.spec, run.tokens(), run.model.layers[layer]);
         let (h, width) = (spec.hidden_size, qkv_width(spec));
         let (dx16, dqkv, normed) = (self.arena.dx16, self.arena.dqkv, self.arena.h);
-        self.back((dx16, at.o, self.arena.dattended), (t, h, spec.q_dim()))?;
+        self.back(on, (dx16, at.o, self.arena.dattended), (t, h, spec.q_dim()))?;
         self.weight_gradient(on, layer, Matrix::O, (dx16, trace.attended, t))?;
         let rotated = match spec.qk_norm {
             true => self.rotate(on, run, layer, trace)?,
@@ -111,7 +119,9 @@ impl Training {
         };
         let attention = self.attention(on, run, trace, rotated);
         let tiles = (run.tables.query_tiles, run.tables.key_tiles);
+        self.clock.enter(on.gpu, Kind::Attention)?;
         self.kernels.attend_backward(on.gpu, &attention, tiles)?;
+        self.clock.enter(on.gpu, Kind::Rotation)?;
         self.kernels.qkv_rope_backward(
             on.gpu,
             &projection(on, run, layer, trace),
@@ -131,11 +141,12 @@ impl Training {
         let norm = (at.input_norm, trace.before, trace.before_rstd);
         self.norm_again(on, norm, t)?;
         self.weight_gradient(on, layer, Matrix::Qkv, (dqkv, normed, t))?;
-        self.back((dqkv, at.qkv, self.arena.delta), (t, width, h))?;
+        self.back(on, (dqkv, at.qkv, self.arena.delta), (t, width, h))?;
         self.norm_backward(on, norm, slots.input_norm, t)
     }
 
     fn embedding_backward(&mut self, on: On<'_>, run: &Run) -> Result<(), PolicyError> {
+        self.clock.enter(on.gpu, Kind::Embedding)?;
         let (slot, h) = (self.slots.embed, on.spec.hidden_size);
         let optimizer = self.optimizer.as_mut().ok_or(super::NOTHING_TRAINS)?;
         let (to, add) = optimizer.gradient(on.gpu, slot);
@@ -168,6 +179,7 @@ impl Training {
             out: self.arena.h,
             ..Norm::default()
         };
+        self.clock.enter(on.gpu, Kind::Norms)?;
         let sizes = (rows, on.spec.hidden_size);
         self.kernels.rms_norm_again(on.gpu, &norm, sizes)
     }
@@ -191,6 +203,7 @@ impl Training {
             part: if full { self.arena.parts } else { 0 },
             add: true,
         };
+        self.clock.enter(on.gpu, Kind::Norms)?;
         self.kernels.rms_norm_backward(on.gpu, &norm, (rows, h))?;
         match full {
             true => self.add_parts(on, slot, PARTS, h),
@@ -201,9 +214,11 @@ impl Training {
     /// `dx[rows, inputs] = dy[rows, outputs] · w[outputs, inputs]`.
     fn back(
         &mut self,
+        on: On<'_>,
         (dy, w, dx): (u64, u64, u64),
         (rows, outputs, inputs): (usize, usize, usize),
     ) -> Result<(), CudaError> {
+        self.clock.enter(on.gpu, Kind::Products)?;
         let product = product(
             (rows, inputs, outputs),
             Factor::plain(outputs),
@@ -239,6 +254,11 @@ impl Training {
         let Some(optimizer) = &mut self.optimizer else {
             return Ok(());
         };
+        let kind = match &self.mode {
+            Mode::Lora(_) => Kind::Adapters,
+            _ => Kind::WeightGradients,
+        };
+        self.clock.enter(on.gpu, kind)?;
         let (to, add) = optimizer.gradient(on.gpu, slot);
         let out = if add { Out::AddF32 } else { Out::F32 };
         let product = Product { out, ..product };
@@ -291,6 +311,7 @@ impl Training {
         let Some(optimizer) = &self.optimizer else {
             return Ok(());
         };
+        self.clock.enter(on.gpu, Kind::Adapters)?;
         let (rank, parts) = (self.sizes.rank, adapted.parts.len());
         let (inputs, outputs, wide) = (adapted.inputs, adapted.outputs, parts * rank);
         let (low, dlow) = (self.arena.low, self.arena.dlow);

@@ -83,6 +83,7 @@ impl Training {
         lesson: &Lesson,
     ) -> Result<f64, PolicyError> {
         let run = self.begin(on, batch, Pass::Score)?;
+        self.clock.turn(false);
         self.forward(on, &run, exit.layers())?;
         let scored = Scored {
             rows: run.tables.scored,
@@ -110,7 +111,7 @@ impl Training {
             ..Norm::default()
         };
         self.norm(on, &scale, rows)?;
-        self.project((scaled, at.adapter, delta), (rows, h, h))?;
+        self.project(on, (scaled, at.adapter, delta), (rows, h, h))?;
         let last = Norm {
             x: hidden,
             delta,

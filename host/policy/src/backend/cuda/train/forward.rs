@@ -5,6 +5,7 @@ use cudarc::driver::{CudaSlice, DevicePtr};
 use super::{
     ModelAt, On, Training,
     arena::{Kept, Trace, qkv_width, splits},
+    clock::Kind,
     head::Scored,
     kernels::{Attention, Norm, Projection},
     tables::{Field, Tables},
@@ -77,6 +78,7 @@ impl Training {
             self.saved = None;
         }
         let run = self.begin(on, batch, pass)?;
+        self.clock.turn(false);
         self.forward(on, &run, on.spec.num_hidden_layers)?;
         let scored = Scored {
             rows: run.tables.scored,
@@ -97,6 +99,7 @@ impl Training {
     ) -> Result<(), CudaError> {
         let (t, h) = (run.tokens(), on.spec.hidden_size);
         let x = self.arena.x;
+        self.clock.enter(on.gpu, Kind::Embedding)?;
         on.gpu.embed(run.at(Field::Ids), run.model.embed, x, t, h)?;
         for layer in 0..layers {
             let kept = run.trains && self.sizes.kept == Kept::Activations;
@@ -143,12 +146,13 @@ impl Training {
             let bytes = t * h * size_of::<f32>();
             on.gpu.copy(x, self.arena.inputs[layer], bytes)?;
         }
-        self.project((normed, at.qkv, trace.qkv), (t, width, h))?;
+        self.project(on, (normed, at.qkv, trace.qkv), (t, width, h))?;
         let rotated = self.rotate(on, run, layer, &trace)?;
         let attention = self.attention(on, run, &trace, rotated);
+        self.clock.enter(on.gpu, Kind::Attention)?;
         self.kernels
             .attend(on.gpu, &attention, run.tables.query_tiles)?;
-        self.project((trace.attended, at.o, out), (t, h, spec.q_dim()))?;
+        self.project(on, (trace.attended, at.o, out), (t, h, spec.q_dim()))?;
         let middle = Norm {
             x,
             delta: out,
@@ -159,12 +163,14 @@ impl Training {
             ..Norm::default()
         };
         self.norm(on, &middle, t)?;
-        self.project((normed, at.gate_up, trace.gate_up), (t, 2 * f, h))?;
+        self.project(on, (normed, at.gate_up, trace.gate_up), (t, 2 * f, h))?;
+        self.clock.enter(on.gpu, Kind::Swiglu)?;
         on.gpu.silu_mul(trace.gate_up, act, t, f)?;
-        self.project((act, at.down, out), (t, h, f))
+        self.project(on, (act, at.down, out), (t, h, f))
     }
 
     pub(super) fn norm(&self, on: On<'_>, norm: &Norm, rows: usize) -> Result<(), CudaError> {
+        self.clock.enter(on.gpu, Kind::Norms)?;
         let (hidden, eps) = (on.spec.hidden_size, on.spec.rms_norm_eps as f32);
         self.kernels.rms_norm(on.gpu, norm, (rows, hidden), eps)
     }
@@ -172,9 +178,11 @@ impl Training {
     /// `y[rows, outputs] = x[rows, inputs] · w[outputs, inputs]ᵀ`, all bf16.
     pub(super) fn project(
         &mut self,
+        on: On<'_>,
         (x, w, y): (u64, u64, u64),
         (rows, outputs, inputs): (usize, usize, usize),
     ) -> Result<(), CudaError> {
+        self.clock.enter(on.gpu, Kind::Products)?;
         let product = product(
             (rows, outputs, inputs),
             Factor::plain(inputs),
@@ -196,6 +204,7 @@ impl Training {
             true => self.arena.rotated,
             false => trace.qkv,
         };
+        self.clock.enter(on.gpu, Kind::Rotation)?;
         let projection = projection(on, run, layer, trace);
         self.kernels.qkv_rope(on.gpu, &projection, to)?;
         Ok(to)

@@ -6,6 +6,7 @@ use cudarc::driver::{CudaSlice, DevicePtr};
 use super::{
     On, Training,
     arena::{HeadRows, PARTS},
+    clock::Kind,
     forward::{Run, product},
     kernels::{Logits, Norm, NormBackward, Scores, Soft},
     tables::Field,
@@ -129,8 +130,10 @@ impl Training {
         for chunk in 0..scored.rows.div_ceil(self.arena.chunk_rows) {
             let logits = self.logits_of(on, from, scored, chunk)?;
             let scores = self.scores(run, scored, chunk);
+            self.clock.enter(on.gpu, Kind::Softmax)?;
             self.kernels.score_logits(on.gpu, &logits, &scores)?;
         }
+        self.clock.pause(on.gpu)?;
         Ok(TokenScores {
             logprobs: on.gpu.read(scored.at.logp, scored.rows)?,
             entropy: on.gpu.read(scored.at.entropy, scored.rows)?,
@@ -170,6 +173,7 @@ impl Training {
             };
             let from = normed + (first * h * 2) as u64;
             self.logits = None;
+            self.clock.enter(on.gpu, Kind::Logits)?;
             self.gemm.multiply(product, 1.0, [from, head, at])?;
             self.logits = Some((scored.pass, chunk));
         }
@@ -197,7 +201,9 @@ impl Training {
             let logits = self.logits_of(on, (from.head, from.normed), scored, chunk)?;
             let first = chunk * self.arena.chunk_rows;
             let scores = self.scores(run, scored, chunk);
+            self.clock.enter(on.gpu, Kind::Softmax)?;
             self.teach(on, (&logits, first), &scores, lesson)?;
+            self.clock.enter(on.gpu, Kind::Logits)?;
             let skipped = (first * h * 2) as u64;
             let back = product(
                 (logits.rows, h, vocab),
@@ -282,6 +288,7 @@ impl Training {
             part: if full { self.arena.parts } else { 0 },
             ..NormBackward::default()
         };
+        self.clock.enter(on.gpu, Kind::Norms)?;
         self.kernels
             .rms_norm_backward(on.gpu, &norm, (scored.rows, h))?;
         if full {

@@ -8,6 +8,7 @@
 mod adapters;
 mod arena;
 mod backward;
+mod clock;
 mod exit;
 mod forward;
 mod head;
@@ -24,6 +25,7 @@ use candle_core::Tensor;
 use cudarc::driver::{CudaSlice, DevicePtr};
 
 pub use arena::Kept;
+pub use clock::WorkTime;
 pub(super) use exit::ExitOptimizer;
 pub use plan::{TrainingPlan, training_bytes};
 
@@ -36,6 +38,7 @@ use crate::{
 };
 use adapters::Lora;
 use arena::{Arena, Sizes};
+use clock::{Clock, Work};
 use forward::Run;
 use head::{Lesson, Scored};
 use kernels::Kernels;
@@ -87,6 +90,7 @@ pub(super) struct Training {
     /// Pass and chunk whose logits are there.
     logits: Option<(u64, usize)>,
     passes: u64,
+    clock: Clock,
 }
 
 impl ModelAt {
@@ -157,6 +161,7 @@ impl Training {
             saved: None,
             logits: None,
             passes: 0,
+            clock: Clock::default(),
         })
     }
 
@@ -216,7 +221,6 @@ fn sizes(trainable: &Trainable, tokens: usize, kept: Kept, multiprocessors: usiz
     Sizes {
         tokens: tokens.min(MAX_TOKENS),
         kept,
-        trains_head: matches!(trainable, Trainable::Full { .. }),
         rank,
         multiprocessors,
     }
@@ -333,16 +337,33 @@ impl CudaBackend {
             mode,
             optimizer,
             logits,
+            clock,
             ..
         } = training;
         let optimizer = optimizer.as_mut().ok_or(NOTHING_TRAINS)?;
+        clock.change(on.gpu, Work::Optimizer)?;
         let norm = optimizer.step(on.gpu, kernels, step)?;
         if let Mode::Lora(lora) = mode {
+            clock.change(on.gpu, Work::Merging)?;
             lora.merge(on, kernels, gemm, optimizer)?;
         }
+        clock.pause(on.gpu)?;
         *logits = None;
         training.saved = None;
         self.forget_steps();
         Ok(norm)
+    }
+
+    /// Measures where the time of the following training passes and updates goes.
+    pub fn start_profile(&mut self) {
+        if let Some(training) = &mut self.training {
+            training.clock.start();
+        }
+    }
+
+    /// What [`CudaBackend::start_profile`] has measured; nothing for a model that does not train.
+    pub fn stop_profile(&mut self) -> Vec<WorkTime> {
+        let training = self.training.as_mut();
+        training.map_or_else(Vec::new, |training| training.clock.stop())
     }
 }
