@@ -448,7 +448,8 @@ extern "C" __global__ void __launch_bounds__(256) qkv_rope_backward_normed(const
 // Rows of a gradient summed by where they belong: to[ids[b]] += Σ from[rows[i]], i from starts[b] to starts[b + 1], in an order
 // that depends on the list's length alone. ids: [lists], distinct; starts: [lists + 1]; rows: indices into from; from: [·, H],
 // to: [·, H] f32; H a multiple of 4. Embedding: ids are of the vocabulary, to the table's gradient; scored tokens: ids are
-// tokens of T, to the gradient of the last hidden states. Grid: (lists, ⌈H / 128⌉), 256 threads.
+// tokens of T, to the gradient of the last hidden states. Grid: (lists, any), 256 threads; in y up to ⌈H / 128⌉ blocks share a
+// list of 8 or more, and more than one is wasted on shorter ones.
 extern "C" __global__ void __launch_bounds__(256) scatter_rows(const int* ids, const int* starts, const int* rows,
                                                                const float* from, float* to, int hidden) {
     __shared__ float4 shared[8][32];
@@ -458,7 +459,6 @@ extern "C" __global__ void __launch_bounds__(256) scatter_rows(const int* ids, c
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float4* target = (float4*)(to + (size_t)ids[blockIdx.x] * hidden);
     auto add = [](float4& sum, float4 x) { sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w; };
-    // Short lists are many, and one block does all of the row; long ones are few, and all warps of all blocks share them.
     if (end - begin < 8) {
         if (blockIdx.y) return;
         for (int i = threadIdx.x; i < quarter; i += 256) {
@@ -468,15 +468,19 @@ extern "C" __global__ void __launch_bounds__(256) scatter_rows(const int* ids, c
         }
         return;
     }
-    int i = blockIdx.y * 32 + lane;
-    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (i < quarter)
+    for (int first = blockIdx.y * 32; first < quarter; first += gridDim.y * 32) {
+        int i = first + lane;
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (i < quarter)
 #pragma unroll 4
-        for (int r = begin + warp; r < end; r += 8) add(sum, ((const float4*)(from + (size_t)rows[r] * hidden))[i]);
-    shared[warp][lane] = sum;
-    __syncthreads();
-    if (warp || i >= quarter) return;
-    sum = target[i];
-    for (int w = 0; w < 8; w++) add(sum, shared[w][lane]);
-    target[i] = sum;
+            for (int r = begin + warp; r < end; r += 8) add(sum, ((const float4*)(from + (size_t)rows[r] * hidden))[i]);
+        shared[warp][lane] = sum;
+        __syncthreads();
+        if (warp == 0 && i < quarter) {
+            sum = target[i];
+            for (int w = 0; w < 8; w++) add(sum, shared[w][lane]);
+            target[i] = sum;
+        }
+        __syncthreads();
+    }
 }
