@@ -196,9 +196,9 @@ mod tests {
         };
         let expected = [
             "  profile  a training step of 40.0 ms",
-            "  pass     work        ms   share",
-            "  forward  norms    10.00  25.0 %",
-            "  forward  logits   30.00  75.0 %",
+            "  pass     work       ms   share",
+            "  forward  norms   10.00  25.0 %",
+            "  forward  logits  30.00  75.0 %",
         ];
         let lines = training_lines(&[time("norms", 0.01), time("logits", 0.03)]);
         assert_eq!(lines, expected);

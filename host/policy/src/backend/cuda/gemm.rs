@@ -15,6 +15,9 @@ const WORKSPACE: usize = 32 << 20;
 /// Algorithms tried by [`Gemm::tune`].
 const CANDIDATES: usize = 24;
 
+/// Plans that are kept: packed passes have another number of tokens every time.
+const MOST_PLANS: usize = 4096;
+
 /// What becomes of the product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Out {
@@ -171,6 +174,9 @@ impl Gemm {
 
     fn queue(&mut self, product: Product, scale: f32, at: Operands) -> Result<(), CudaError> {
         if !self.plans.contains_key(&product) {
+            if self.plans.len() >= MOST_PLANS {
+                self.plans.retain(|_, plan| plan.tuned);
+            }
             let plan = self.plan(product)?;
             self.plans.insert(product, plan);
         }
@@ -389,18 +395,20 @@ impl Gemm {
     }
 }
 
-impl Drop for Gemm {
+impl Drop for Plan {
     fn drop(&mut self) {
-        for plan in self.plans.values() {
-            // SAFETY: each was made by `plan` and is destroyed once. A failure leaks some bytes at the end of the
-            // process.
-            unsafe {
-                _ = lt::destroy_matmul_desc(plan.desc);
-                for layout in [plan.w, plan.x, plan.y] {
-                    _ = lt::destroy_matrix_layout(layout);
-                }
+        // SAFETY: each was made by `plan` and is destroyed once. A failure leaks some bytes.
+        unsafe {
+            _ = lt::destroy_matmul_desc(self.desc);
+            for layout in [self.w, self.x, self.y] {
+                _ = lt::destroy_matrix_layout(layout);
             }
         }
+    }
+}
+
+impl Drop for Gemm {
+    fn drop(&mut self) {
         // SAFETY: made by `new`, destroyed once.
         _ = unsafe { lt::destroy_handle(self.handle) };
     }

@@ -1,4 +1,16 @@
-// Adapters merged into the weights that everything reads.
+// Adapters merged into the weights that everything reads, and rows of a gradient that the forward pass has made.
+
+// to[r] = scale[r] · from[r], r a block of 256 threads. from, to: [grid, H] bf16, H a multiple of 2; scale: [grid].
+extern "C" __global__ void __launch_bounds__(256) scale_rows(const u32* from, const float* scale, u32* to, int hidden) {
+    let_next_start();
+    wait_for_previous();
+    size_t row = (size_t)blockIdx.x * (hidden / 2);
+    float s = scale[blockIdx.x];
+    for (int i = threadIdx.x; i < hidden / 2; i += 256) {
+        u32 x = from[row + i];
+        to[row + i] = pack(s * low(x), s * high(x));
+    }
+}
 
 // Where an element of a matrix rounds up: a hash of its index (Wellons' lowbias32), the same in every step and process.
 static __device__ __forceinline__ u32 threshold(u64 i) {

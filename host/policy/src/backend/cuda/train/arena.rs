@@ -7,8 +7,8 @@ use crate::spec::ModelSpec;
 const STEP: usize = 256;
 
 /// Blocks of the kernels that sum over rows in parts (train_rows.cu), and those of column sums.
-pub(super) const PARTS: usize = 256;
-pub(super) const COLUMN_PARTS: usize = 64;
+pub(super) const PARTS: usize = 528;
+pub(super) const COLUMN_PARTS: usize = 132;
 
 /// Bytes of the logits of a chunk and their gradients. The gradient of the rows has few tiles of much work, and that of the
 /// output matrix is read and written for every chunk: both want long chunks.
@@ -96,6 +96,10 @@ pub(super) struct Arena {
     pub(super) row_dots: u64,
     /// Parts of sums over rows, f32.
     pub(super) parts: u64,
+    /// Gradient of each scored row's log-prob by its normalised hidden state, `[R, H]`, where the output matrix is frozen.
+    pub(super) rows: u64,
+    /// As many ones as a chunk has rows, f32.
+    pub(super) ones: u64,
     /// `[T, 3·rank]`, and its gradient.
     pub(super) low: u64,
     pub(super) dlow: u64,
@@ -115,7 +119,7 @@ pub(super) struct Arena {
 pub(super) fn splits(spec: &ModelSpec, tokens: usize, multiprocessors: usize) -> usize {
     let group = spec.num_attention_heads / spec.num_key_value_heads;
     let tiles = spec.num_key_value_heads * tokens.div_ceil(super::tables::TILE);
-    (2 * multiprocessors / tiles).clamp(1, group)
+    (3 * multiprocessors / 2 / tiles).clamp(1, group)
 }
 
 /// Hands out regions one after the other.
@@ -148,6 +152,7 @@ impl Arena {
         arena.chunk_rows = rows.min(sizes.tokens.next_multiple_of(8));
         arena.logits = carver.take(arena.chunk_rows * arena.stride, 4);
         arena.dlogits = carver.take(arena.chunk_rows * arena.stride, 2);
+        arena.ones = carver.take(arena.chunk_rows, 4);
         arena.bytes = carver.0;
         arena
     }
@@ -196,7 +201,7 @@ impl Arena {
         self.dqkv = carver.take(t * qkv_width(spec), 2);
         // A pass of few tokens is divided into more parts than one of many.
         let group = spec.num_attention_heads / spec.num_key_value_heads;
-        let divided = 2 * m * super::tables::TILE / spec.num_key_value_heads;
+        let divided = 3 * m * super::tables::TILE / (2 * spec.num_key_value_heads);
         let rows = (t * group).min(t.max(divided));
         self.dkv = carver.take(rows * 2 * spec.kv_dim(), 4);
         self.dattended = carver.take(t * spec.q_dim(), 2);
@@ -204,6 +209,7 @@ impl Arena {
         let widest = h.max(2 * spec.head_dim);
         let parts = (PARTS * widest).max(COLUMN_PARTS * qkv_width(spec));
         self.parts = carver.take(parts, 4);
+        self.rows = carver.take(if sizes.rank > 0 { t * h } else { 0 }, 2);
         self.low = carver.take(t * 3 * sizes.rank, 2);
         self.dlow = carver.take(t * 3 * sizes.rank, 2);
     }
@@ -240,6 +246,8 @@ impl Arena {
             dattended: to(self.dattended),
             row_dots: to(self.row_dots),
             parts: to(self.parts),
+            rows: to(self.rows),
+            ones: to(self.ones),
             low: to(self.low),
             dlow: to(self.dlow),
             logits: to(self.logits),
@@ -329,7 +337,7 @@ mod tests {
         let trace = 1792 + 4 + 2304 + 1792 + 56 + 1792 + 4 + 19_456;
         let heads = 2 * (2 * 1792 + 16);
         let work = 3584 + 2 * 1792 + 9728;
-        // dx, dx16, dqkv, dkv, dattended, row_dots; dkv is one part from 8448 tokens on, and of fewer no less.
+        // dx, dx16, dqkv, dkv, dattended, row_dots; dkv is one part from 12,672 tokens on, and of fewer no less.
         let backward = 3584 + 1792 + 2304 + 1792 + 56;
         assert_eq!(each(Kept::Nothing), trace + heads + work);
         assert_eq!(
@@ -365,7 +373,7 @@ mod tests {
                     .iter()
                     .all(|start| start % 256 == 0 && *start >= 4096)
             );
-            let end = arena.dlogits as usize + arena.chunk_rows * arena.stride * 2;
+            let end = arena.ones as usize + arena.chunk_rows * 4;
             assert_eq!(end.next_multiple_of(256), arena.bytes + 4096);
         }
     }
@@ -381,13 +389,14 @@ mod tests {
     fn few_tokens_are_divided_into_the_heads_of_a_group() {
         let spec = spec();
         assert_eq!(splits(&spec, 128, 132), 7);
-        assert_eq!(splits(&spec, 4096, 132), 4);
+        assert_eq!(splits(&spec, 3072, 132), 4);
+        assert_eq!(splits(&spec, 8192, 132), 1);
         assert_eq!(splits(&spec, 24_576, 132), 1);
         // What the arena has room for.
         for tokens in [1, 100, 128, 129, 1000, 4096, 8192] {
             let rows = splits(&spec, tokens, 132) * tokens;
             let group = 7 * tokens;
-            assert!(rows <= group.min(tokens.max(2 * 132 * 128 / 2)));
+            assert!(rows <= group.min(tokens.max(3 * 132 * 128 / 4)));
         }
     }
 }

@@ -162,7 +162,7 @@ impl Training {
         let sizes = (run.tables.distinct, h);
         Ok(self
             .kernels
-            .scatter_rows(on.gpu, lists, (self.arena.dx, to), sizes)?)
+            .scatter_rows(on.gpu, lists, (self.arena.dx, to), sizes, true)?)
     }
 
     /// A norm's output once more, in `arena.h`, from its weight, what was saved and 1 over the root mean square.

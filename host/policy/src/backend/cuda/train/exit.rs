@@ -90,6 +90,7 @@ impl Training {
             temperature,
             at: self.arena.heads[1],
             pass: self.passes,
+            differentiated: false,
         };
         let (rows, h) = (scored.rows, on.spec.hidden_size);
         let arena = &self.arena;
@@ -101,7 +102,7 @@ impl Training {
             run.at(Field::Predictors),
         ];
         self.kernels
-            .scatter_rows(on.gpu, lists, (arena.x, hidden), (rows, h))?;
+            .scatter_rows(on.gpu, lists, (arena.x, hidden), (rows, h), false)?;
         let at = exit.addresses(&on.gpu.stream).ok_or(NOTHING_TRAINS)?;
         let scale = Norm {
             x: hidden,

@@ -85,6 +85,7 @@ impl Training {
             temperature,
             at: self.arena.heads[usize::from(pass != Pass::Train)],
             pass: self.passes,
+            differentiated: run.trains && matches!(self.mode, super::Mode::Lora(_)),
         };
         self.normalise(on, &run, &scored)?;
         Ok((run, scored))

@@ -29,6 +29,9 @@ pub(super) struct Scored {
     pub(super) at: HeadRows,
     /// Number of the pass.
     pub(super) pass: u64,
+    /// Scoring also leaves the gradients of the log-probs, so that the backward pass has only to multiply them by their
+    /// coefficients and makes no logits again. Only for a frozen output matrix, whose own gradient would need them.
+    pub(super) differentiated: bool,
 }
 
 /// Where logits come from and go to.
@@ -132,6 +135,14 @@ impl Training {
             let scores = self.scores(run, scored, chunk);
             self.clock.enter(on.gpu, Kind::Softmax)?;
             self.kernels.score_logits(on.gpu, &logits, &scores)?;
+            if scored.differentiated {
+                let coefficients = (self.arena.ones, self.arena.dlogits);
+                self.kernels
+                    .logits_gradient(on.gpu, &logits, &scores, coefficients)?;
+                let first = chunk * self.arena.chunk_rows;
+                let to = self.arena.rows;
+                self.rows_backward(on, (run.model.head, to), (first, logits.rows))?;
+            }
         }
         self.clock.pause(on.gpu)?;
         Ok(TokenScores {
@@ -203,15 +214,8 @@ impl Training {
             let scores = self.scores(run, scored, chunk);
             self.clock.enter(on.gpu, Kind::Softmax)?;
             self.teach(on, (&logits, first), &scores, lesson)?;
-            self.clock.enter(on.gpu, Kind::Logits)?;
             let skipped = (first * h * 2) as u64;
-            let back = product(
-                (logits.rows, h, vocab),
-                Factor::plain(stride),
-                Factor::plain(h),
-            );
-            self.gemm
-                .multiply(back, 1.0, [dlogits, from.head, from.dnormed + skipped])?;
+            self.rows_backward(on, (from.head, from.dnormed), (first, logits.rows))?;
             if let Some(slot) = from.trains {
                 let sizes = (vocab, h, logits.rows);
                 let factors = (Factor::transposed(stride), Factor::plain(h));
@@ -221,6 +225,22 @@ impl Training {
         }
         self.logits = None;
         Ok(())
+    }
+
+    /// From the gradient of a chunk of logits to that of the rows from `first` on.
+    fn rows_backward(
+        &mut self,
+        on: On<'_>,
+        (head, to): (u64, u64),
+        (first, rows): (usize, usize),
+    ) -> Result<(), CudaError> {
+        self.clock.enter(on.gpu, Kind::Logits)?;
+        let (h, vocab) = (on.spec.hidden_size, on.spec.vocab_size);
+        let factors = (Factor::plain(self.arena.stride), Factor::plain(h));
+        let product = product((rows, h, vocab), factors.0, factors.1);
+        let to = to + (first * h * 2) as u64;
+        self.gemm
+            .multiply(product, 1.0, [self.arena.dlogits, head, to])
     }
 
     /// Gradient of the logits of the rows from `first` on.
@@ -276,8 +296,17 @@ impl Training {
             dnormed: self.arena.h,
             trains: full.then_some(self.slots.head),
         };
-        self.unembed_backward(on, run, scored, (&from, lesson))?;
         let (t, h) = (run.tokens(), on.spec.hidden_size);
+        match lesson {
+            Lesson::LogProbs(coefficients) if scored.differentiated => {
+                self.clock.enter(on.gpu, Kind::Softmax)?;
+                let coefficients = coefficients.device_ptr(&on.gpu.stream).0;
+                let operands = [self.arena.rows, coefficients, from.dnormed];
+                self.kernels
+                    .scale_rows(on.gpu, operands, (scored.rows, h))?;
+            }
+            _ => self.unembed_backward(on, run, scored, (&from, lesson))?,
+        }
         let (dx, rows) = (self.arena.dx, self.arena.x);
         let norm = NormBackward {
             saved: scored.at.saved,
@@ -301,7 +330,7 @@ impl Training {
             run.at(Field::Counting),
         ];
         self.kernels
-            .scatter_rows(on.gpu, lists, (rows, dx), (scored.rows, h))?;
+            .scatter_rows(on.gpu, lists, (rows, dx), (scored.rows, h), false)?;
         // For its copy in bf16; what it normalises is not used.
         let copy = Norm {
             x: dx,

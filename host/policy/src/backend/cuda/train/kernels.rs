@@ -139,6 +139,7 @@ pub(super) struct Kernels {
     global_norm: CudaFunction,
     adamw: CudaFunction,
     merge_adapter: CudaFunction,
+    scale_rows: CudaFunction,
 }
 
 /// Bytes of shared memory of attention's three kernels (the end of train_attention.cu has the table).
@@ -205,6 +206,7 @@ impl Kernels {
             global_norm: get("global_norm")?,
             adamw: get("adamw_f32_f32")?,
             merge_adapter: get("merge_adapter")?,
+            scale_rows: get("scale_rows")?,
         })
     }
 
@@ -337,15 +339,17 @@ impl Kernels {
         launch!(gpu, kernel, launch, p, &dqkv, &dkv, &splits, &part)
     }
 
-    /// `[ids, starts, rows]` of `lists` lists.
+    /// `[ids, starts, rows]` of `lists` lists, some of which may be `long`.
     pub(super) fn scatter_rows(
         &self,
         gpu: &Gpu,
         [ids, starts, rows]: [u64; 3],
         (from, to): (u64, u64),
         (lists, hidden): (usize, usize),
+        long: bool,
     ) -> Result<(), CudaError> {
-        let launch = blocks((lists, hidden.div_ceil(128), 1), 256);
+        let columns = if long { hidden.div_ceil(128) } else { 1 };
+        let launch = blocks((lists, columns, 1), 256);
         let hidden = hidden as i32;
         let kernel = &self.scatter_rows;
         launch!(
@@ -455,6 +459,18 @@ impl Kernels {
             &u.norm,
             &u.constants
         )
+    }
+
+    /// `to[r] = scale[r] · from[r]`.
+    pub(super) fn scale_rows(
+        &self,
+        gpu: &Gpu,
+        [from, scale, to]: [u64; 3],
+        (rows, hidden): (usize, usize),
+    ) -> Result<(), CudaError> {
+        let launch = blocks((rows, 1, 1), 256);
+        let hidden = hidden as i32;
+        launch!(gpu, &self.scale_rows, launch, &from, &scale, &to, &hidden)
     }
 
     /// `n` numbers, the first being number `first` of its matrix.

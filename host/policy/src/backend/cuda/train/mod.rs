@@ -230,7 +230,9 @@ fn carve(on: On<'_>, sizes: &Sizes) -> Result<(Arena, CudaSlice<u8>), CudaError>
     let arena = Arena::new(on.spec, sizes);
     let buffer = on.gpu.stream.alloc_zeros::<u8>(arena.bytes)?;
     let base = buffer.device_ptr(&on.gpu.stream).0;
-    Ok((arena.at(base), buffer))
+    let arena = arena.at(base);
+    on.gpu.write(arena.ones, &vec![1f32; arena.chunk_rows])?;
+    Ok((arena, buffer))
 }
 
 impl CudaBackend {
