@@ -163,14 +163,16 @@ impl Gpu {
     pub(super) fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), CudaError> {
         self.stream.context().bind_to_thread()?;
         // SAFETY: the caller names live buffers of at least so many bytes that do not overlap.
-        Ok(unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream())? })
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream())? };
+        Ok(())
     }
 
     /// Queues zeros to so many bytes.
     pub(super) fn zero(&self, at: u64, bytes: usize) -> Result<(), CudaError> {
         self.stream.context().bind_to_thread()?;
         // SAFETY: the caller names a live buffer of at least so many bytes.
-        Ok(unsafe { result::memset_d8_async(at, 0, bytes, self.stream.cu_stream())? })
+        unsafe { result::memset_d8_async(at, 0, bytes, self.stream.cu_stream())? };
+        Ok(())
     }
 
     /// Bytes of GPU memory: free, and all.

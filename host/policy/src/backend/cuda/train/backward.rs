@@ -6,8 +6,8 @@ use super::{
     clock::Kind,
     forward::{Run, product, projection},
     head::{Lesson, Scored},
-    kernels::{Norm, NormBackward},
     layout::{Adapted, LayerSlots},
+    operands::{Norm, NormBackward},
     tables::Field,
 };
 use crate::{

@@ -168,8 +168,10 @@ mod tests {
             running.leave(at(to));
         }
         running.leave(at(50));
-        let mut clock = Clock::default();
-        clock.running = RefCell::new(Some(running));
+        let mut clock = Clock {
+            running: RefCell::new(Some(running)),
+            ..Clock::default()
+        };
         let times = clock.stop();
         let names: Vec<_> = times.iter().map(|t| (t.phase, t.work)).collect();
         assert_eq!(names, [("forward", "products"), ("backward", "norms")]);

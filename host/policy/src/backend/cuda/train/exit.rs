@@ -12,8 +12,8 @@ use super::{
     arena::PARTS,
     forward::product,
     head::{Lesson, Scored, Unembedding},
-    kernels::{Norm, NormBackward},
     layout, missing,
+    operands::{Norm, NormBackward},
     optimizer::{Optimizer, numbers},
     tables::Field,
 };

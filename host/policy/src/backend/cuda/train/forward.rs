@@ -7,7 +7,7 @@ use super::{
     arena::{Kept, Trace, qkv_width, splits},
     clock::Kind,
     head::Scored,
-    kernels::{Attention, Norm, Projection},
+    operands::{Attention, Norm, Projection},
     tables::{Field, Tables},
 };
 use crate::{

@@ -8,7 +8,7 @@ use super::{
     arena::{HeadRows, PARTS},
     clock::Kind,
     forward::{Run, product},
-    kernels::{Logits, Norm, NormBackward, Scores, Soft},
+    operands::{Logits, Norm, NormBackward, Scores, Soft},
     tables::Field,
 };
 use crate::{

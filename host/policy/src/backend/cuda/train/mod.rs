@@ -14,6 +14,7 @@ mod forward;
 mod head;
 mod kernels;
 mod layout;
+mod operands;
 mod optimizer;
 mod plan;
 mod state;

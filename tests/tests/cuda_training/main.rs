@@ -6,12 +6,15 @@
     reason = "clippy counts only functions marked as tests as tests"
 )]
 
+#[path = "../cuda_models/mod.rs"]
 mod cuda_models;
+mod distances;
 
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
 use cuda_models::{SIZES, cache, spec, weights};
+use distances::{apart, bits, largest, spread};
 use grpo_policy::{
     backend::{
         Backend, Exit, OptimStep, Pass,
@@ -21,7 +24,7 @@ use grpo_policy::{
     engine::{Engine, EngineConfig},
     error::PolicyError,
     spec::{Family, ModelSpec},
-    types::{PackedBatch, Request, SamplingParams, TokenScores, TopTokens},
+    types::{PackedBatch, Request, SamplingParams, TopTokens},
     weights::{LoraConfig, random_weights},
 };
 
@@ -93,34 +96,6 @@ fn cpu(spec: &ModelSpec, tensors: &Tensors, trainable: &Trainable) -> CpuBackend
     CpuBackend::new(spec.clone(), tensors, trainable, false).unwrap()
 }
 
-fn numbers(tensor: &Tensor) -> Vec<f64> {
-    let flat = tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    flat.into_iter().map(f64::from).collect()
-}
-
-fn norm(values: impl Iterator<Item = f64>) -> f64 {
-    values.map(|x| x * x).sum::<f64>().sqrt()
-}
-
-/// Relative distance of all weights together, and of the one that is furthest, with its name.
-fn apart(expected: &Tensors, found: &Tensors) -> (f64, f64, String) {
-    let names: Vec<&String> = expected.keys().collect();
-    assert_eq!(names, found.keys().collect::<Vec<_>>());
-    let (mut away, mut long, mut worst) = (0.0, 0.0, (0.0, String::new()));
-    for (name, tensor) in expected {
-        assert_eq!(tensor.dims(), found[name].dims(), "{name}");
-        let (e, f) = (numbers(tensor), numbers(&found[name]));
-        let d = norm(e.iter().zip(&f).map(|(e, f)| e - f));
-        let n = norm(e.iter().copied());
-        (away, long) = (away + d * d, long + n * n);
-        let relative = d / n.max(1e-12);
-        if relative > worst.0 {
-            worst = (relative, name.clone());
-        }
-    }
-    ((away / long).sqrt(), worst.0, worst.1)
-}
-
 /// Weights as they are at the start of training, as bf16 holds them, with norms and biases that are not all alike.
 fn fresh(spec: &ModelSpec, seed: u64) -> Tensors {
     let all = random_weights(spec, seed).unwrap();
@@ -149,27 +124,6 @@ fn coefficients(n: usize) -> Vec<f32> {
     (0..n)
         .map(|i| ((i * 37 % 19) as f32 / 19.0 - 0.45) / n as f32)
         .collect()
-}
-
-fn bits(tensors: &Tensors) -> Vec<(String, Vec<u32>)> {
-    let bits = |t: &Tensor| {
-        let flat = t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        flat.iter().map(|x| x.to_bits()).collect()
-    };
-    tensors.iter().map(|(n, t)| (n.clone(), bits(t))).collect()
-}
-
-fn largest(a: &[f32], b: &[f32]) -> f32 {
-    assert_eq!(a.len(), b.len());
-    let pairs = a.iter().zip(b);
-    pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
-}
-
-/// Root mean square of the distances of two models' log-probs.
-fn spread(a: &TokenScores, b: &TokenScores) -> f64 {
-    let pairs = a.logprobs.iter().zip(&b.logprobs);
-    let squares: f64 = pairs.map(|(a, b)| f64::from(a - b).powi(2)).sum();
-    (squares / a.logprobs.len() as f64).sqrt()
 }
 
 /// Gradients of two micro-batches on both devices: relative distance of all together, and of the furthest.
