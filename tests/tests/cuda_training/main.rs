@@ -267,11 +267,13 @@ fn twenty_steps_follow_the_cpu() {
             expected[0] - last.0 > 0.1,
             "nothing is learnt: {expected:?}"
         );
-        for (e, f) in expected.iter().zip(&found) {
-            assert!(
-                (e - f).abs() < 0.02 + 0.02 * (expected[0] - e),
-                "{expected:?} {found:?}"
-            );
+        // AdamW makes as much of a small gradient as of a large one: after some steps what bf16 rounds is no longer small.
+        for (step, (e, f)) in expected.iter().zip(&found).enumerate() {
+            let near = match step {
+                0..7 => 0.003,
+                _ => 0.02 + 0.05 * (expected[0] - e),
+            };
+            assert!((e - f).abs() < near, "{step}: {expected:?} {found:?}");
         }
         // The reference has not moved.
         let after = gpu.score(&batch, 1.0, Pass::Reference).unwrap();
@@ -302,6 +304,10 @@ fn resuming_is_exact_and_so_is_making_activations_again() {
             (bits(&backend.export_trainable().unwrap()), bits(&state))
         };
         assert!(end(&first) == end(&second));
+        if trainable != FULL {
+            // The base comes out as it went in, though bf16 does not hold it.
+            assert!(bits(&second.export_weights().unwrap()) == bits(&tensors));
+        }
         assert!(bits(&first.export_trainable().unwrap()) != bits(&weights));
     }
 }

@@ -141,6 +141,10 @@ impl Training {
         let norm = (at.input_norm, trace.before, trace.before_rstd);
         self.norm_again(on, norm, t)?;
         self.weight_gradient(on, layer, Matrix::Qkv, (dqkv, normed, t))?;
+        if layer == 0 && !full {
+            // Below are the embeddings, which do not train.
+            return Ok(());
+        }
         self.back(on, (dqkv, at.qkv, self.arena.delta), (t, width, h))?;
         self.norm_backward(on, norm, slots.input_norm, t)
     }
