@@ -19,6 +19,7 @@ use crate::{
     cli::Environment,
     config::{DraftKind, DraftTokens, RunConfig},
     defaults,
+    placement::{Learning, Passes},
     policy::Policy,
     setup::{self, OnDownload},
 };
@@ -144,9 +145,9 @@ pub fn attach(
                 },
                 false => Trainable::Nothing,
             };
-            let checkpointing = config.training.gradient_checkpointing;
+            let passes = Passes::of(config);
             let draft = policy
-                .place_draft(model, &trainable, checkpointing)
+                .place_draft(model, &Learning { trainable, passes })
                 .with_context(|| format!("draft `{name}`"))?;
             attached.odd = oddities(name, &draft, policy);
             Source::Model(Box::new(Model::new(draft, policy.backend.spec())?))

@@ -9,9 +9,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use grpo_policy::error::PolicyError;
 
 use crate::{
-    commands::{
-        Interrupted, NoSuchDevice, NothingToProfile, PluginBenchError, PluginChanged, ResumeChanges,
-    },
+    commands::{Interrupted, NothingToProfile, PluginBenchError, PluginChanged, ResumeChanges},
     config::ConfigError,
     data::DataError,
     draft::DraftError,
@@ -45,7 +43,6 @@ const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
     |link| hint_of(link, LossError::hint),
     |link| hint_of(link, TrainError::hint),
     |link| hint_of(link, Interrupted::hint),
-    |link| hint_of(link, NoSuchDevice::hint),
     |link| hint_of(link, NothingToProfile::hint),
     |link| hint_of(link, PluginBenchError::hint),
     |link| hint_of(link, PluginChanged::hint),

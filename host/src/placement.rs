@@ -8,11 +8,13 @@ use grpo_policy::{
         AnyBackend, Backend,
         cpu::{CpuBackend, Trainable},
         cuda::{
-            self, Budget, CudaBackend, CudaError, CudaSizes, CudaWeights, MemoryPlan, PoolNeeds,
+            self, Budget, CudaBackend, CudaError, CudaSizes, CudaWeights, Kept, MemoryPlan,
+            PoolNeeds, TrainingPlan,
         },
     },
     engine::EngineConfig,
     error::PolicyError,
+    spec::ModelSpec,
     weights::LoadedModel,
 };
 
@@ -63,6 +65,32 @@ pub struct Place {
     pub quantized_weights: QuantizedWeights,
 }
 
+/// How training passes are made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Passes {
+    /// Most tokens of one but for a longer sequence alone.
+    pub micro_batch_tokens: usize,
+    /// Make activations again in the backward pass: always on a CPU, on a GPU where they would not fit.
+    pub gradient_checkpointing: bool,
+}
+
+impl Passes {
+    /// As the config says.
+    pub fn of(config: &RunConfig) -> Self {
+        Self {
+            micro_batch_tokens: config.training.micro_batch_tokens as usize,
+            gradient_checkpointing: config.training.gradient_checkpointing,
+        }
+    }
+}
+
+/// What of a model trains, and how.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Learning {
+    pub trainable: Trainable,
+    pub passes: Passes,
+}
+
 /// A model on its device.
 pub(crate) struct Placed {
     pub(crate) backend: AnyBackend,
@@ -81,8 +109,9 @@ pub(crate) struct Share {
     cache: Option<PathBuf>,
     /// Whether quantised matrices stay so.
     keep: bool,
-    /// Bytes of the policy's weights, and what was free with nothing but the policy there.
+    /// Bytes of the policy's weights and of what it trains with, and what was free with nothing but the policy there.
     weights: usize,
+    training: Option<TrainingPlan>,
     free_without_draft: usize,
     needs: PoolNeeds,
 }
@@ -99,16 +128,15 @@ impl Place {
         }
     }
 
-    /// Puts a model onto its device. What trains goes to the CPU. There everything is f32: matrices that are quantised in
-    /// `model` are not any more.
+    /// Puts a model onto its device. On a CPU everything is f32, and what trains is dense everywhere: matrices that are quantised
+    /// in `model` are not any more.
     ///
     /// # Errors
     /// Those of the backends; with [`Device::Auto`] what is wrong with a GPU is none.
     pub(crate) fn put(
         &self,
         model: &mut LoadedModel,
-        trainable: &Trainable,
-        gradient_checkpointing: bool,
+        learning: &Learning,
         capacity: Capacity,
     ) -> Result<Placed, PolicyError> {
         let context = model.spec.max_position_embeddings;
@@ -117,19 +145,23 @@ impl Place {
             max_model_len,
             ..capacity
         };
-        let on_gpu = |ordinal| self.on_gpu(ordinal, model, capacity);
-        let chosen = match (self.device, trainable) {
-            (Device::Cpu, _) => Chosen::Cpu(None),
-            (Device::Cuda(ordinal), Trainable::Nothing) => Chosen::Gpu(on_gpu(ordinal)?),
-            (Device::Cuda(_), _) => return Err(CudaError::NotYet("training").into()),
-            (Device::Auto, Trainable::Nothing) => first_usable(cuda::count(), on_gpu)?,
-            (Device::Auto, _) => Chosen::Cpu(None),
+        if learning.trainable != Trainable::Nothing && self.device != Device::Cpu {
+            if self.quantized_weights == QuantizedWeights::Keep && !model.quantized.is_empty() {
+                return Err(CudaError::NotYet("training on weights that stay quantised").into());
+            }
+            model.dequantize()?;
+        }
+        let on_gpu = |ordinal| self.on_gpu(ordinal, model, learning, capacity);
+        let chosen = match self.device {
+            Device::Cpu => Chosen::Cpu(None),
+            Device::Cuda(ordinal) => Chosen::Gpu(on_gpu(ordinal)?),
+            Device::Auto => first_usable(cuda::count(), on_gpu)?,
         };
         match chosen {
             Chosen::Gpu(placed) => Ok(placed),
             Chosen::Cpu(passed_over) => Ok(Placed {
                 passed_over,
-                ..on_cpu(model, trainable, gradient_checkpointing, capacity)?
+                ..on_cpu(model, learning, capacity)?
             }),
         }
     }
@@ -138,6 +170,7 @@ impl Place {
         &self,
         ordinal: usize,
         model: &LoadedModel,
+        learning: &Learning,
         capacity: Capacity,
     ) -> Result<Placed, PolicyError> {
         let spec = &model.spec;
@@ -155,9 +188,14 @@ impl Place {
         };
         let weights = cuda_weights(model, keep);
         budget.admit(spec, weights, &sizes)?;
+        let admitted = admit_training(&budget, (spec, &sizes), learning)?;
         let cache = self.cache.clone();
         let folder = cache.as_deref();
         let mut backend = CudaBackend::with_weights(ordinal, spec.clone(), weights, sizes, folder)?;
+        if let Some((kept, plan)) = admitted {
+            let passes = (plan.tokens, kept);
+            backend.train(&model.tensors, &learning.trainable, passes)?;
+        }
         if self.deterministic {
             backend.set_deterministic()?;
         }
@@ -168,8 +206,10 @@ impl Place {
             blocks: gpu_blocks(&sizes, capacity.kv_tokens),
             longest: sizes.max_model_len,
         };
+        let training = admitted.map(|(_, plan)| plan);
         let share = Share {
-            plan: budget.plan(weights, free_without_draft, &needs)?,
+            plan: budget.plan((weights, training), free_without_draft, &needs)?,
+            training,
             budget,
             ordinal,
             sizes,
@@ -194,6 +234,27 @@ fn cuda_weights(model: &LoadedModel, keep: bool) -> CudaWeights<'_> {
         quantized: &model.quantized,
         keep,
     }
+}
+
+/// How a model trains beside what it needs anyway; `None` for one that only generates.
+fn admit_training(
+    budget: &Budget,
+    (spec, sizes): (&ModelSpec, &CudaSizes),
+    learning: &Learning,
+) -> Result<Option<(Kept, TrainingPlan)>, CudaError> {
+    if learning.trainable == Trainable::Nothing {
+        return Ok(None);
+    }
+    let Passes {
+        micro_batch_tokens,
+        gradient_checkpointing,
+    } = learning.passes;
+    let passes = (
+        micro_batch_tokens.max(sizes.max_model_len),
+        gradient_checkpointing,
+    );
+    let admitted = budget.admit_training((spec, sizes), &learning.trainable, passes);
+    admitted.map(Some)
 }
 
 /// Blocks that sequences of all lengths can use, each with one to copy on its first write; or those configured.
@@ -236,15 +297,15 @@ fn first_usable<T>(
 
 fn on_cpu(
     model: &mut LoadedModel,
-    trainable: &Trainable,
-    gradient_checkpointing: bool,
+    learning: &Learning,
     capacity: Capacity,
 ) -> Result<Placed, PolicyError> {
     let max_model_len = capacity.max_model_len;
     let max_batch = capacity.max_batch.unwrap_or(CPU_BATCH);
     model.dequantize()?;
     let (spec, tensors) = (model.spec.clone(), &model.tensors);
-    let backend = CpuBackend::new(spec, tensors, trainable, gradient_checkpointing)?;
+    let checkpointing = learning.passes.gradient_checkpointing;
+    let backend = CpuBackend::new(spec, tensors, &learning.trainable, checkpointing)?;
     let wanted = max_batch * max_model_len.next_multiple_of(BLOCK_SIZE);
     let affordable = (KV_BYTES / backend.kv_bytes_per_token()).max(max_model_len + BLOCK_SIZE);
     let kv_tokens = capacity.kv_tokens.unwrap_or(wanted.min(affordable));
@@ -269,12 +330,25 @@ impl Share {
     ///
     /// # Errors
     /// As for the policy itself.
-    pub(crate) fn draft(&self, model: &LoadedModel) -> Result<AnyBackend, PolicyError> {
+    pub(crate) fn draft(
+        &self,
+        model: &mut LoadedModel,
+        learning: &Learning,
+    ) -> Result<AnyBackend, PolicyError> {
+        let learns = learning.trainable != Trainable::Nothing;
+        if learns {
+            model.dequantize()?;
+        }
         let (spec, weights) = (&model.spec, cuda_weights(model, self.keep));
         // Its context may be shorter, but it is given the policy's block tables.
         self.budget.admit(spec, weights, &self.sizes)?;
+        let admitted = admit_training(&self.budget, (spec, &self.sizes), learning)?;
         let (ordinal, cache) = (self.ordinal, self.cache.as_deref());
-        let draft = CudaBackend::with_weights(ordinal, spec.clone(), weights, self.sizes, cache)?;
+        let mut draft =
+            CudaBackend::with_weights(ordinal, spec.clone(), weights, self.sizes, cache)?;
+        if let Some((kept, plan)) = admitted {
+            draft.train(&model.tensors, &learning.trainable, (plan.tokens, kept))?;
+        }
         Ok(AnyBackend::Cuda(Box::new(draft)))
     }
 
@@ -291,7 +365,8 @@ impl Share {
             ..self.needs
         };
         let budget = &self.budget;
-        self.plan = budget.plan(self.weights, self.free_without_draft, &needs)?;
+        let of_policy = (self.weights, self.training);
+        self.plan = budget.plan(of_policy, self.free_without_draft, &needs)?;
         Ok(self.engine())
     }
 

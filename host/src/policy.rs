@@ -19,7 +19,7 @@ use grpo_policy::{
 
 use crate::{
     config::RunConfig,
-    placement::{Capacity, Place, Placed, Share},
+    placement::{Capacity, Learning, Passes, Place, Placed, Share},
     types::{Message, PromptBody},
 };
 
@@ -101,17 +101,18 @@ impl Policy {
         mut model: LoadedModel,
         source: &str,
         mode: Mode,
-        gradient_checkpointing: bool,
+        passes: Passes,
         capacity: Capacity,
         place: &Place,
     ) -> anyhow::Result<Self> {
         let trainable = mode.trainable();
+        let learning = Learning { trainable, passes };
         let Placed {
             backend,
             engine,
             gpu,
             passed_over,
-        } = place.put(&mut model, &trainable, gradient_checkpointing, capacity)?;
+        } = place.put(&mut model, &learning, capacity)?;
         let tokenizer = model.tokenizer;
         let chat = match tokenizer.chat_template_source() {
             Some(_) => Some(tokenizer.chat_template()?),
@@ -180,15 +181,15 @@ impl Policy {
     pub fn place_draft(
         &self,
         mut model: LoadedModel,
-        trainable: &Trainable,
-        gradient_checkpointing: bool,
+        learning: &Learning,
     ) -> Result<AnyBackend, PolicyError> {
         if let Some(share) = &self.gpu {
-            return share.draft(&model);
+            return share.draft(&mut model, learning);
         }
         model.dequantize()?;
         let LoadedModel { spec, tensors, .. } = model;
-        AnyBackend::cpu(spec, &tensors, trainable, gradient_checkpointing)
+        let checkpointing = learning.passes.gradient_checkpointing;
+        AnyBackend::cpu(spec, &tensors, &learning.trainable, checkpointing)
     }
 
     /// Speculates with this draft from now on; nothing may have been generated yet.

@@ -1,7 +1,7 @@
 //! Every CUDA kernel compiles for every GPU it is written for. Needs NVRTC and no GPU; `cargo xtask kernels` brings NVRTC
 //! and runs it, so plain `cargo test` leaves it out.
 
-use grpo_policy::backend::cuda::{SOURCES, architecture, compile, nvrtc_version};
+use grpo_policy::backend::cuda::{SOURCES, TRAINING_SOURCES, architecture, compile, nvrtc_version};
 
 /// Compute capabilities of the GPUs that kernels are written for. CUDA before 12.8 knows none after Hopper; of that it is the
 /// language that is tried.
@@ -19,7 +19,7 @@ fn capabilities() -> &'static [(i32, i32)] {
 fn kernels_compile_for_every_gpu() {
     for capability in capabilities() {
         let architecture = architecture(capability.0, capability.1);
-        for (name, source) in SOURCES {
+        for (name, source) in SOURCES.into_iter().chain(TRAINING_SOURCES) {
             let ptx = compile(name, source, architecture)
                 .unwrap_or_else(|e| panic!("{name} for {architecture}: {e}"));
             let target = architecture.replace("compute_", "sm_");

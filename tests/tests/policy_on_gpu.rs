@@ -9,7 +9,7 @@ use grpo_host::{
     cli::Environment,
     config::{Device, DraftKind, DraftTokens, QuantizedWeights, RunConfig},
     defaults, draft,
-    placement::{Capacity, Place},
+    placement::{Capacity, Passes, Place},
     policy::{Mode, Policy},
     types::Row,
 };
@@ -43,7 +43,15 @@ const ROOMY: Capacity = Capacity {
 fn embedded(device: Device, capacity: Capacity) -> Policy {
     let model = defaults::model().unwrap();
     let place = place(device);
-    Policy::new(model, "embedded", Mode::Inference, false, capacity, &place).unwrap()
+    Policy::new(
+        model,
+        "embedded",
+        Mode::Inference,
+        Passes::default(),
+        capacity,
+        &place,
+    )
+    .unwrap()
 }
 
 /// Greedy ones for the first held-out problems.
@@ -210,7 +218,14 @@ fn memory_is_as_planned() {
             gpu_memory_utilization: share,
             ..place(Device::Cuda(0))
         };
-        Policy::new(model, "random", Mode::Inference, false, capacity, &place)
+        Policy::new(
+            model,
+            "random",
+            Mode::Inference,
+            Passes::default(),
+            capacity,
+            &place,
+        )
     };
     let total = survey().unwrap().gpus[0].memory.1 as f64;
     let long = Capacity {

@@ -114,7 +114,7 @@ pub struct ModelArgs {
     /// Branch, tag or commit of a hub model
     #[arg(long, value_name = "REV")]
     pub revision: Option<String>,
-    /// Where to run; auto is the first usable GPU, else the CPU. Training is on the CPU so far [default: auto]
+    /// Where to run; auto is the first usable GPU, else the CPU [default: auto]
     #[arg(long, value_name = "auto|cpu|cuda:N")]
     pub device: Option<Device>,
     /// Of a GPU's memory, what this process may use, up to 1 [default: 0.9]

@@ -173,6 +173,9 @@ pub struct BenchTrainArgs {
     /// Steps measured, after one to warm up; the best counts
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
     pub steps: u32,
+    /// Time the parts of one more step, on a GPU
+    #[arg(long)]
+    pub profile: bool,
     #[command(flatten)]
     pub output: OutputArgs,
 }

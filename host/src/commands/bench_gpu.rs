@@ -3,7 +3,7 @@
 
 use grpo_policy::backend::{
     AnyBackend,
-    cuda::{self, DecodeShape, Profile},
+    cuda::{self, DecodeShape, Profile, WorkTime},
 };
 use serde_json::{Value, json};
 
@@ -91,6 +91,44 @@ pub(super) fn profile(policy: &mut Policy, shape: &DecodeShape) -> anyhow::Resul
     }
 }
 
+/// Times the parts of a training step.
+///
+/// # Errors
+/// [`NothingToProfile`] on a CPU; those of the step.
+pub(super) fn profile_training(
+    policy: &mut Policy,
+    step: impl FnOnce(&mut AnyBackend) -> anyhow::Result<()>,
+) -> anyhow::Result<Vec<WorkTime>> {
+    let AnyBackend::Cuda(gpu) = &mut policy.backend else {
+        return Err(NothingToProfile.into());
+    };
+    gpu.start_profile();
+    step(&mut policy.backend)?;
+    match &mut policy.backend {
+        AnyBackend::Cuda(gpu) => Ok(gpu.stop_profile()),
+        AnyBackend::Cpu(_) => Err(NothingToProfile.into()),
+    }
+}
+
+/// The lines of the times of a training step's parts.
+pub(super) fn training_lines(times: &[WorkTime]) -> Vec<String> {
+    let all: f64 = times.iter().map(|time| time.seconds).sum();
+    let row = |time: &WorkTime| {
+        vec![
+            time.phase.to_owned(),
+            time.work.to_owned(),
+            format!("{:.2}", 1e3 * time.seconds),
+            format!("{:.1} %", 100.0 * time.seconds / all),
+        ]
+    };
+    table::lines(&Table {
+        title: format!("  profile  a training step of {:.1} ms", 1e3 * all),
+        columns: ["pass", "work", "ms", "share"].map(str::to_owned).to_vec(),
+        rows: times.iter().map(row).collect(),
+        notes: Vec::new(),
+    })
+}
+
 /// The lines of a profile.
 pub(super) fn profile_lines(profile: &Profile) -> Vec<String> {
     let blank = || "–".to_owned();
@@ -140,6 +178,23 @@ mod tests {
         assert_eq!(fields[0], ("step_bytes", json!(1_200_000_000)));
         assert_eq!(fields[1].1.as_f64(), Some(4e12));
         assert!((fields[2].1.as_f64().unwrap() - 1.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_parts_of_a_training_step_and_their_shares() {
+        let time = |work, seconds| WorkTime {
+            phase: "forward",
+            work,
+            seconds,
+        };
+        let expected = [
+            "  profile  a training step of 40.0 ms",
+            "  pass     work       ms   share",
+            "  forward  norms   10.00  25.0 %",
+            "  forward  logits  30.00  75.0 %",
+        ];
+        let lines = training_lines(&[time("norms", 0.01), time("logits", 0.03)]);
+        assert_eq!(lines, expected);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     cli::{BenchRolloutArgs, Environment},
     config::Device,
-    placement::{Capacity, Place},
+    placement::{Capacity, Passes, Place},
     policy::{Mode, Policy},
     rollout::mix,
 };
@@ -58,7 +58,14 @@ pub(super) fn run(args: &BenchRolloutArgs, environment: &Environment) -> anyhow:
         kv_tokens: None,
     };
     let place = Place::of(&config, environment);
-    let mut policy = Policy::new(model, &name, Mode::Inference, false, capacity, &place)?;
+    let mut policy = Policy::new(
+        model,
+        &name,
+        Mode::Inference,
+        Passes::default(),
+        capacity,
+        &place,
+    )?;
     super::tell_of_device(&policy, args.output.quiet);
     if args.profile && policy.memory_plan().is_none() {
         return Err(NothingToProfile.into());

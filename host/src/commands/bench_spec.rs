@@ -14,7 +14,7 @@ use crate::{
     cli::{BenchSpecArgs, Environment},
     config::{DraftKind, RunConfig},
     draft,
-    placement::{Capacity, Place},
+    placement::{Capacity, Passes, Place},
     policy::{Mode, Policy},
     rollout::{Job, mix, roll},
     setup,
@@ -148,7 +148,7 @@ fn policy(
         model,
         setup::model_name(config),
         Mode::Inference,
-        false,
+        Passes::default(),
         capacity,
         &Place::of(config, environment),
     )

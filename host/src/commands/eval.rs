@@ -8,7 +8,7 @@ use super::progress::{Bar, downloads};
 use crate::{
     cli::{Environment, EvalArgs},
     evaluate::{EvalReport, EvalSettings, Judges, evaluate},
-    placement::Place,
+    placement::{Passes, Place},
     policy::{Mode, Policy},
     setup,
 };
@@ -25,7 +25,14 @@ pub(super) fn run(args: &EvalArgs, environment: &Environment) -> anyhow::Result<
     let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
     let name = setup::model_name(&config);
     let place = Place::of(&config, environment);
-    let mut policy = Policy::new(model, name, Mode::Inference, false, capacity, &place)?;
+    let mut policy = Policy::new(
+        model,
+        name,
+        Mode::Inference,
+        Passes::default(),
+        capacity,
+        &place,
+    )?;
     super::attach_draft(&mut policy, &config, environment, args.output.quiet)?;
     let judges = Judges {
         formatter: &plugins.formatter,

@@ -10,6 +10,7 @@ macro_rules! outln {
     ($($text:tt)*) => { $crate::commands::output::write(&format!("{}\n", format_args!($($text)*))) };
 }
 
+mod bench_flops;
 mod bench_gpu;
 mod bench_model;
 mod bench_plugin;
@@ -31,7 +32,7 @@ mod train;
 
 use crate::{
     cli::{BenchCommand, Command, Environment},
-    config::{ConfigError, Device, DraftKind, RawConfig, RunConfig},
+    config::{ConfigError, DraftKind, RawConfig, RunConfig},
     defaults,
     draft::{self, Untrained},
     policy::Policy,
@@ -100,14 +101,6 @@ fn set_threads(threads: Option<u32>) -> anyhow::Result<()> {
     Ok(grpo_policy::backend::cpu::set_threads(threads as usize)?)
 }
 
-/// For what trains: found out before anything is loaded.
-fn require_cpu(device: Device) -> Result<(), NoSuchDevice> {
-    match device {
-        Device::Auto | Device::Cpu => Ok(()),
-        Device::Cuda(_) => Err(NoSuchDevice { device }),
-    }
-}
-
 /// Gives the policy the config's draft, for a command that only generates with it.
 fn attach_draft(
     policy: &mut Policy,
@@ -151,19 +144,5 @@ fn tell_of_head(untrained: Option<Untrained>, quiet: bool) {
 fn tell_of_fault(policy: &mut Policy, config: &RunConfig) {
     if let Some(fault) = draft::take_fault(policy, config) {
         warn(&fault);
-    }
-}
-
-/// A device that a command cannot use.
-#[derive(Debug, thiserror::Error)]
-#[error("device `{device}` cannot be used here: training on a GPU is not done yet")]
-pub struct NoSuchDevice {
-    device: Device,
-}
-
-impl NoSuchDevice {
-    /// What to ask for instead.
-    pub fn hint(&self) -> Option<String> {
-        Some("use --device cpu".to_owned())
     }
 }

@@ -6,7 +6,7 @@ use serde_json::json;
 use super::progress::downloads;
 use crate::{
     cli::{Environment, RolloutArgs},
-    placement::Place,
+    placement::{Passes, Place},
     policy::{Mode, Policy},
     setup,
     speculation::Speculation,
@@ -21,7 +21,14 @@ pub(super) fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Resu
     let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
     let name = setup::model_name(&config);
     let place = Place::of(&config, environment);
-    let mut policy = Policy::new(model, name, Mode::Inference, false, capacity, &place)?;
+    let mut policy = Policy::new(
+        model,
+        name,
+        Mode::Inference,
+        Passes::default(),
+        capacity,
+        &place,
+    )?;
     super::attach_draft(&mut policy, &config, environment, args.output.quiet)?;
     let (role, content) = ("user".to_owned(), args.prompt.clone());
     let body = match args.raw {

@@ -16,7 +16,7 @@ use super::progress::{SftBar, downloads};
 use crate::{
     cli::{Environment, SftArgs},
     config::RunConfig,
-    placement::Place,
+    placement::{Passes, Place},
     policy::{Mode, Policy},
     setup,
     sft::{Batches, examples, step},
@@ -26,7 +26,6 @@ use crate::{
 pub(super) fn run(args: &SftArgs, environment: &Environment) -> anyhow::Result<()> {
     let config = super::config_without_draft("sft", |base| args.over(base))?;
     super::set_threads(config.hardware.threads)?;
-    super::require_cpu(config.hardware.device)?;
     anyhow::ensure!(!args.out.exists(), "{} exists already", args.out.display());
     let mut on_download = downloads(args.output.quiet);
     let part = setup::Part {
@@ -40,10 +39,10 @@ pub(super) fn run(args: &SftArgs, environment: &Environment) -> anyhow::Result<(
     };
     let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
     let name = setup::model_name(&config);
-    let checkpointing = config.training.gradient_checkpointing;
     let place = Place::of(&config, environment);
     let mode = Mode::of(&config);
-    let mut policy = Policy::new(model, name, mode, checkpointing, capacity, &place)?;
+    let mut policy = Policy::new(model, name, mode, Passes::of(&config), capacity, &place)?;
+    super::tell_of_device(&policy, args.output.quiet);
     let formatter = setup::plugins(&config, guest_log())?.formatter;
     let rows = examples(&policy, &formatter, &data.rows, &args.answer_column)?;
     let started = Instant::now();

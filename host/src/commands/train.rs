@@ -39,7 +39,6 @@ pub(super) fn run(args: &TrainArgs, environment: &Environment) -> anyhow::Result
     .context("cannot listen for Ctrl-C")?;
     let quiet = args.output.quiet;
     super::set_threads(config.hardware.threads)?;
-    super::require_cpu(config.hardware.device)?;
     let mut run = Run::prepare(&config, place, environment, quiet)?;
     if let Some(odd) = config.idle_patience() {
         eprintln!("warning: {odd}");
@@ -197,12 +196,11 @@ impl<'a> Run<'a> {
         setup::try_formatter(&plugins.formatter, &rows)?;
         let model = setup::model(config, environment, &mut on_download)?;
         let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
-        let checkpointing = config.training.gradient_checkpointing;
         let mut policy = Policy::new(
             model,
             setup::model_name(config),
             Mode::of(config),
-            checkpointing,
+            placement::Passes::of(config),
             capacity,
             &placement::Place::of(config, environment),
         )?;
@@ -239,6 +237,7 @@ impl<'a> Run<'a> {
         // A resumed run has its head from the checkpoint by now.
         attached.odd.iter().for_each(|odd| super::warn(odd));
         super::tell_of_head(draft::untrained_head(&policy, config, true), quiet);
+        super::tell_of_device(&policy, quiet);
         Ok(Self {
             metrics: dir.metrics()?,
             curriculum: dir.curriculum()?,

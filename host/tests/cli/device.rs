@@ -82,6 +82,8 @@ fn auto_passes_over_a_gpu_with_an_old_driver_and_says_so() {
         "eval --config run.yaml --data rows.jsonl --limit 2 --quiet",
         "bench spec --config run.yaml --drafts ngram --batches 1 --new-tokens 4 --repeats 1 --quiet",
         "bench rollout --config run.yaml --prompts 1 --new-tokens 2 --prompt-tokens 4 --repeats 1 --quiet",
+        "train --config run.yaml --out out --steps 1 --quiet",
+        "bench train --config run.yaml --batch 1 --tokens 4 --steps 1 --quiet",
     ] {
         let ended = run(&lab, command).fine();
         assert!(ended.stderr.contains(expected), "{command}: {ended:?}");
@@ -96,6 +98,9 @@ fn a_gpu_that_is_named_is_not_passed_over() {
         "eval --config run.yaml --data rows.jsonl",
         "bench spec --config run.yaml",
         "bench rollout --config run.yaml --new-tokens 2",
+        "train --config run.yaml --out out",
+        "sft --config run.yaml --data rows.jsonl --out out",
+        "bench train --config run.yaml",
     ] {
         let ended = run(&lab, &format!("{command} --device cuda:0"));
         assert_eq!(
@@ -110,6 +115,7 @@ fn a_gpu_that_is_named_is_not_passed_over() {
             (ended.stderr.lines().count(), ended.stdout.as_str()),
             (2, "")
         );
+        assert!(!lab.path("out").exists(), "{command}");
     }
 }
 
@@ -163,31 +169,6 @@ fn a_gpu_that_is_not_there_is_refused() {
         named.refused(FAILURE),
         ("no CUDA device 3: there are 0", "use --device cpu")
     );
-}
-
-#[test]
-fn what_trains_does_not_go_to_a_gpu() {
-    let lab = lab_with(OLD);
-    for command in [
-        "train --config run.yaml --out out",
-        "sft --config run.yaml --data rows.jsonl --out out",
-        "bench train --config run.yaml",
-    ] {
-        let ended = run(&lab, &format!("{command} --device cuda:0"));
-        assert_eq!(
-            ended.refused(FAILURE),
-            (
-                "device `cuda:0` cannot be used here: training on a GPU is not done yet",
-                "use --device cpu"
-            ),
-            "{command}"
-        );
-        assert!(!lab.path("out").exists(), "{command}");
-    }
-    let bench = "bench train --config run.yaml --batch 1 --tokens 4 --steps 1 --json";
-    assert_eq!(run(&lab, bench).fine().stderr, "");
-    let train = "train --config run.yaml --out out --steps 1 --quiet --json";
-    assert_eq!(run(&lab, train).fine().stderr, "");
 }
 
 #[test]

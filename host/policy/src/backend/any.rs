@@ -1,5 +1,5 @@
 //! Either backend behind one type, so that a policy and its draft are the same code on every device. Beside what
-//! [`Backend`] asks of a device stand the operations on a model's state, which a GPU does not have yet.
+//! [`Backend`] asks of a device stand the operations on a model's state.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,7 @@ use candle_core::Tensor;
 use super::{
     Backend, BlockId, Drafted, Exit, OptimStep, Pass, Sampled, StepRow,
     cpu::{CpuBackend, Trainable},
-    cuda::{CudaBackend, CudaError},
+    cuda::CudaBackend,
 };
 use crate::{
     error::PolicyError,
@@ -47,35 +47,14 @@ impl AnyBackend {
         Ok(Self::Cpu(Box::new(cpu)))
     }
 
-    /// What is done on the CPU only so far.
-    fn on_cpu(&self, what: &'static str) -> Result<&CpuBackend, PolicyError> {
-        match self {
-            Self::Cpu(cpu) => Ok(cpu),
-            Self::Cuda(_) => Err(CudaError::NotYet(what).into()),
-        }
-    }
-
-    fn on_cpu_mut(&mut self, what: &'static str) -> Result<&mut CpuBackend, PolicyError> {
-        match self {
-            Self::Cpu(cpu) => Ok(cpu),
-            Self::Cuda(_) => Err(CudaError::NotYet(what).into()),
-        }
-    }
-
     /// Number of all weights, adapters included.
     pub fn parameters(&self) -> usize {
-        match self {
-            Self::Cpu(cpu) => cpu.parameters(),
-            Self::Cuda(cuda) => cuda.spec().parameters(),
-        }
+        on_device!(self, backend => backend.parameters())
     }
 
     /// Number of weights that train.
     pub fn trainable_parameters(&self) -> usize {
-        match self {
-            Self::Cpu(cpu) => cpu.trainable_parameters(),
-            Self::Cuda(_) => 0,
-        }
+        on_device!(self, backend => backend.trainable_parameters())
     }
 
     /// [`CpuBackend::add_early_exit`].
@@ -112,57 +91,73 @@ impl AnyBackend {
     /// [`CpuBackend::export_weights`].
     ///
     /// # Errors
-    /// As there; [`CudaError::NotYet`] on a GPU.
+    /// As there, and what the driver says.
     pub fn export_weights(&self) -> Result<BTreeMap<String, Tensor>, PolicyError> {
-        self.on_cpu("saving a model")?.export_weights()
+        on_device!(self, backend => backend.export_weights())
     }
 
     /// [`CpuBackend::export_adapter`].
     ///
     /// # Errors
-    /// As there; [`CudaError::NotYet`] on a GPU.
+    /// As there, and what the driver says.
     pub fn export_adapter(&self) -> Result<BTreeMap<String, Tensor>, PolicyError> {
-        self.on_cpu("training")?.export_adapter()
+        on_device!(self, backend => backend.export_adapter())
     }
 
     /// [`CpuBackend::export_trainable`].
     ///
     /// # Errors
-    /// As there; [`CudaError::NotYet`] on a GPU.
+    /// As there, and what the driver says.
     pub fn export_trainable(&self, exit: Exit) -> Result<BTreeMap<String, Tensor>, PolicyError> {
-        self.on_cpu("training")?.export_trainable(exit)
+        match (self, exit) {
+            (Self::Cpu(cpu), _) => cpu.export_trainable(exit),
+            (Self::Cuda(cuda), Exit::Final) => cuda.export_trainable(),
+            (Self::Cuda(cuda), Exit::Early) => cuda.export_exit(),
+        }
     }
 
     /// [`CpuBackend::import`].
     ///
     /// # Errors
-    /// As there; [`CudaError::NotYet`] on a GPU.
+    /// As there, and what the driver says.
     pub fn import(
         &mut self,
         tensors: &BTreeMap<String, Tensor>,
         exit: Exit,
     ) -> Result<(), PolicyError> {
-        self.on_cpu_mut("training")?.import(tensors, exit)
+        match (self, exit) {
+            (Self::Cpu(cpu), _) => cpu.import(tensors, exit),
+            (Self::Cuda(cuda), Exit::Final) => cuda.import(tensors),
+            (Self::Cuda(cuda), Exit::Early) => cuda.import_exit(tensors),
+        }
     }
 
     /// [`CpuBackend::export_optimizer`].
     ///
     /// # Errors
-    /// As there; [`CudaError::NotYet`] on a GPU.
+    /// As there, and what the driver says.
     pub fn export_optimizer(&self, exit: Exit) -> Result<BTreeMap<String, Tensor>, PolicyError> {
-        self.on_cpu("training")?.export_optimizer(exit)
+        match (self, exit) {
+            (Self::Cpu(cpu), _) => cpu.export_optimizer(exit),
+            (Self::Cuda(cuda), Exit::Final) => cuda.export_optimizer(),
+            (Self::Cuda(cuda), Exit::Early) => cuda.export_exit_optimizer(),
+        }
     }
 
     /// [`CpuBackend::import_optimizer`].
     ///
     /// # Errors
-    /// As there; [`CudaError::NotYet`] on a GPU.
+    /// As there, and what the driver says.
     pub fn import_optimizer(
         &mut self,
         tensors: &BTreeMap<String, Tensor>,
         exit: Exit,
     ) -> Result<(), PolicyError> {
-        self.on_cpu_mut("training")?.import_optimizer(tensors, exit)
+        match (self, exit) {
+            (Self::Cpu(cpu), _) => cpu.import_optimizer(tensors, exit),
+            (Self::Cuda(cuda), Exit::Final) => cuda.import_optimizer(tensors),
+            (Self::Cuda(cuda), Exit::Early) => cuda.import_exit_optimizer(tensors),
+        }
     }
 }
 

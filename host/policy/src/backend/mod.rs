@@ -165,3 +165,52 @@ pub trait Backend {
     /// before clipping.
     fn optimizer_step(&mut self, step: &OptimStep, exit: Exit) -> Result<f64, PolicyError>;
 }
+
+/// Refuses a batch that no backend can run: without scored tokens, with lengths that do not match, sequences beyond `longest`
+/// tokens or ids outside the vocabulary.
+pub(crate) fn check_batch(
+    batch: &PackedBatch,
+    vocab: usize,
+    longest: usize,
+) -> Result<(), PolicyError> {
+    let total = batch.cu_seqlens.last().copied().unwrap_or(0);
+    let consistent = total == batch.ids.len() && batch.scored.len() == batch.ids.len();
+    if !consistent || batch.n_scored() == 0 {
+        return Err(PolicyError::Misuse(
+            "a packed batch needs scored tokens and matching lengths",
+        ));
+    }
+    if batch
+        .cu_seqlens
+        .windows(2)
+        .any(|w| w[1] - w[0] > longest || batch.scored[w[0]])
+    {
+        return Err(PolicyError::Misuse(
+            "a packed sequence is too long or scores its first token",
+        ));
+    }
+    if batch.ids.iter().any(|id| *id as usize >= vocab) {
+        return Err(PolicyError::Misuse(
+            "a packed batch has a token outside the vocabulary",
+        ));
+    }
+    Ok(())
+}
+
+/// Refuses targets of a distillation that are not a distribution of likely tokens for every scored token.
+pub(crate) fn check_targets(
+    batch: &PackedBatch,
+    targets: &[TopTokens],
+    vocab: usize,
+) -> Result<(), PolicyError> {
+    let fits = |t: &TopTokens| {
+        let known = t.ids.iter().all(|id| (*id as usize) < vocab);
+        known && t.ids.len() == t.probabilities.len() && t.probabilities.iter().any(|p| *p > 0.0)
+    };
+    if targets.len() != batch.n_scored() || !targets.iter().all(fits) {
+        return Err(PolicyError::Misuse(
+            "distillation needs the likely tokens of every scored token",
+        ));
+    }
+    Ok(())
+}

@@ -4,6 +4,7 @@
 
 use std::{collections::BTreeSet, path::Path};
 
+use rand_chacha::{ChaCha8Rng, rand_core::RngCore};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -19,6 +20,17 @@ const B: &str = ".lora_B.weight";
 
 /// PEFT's word for every linear layer but the LM head.
 pub const ALL_LINEAR: &str = "all-linear";
+
+/// Linear layers of a decoder that can have an adapter.
+const LINEARS: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
 
 /// Rank, scale and place of an adapter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,6 +57,32 @@ impl LoraConfig {
             .iter()
             .any(|t| t == last || (t == ALL_LINEAR && last.ends_with("_proj")))
     }
+}
+
+impl LoraConfig {
+    /// Refuses a target that fits no layer: it would train less than was asked for, or nothing, without a word.
+    ///
+    /// # Errors
+    /// [`PolicyError::LoraTarget`].
+    pub(crate) fn check_targets(&self) -> Result<(), PolicyError> {
+        let known = |target: &&String| *target == ALL_LINEAR || LINEARS.contains(&target.as_str());
+        match self.targets.iter().find(|target| !known(target)) {
+            None => Ok(()),
+            Some(target) => Err(PolicyError::LoraTarget {
+                target: target.clone(),
+                known: LINEARS.join(", "),
+            }),
+        }
+    }
+}
+
+/// What an adapter's `A` starts as, `[r, inputs]`: uniform in ±1/√inputs, PEFT's default.
+pub(crate) fn random_a(rng: &mut ChaCha8Rng, r: usize, inputs: usize) -> Vec<f32> {
+    let bound = 1.0 / (inputs as f32).sqrt();
+    let unit = |rng: &mut ChaCha8Rng| (rng.next_u32() >> 8) as f32 / (1 << 24) as f32;
+    (0..r * inputs)
+        .map(|_| (2.0 * unit(rng) - 1.0) * bound)
+        .collect()
 }
 
 /// An adapter read from a PEFT folder.

@@ -13,6 +13,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use candle_core::Tensor;
 
+pub(crate) use lora::random_a;
 pub use lora::{ALL_LINEAR, Adapter, LoraConfig, load_adapter, merge, save_adapter};
 pub use quantized::{Quantized, QuantizedMatrix};
 pub use random::random_weights;

@@ -4,10 +4,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Tensor};
-use rand_chacha::{
-    ChaCha8Rng,
-    rand_core::{RngCore, SeedableRng},
-};
+use rand_chacha::{ChaCha8Rng, rand_core::SeedableRng};
 
 use super::{
     Trainable,
@@ -22,7 +19,7 @@ use super::{
 use crate::{
     error::PolicyError,
     spec::ModelSpec,
-    weights::{ALL_LINEAR, LoraConfig},
+    weights::{LoraConfig, random_a},
 };
 
 /// Looks weights up and registers them.
@@ -42,7 +39,7 @@ pub(crate) fn build(
     trainable: &Trainable,
 ) -> Result<(Decoder, Params), PolicyError> {
     if let Trainable::Lora { config, .. } = trainable {
-        refuse_unknown_targets(config)?;
+        config.check_targets()?;
     }
     let seed = match trainable {
         Trainable::Lora { seed, .. } => *seed,
@@ -75,29 +72,6 @@ pub(crate) fn build(
         eps,
     };
     Ok((decoder, b.params))
-}
-
-/// Linear layers of a decoder that can have an adapter.
-const LINEARS: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
-
-/// A name that fits no layer would train less than was asked for, or nothing, without a word.
-fn refuse_unknown_targets(config: &LoraConfig) -> Result<(), PolicyError> {
-    let known = |target: &&String| *target == ALL_LINEAR || LINEARS.contains(&target.as_str());
-    match config.targets.iter().find(|target| !known(target)) {
-        None => Ok(()),
-        Some(target) => Err(PolicyError::LoraTarget {
-            target: target.clone(),
-            known: LINEARS.join(", "),
-        }),
-    }
 }
 
 impl Builder<'_> {
@@ -162,10 +136,8 @@ impl Builder<'_> {
     }
 
     fn adapter(&mut self, name: &str, out: usize, input: usize, config: &LoraConfig) -> Lora {
-        let bound = 1.0 / (input as f32).sqrt();
-        let unit = |rng: &mut ChaCha8Rng| (rng.next_u32() >> 8) as f32 / (1 << 24) as f32;
-        let a = (0..config.r * input).map(|_| (2.0 * unit(&mut self.rng) - 1.0) * bound);
-        let a = Mat::from_vec(config.r, input, a.collect());
+        let a = random_a(&mut self.rng, config.r, input);
+        let a = Mat::from_vec(config.r, input, a);
         let b = Mat::zeros(out, config.r);
         Lora {
             a: self

@@ -7,7 +7,7 @@ use super::{
     mat::Mat,
 };
 use crate::{
-    backend::{Exit, Pass},
+    backend::{Exit, Pass, check_batch, check_targets},
     error::PolicyError,
     types::{PackedBatch, TokenScores, TopTokens},
 };
@@ -33,7 +33,7 @@ impl CpuBackend {
     pub fn logits(&self, ids: &[u32]) -> Result<Vec<f32>, PolicyError> {
         let mut batch = PackedBatch::default();
         batch.push(ids, 1);
-        check(
+        check_batch(
             &batch,
             self.spec.vocab_size,
             self.spec.max_position_embeddings,
@@ -64,7 +64,7 @@ impl CpuBackend {
         temperature: f32,
         pass: Pass,
     ) -> Result<TokenScores, PolicyError> {
-        check(
+        check_batch(
             batch,
             self.spec.vocab_size,
             self.spec.max_position_embeddings,
@@ -129,17 +129,7 @@ impl CpuBackend {
         exit: Exit,
     ) -> Result<f64, PolicyError> {
         let vocab = self.spec.vocab_size;
-        let fits = |t: &TopTokens| {
-            let known = t.ids.iter().all(|id| (*id as usize) < vocab);
-            known
-                && t.ids.len() == t.probabilities.len()
-                && t.probabilities.iter().any(|p| *p > 0.0)
-        };
-        if targets.len() != batch.n_scored() || !targets.iter().all(fits) {
-            return Err(PolicyError::Misuse(
-                "distillation needs the likely tokens of every scored token",
-            ));
-        }
+        check_targets(batch, targets, vocab)?;
         let d = weight as f32 / temperature;
         let gradient = |i: usize, _, row: &mut [f32]| {
             weight * head::distillation_gradient(row, &targets[i], d)
@@ -148,7 +138,7 @@ impl CpuBackend {
             self.score_packed(batch, temperature, Pass::Train)?;
             return self.backward_with(&gradient);
         }
-        check(batch, vocab, self.spec.max_position_embeddings)?;
+        check_batch(batch, vocab, self.spec.max_position_embeddings)?;
         let x = self.trunk(batch, self.early_exit()?.layers());
         let scored = scored(batch, &x, temperature);
         let (params, head) = (&self.params, &self.decoder.head);
@@ -218,29 +208,4 @@ fn scored(batch: &PackedBatch, x: &Mat, temperature: f32) -> Scored {
         targets,
         temperature,
     )
-}
-
-fn check(batch: &PackedBatch, vocab: usize, longest: usize) -> Result<(), PolicyError> {
-    let total = batch.cu_seqlens.last().copied().unwrap_or(0);
-    let consistent = total == batch.ids.len() && batch.scored.len() == batch.ids.len();
-    if !consistent || batch.n_scored() == 0 {
-        return Err(PolicyError::Misuse(
-            "a packed batch needs scored tokens and matching lengths",
-        ));
-    }
-    if batch
-        .cu_seqlens
-        .windows(2)
-        .any(|w| w[1] - w[0] > longest || batch.scored[w[0]])
-    {
-        return Err(PolicyError::Misuse(
-            "a packed sequence is too long or scores its first token",
-        ));
-    }
-    if batch.ids.iter().any(|id| *id as usize >= vocab) {
-        return Err(PolicyError::Misuse(
-            "a packed batch has a token outside the vocabulary",
-        ));
-    }
-    Ok(())
 }

@@ -38,6 +38,21 @@ pub const SOURCES: [(&str, &str); 5] = [
     ),
 ];
 
+/// Those that only training needs, in the same form.
+pub const TRAINING_SOURCES: [(&str, &str); 5] = [
+    (
+        "train_attention.cu",
+        concat!(
+            include_str!("kernels/train_tiles.cu"),
+            include_str!("kernels/train_attention.cu")
+        ),
+    ),
+    ("train_rows.cu", include_str!("kernels/train_rows.cu")),
+    ("train_head.cu", include_str!("kernels/train_head.cu")),
+    ("train_optim.cu", include_str!("kernels/train_optim.cu")),
+    ("lora.cu", include_str!("kernels/lora.cu")),
+];
+
 /// NVRTC's architecture of a compute capability. Hopper's own instructions need the `a`.
 pub fn architecture(major: i32, minor: i32) -> &'static str {
     match (major, minor) {

@@ -3,7 +3,7 @@
 use std::{cell::Cell, path::Path, sync::Arc, time::Instant};
 
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaStream, DriverError,
+    CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, DriverError, result,
     sys::{self, CUdevice_attribute as Attribute, CUfunction_attribute, CUresult},
 };
 
@@ -11,6 +11,21 @@ use super::{
     CudaError, compile, parts::Filter, product::Products, quantized::QuantizedKernels,
     siblings::GroupKernels,
 };
+
+/// Loads kernel files, compiled unless they are in the folder `cache`.
+pub(super) fn load(
+    context: &Arc<CudaContext>,
+    sources: &[(&str, &str)],
+    cache: Option<&Path>,
+) -> Result<Vec<Arc<CudaModule>>, CudaError> {
+    let (major, minor) = context.compute_capability()?;
+    let architecture = compile::architecture(major, minor);
+    let load = |(name, source): &(&str, &str)| {
+        let ptx = compile::cached(name, source, architecture, cache)?;
+        Ok(context.load_module(ptx)?)
+    };
+    sources.iter().map(load).collect()
+}
 
 /// Shared memory that a block may ask for; every supported GPU has it.
 pub(super) const SHARED_BYTES: usize = 96 << 10;
@@ -86,13 +101,7 @@ impl Gpu {
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream()?;
         let architecture = compile::architecture(major, minor);
-        let modules = compile::SOURCES
-            .iter()
-            .map(|(name, source)| {
-                let ptx = compile::cached(name, source, architecture, cache)?;
-                Ok(context.load_module(ptx)?)
-            })
-            .collect::<Result<Vec<_>, CudaError>>()?;
+        let modules = load(&context, &compile::SOURCES, cache)?;
         let multiprocessors =
             context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
         let products = match architecture == "compute_90a" {
@@ -136,6 +145,46 @@ impl Gpu {
         // What is freed in the stream's order goes back to the driver when somebody waits for it.
         stream.synchronize()?;
         Ok(Some((2 * bytes * COPIES) as f64 / fastest))
+    }
+
+    /// `n` numbers from an address, once everything before is done.
+    pub(super) fn read<T: DeviceRepr + Default + Clone>(
+        &self,
+        at: u64,
+        n: usize,
+    ) -> Result<Vec<T>, CudaError> {
+        let mut out = vec![T::default(); n];
+        self.stream.context().bind_to_thread()?;
+        // SAFETY: the caller names a live buffer of at least `n` numbers of this type, and `out` lives until the copy is done,
+        // which is waited for.
+        unsafe { result::memcpy_dtoh_async(&mut out, at, self.stream.cu_stream())? };
+        self.stream.synchronize()?;
+        Ok(out)
+    }
+
+    /// Numbers to an address.
+    pub(super) fn write<T: DeviceRepr>(&self, at: u64, numbers: &[T]) -> Result<(), CudaError> {
+        self.stream.context().bind_to_thread()?;
+        // SAFETY: the caller names a live buffer of at least as many numbers of this type, and `numbers` lives until the copy
+        // is done, which is waited for.
+        unsafe { result::memcpy_htod_async(at, numbers, self.stream.cu_stream())? };
+        Ok(self.stream.synchronize()?)
+    }
+
+    /// Queues a copy of bytes within the memory.
+    pub(super) fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<(), CudaError> {
+        self.stream.context().bind_to_thread()?;
+        // SAFETY: the caller names live buffers of at least so many bytes that do not overlap.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream())? };
+        Ok(())
+    }
+
+    /// Queues zeros to so many bytes.
+    pub(super) fn zero(&self, at: u64, bytes: usize) -> Result<(), CudaError> {
+        self.stream.context().bind_to_thread()?;
+        // SAFETY: the caller names a live buffer of at least so many bytes.
+        unsafe { result::memset_d8_async(at, 0, bytes, self.stream.cu_stream())? };
+        Ok(())
     }
 
     /// Bytes of GPU memory: free, and all.

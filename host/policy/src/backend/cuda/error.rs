@@ -41,6 +41,20 @@ pub enum CudaError {
         left: usize,
     },
     #[error(
+        "training needs {} MiB on the GPU (optimizer and gradients {} MiB, passes of {tokens} tokens {} MiB) and {} MiB are left there",
+        (state + activations) >> 20,
+        state >> 20,
+        activations >> 20,
+        left >> 20
+    )]
+    TrainingTooBig {
+        /// Bytes, as are the next and the last.
+        state: usize,
+        activations: usize,
+        tokens: usize,
+        left: usize,
+    },
+    #[error(
         "one sequence of {tokens} tokens needs {} MiB of KV cache and {} MiB are left on the GPU",
         needed >> 20,
         left >> 20
@@ -118,6 +132,10 @@ impl CudaError {
             Self::TooBig { .. } => {
                 "raise gpu_memory_utilization, lower max_batch_size, or use --device cpu".to_owned()
             }
+            Self::TrainingTooBig { .. } => {
+                "lower micro_batch_tokens, leave gradient_checkpointing on, train with lora, or raise gpu_memory_utilization".to_owned()
+            }
+            Self::Capacity { what: "tokens", .. } => "lower micro_batch_tokens".to_owned(),
             Self::OneSequence { .. } => {
                 "lower max_completion_length or max_prompt_length, or raise gpu_memory_utilization"
                     .to_owned()

@@ -64,10 +64,11 @@ pub(super) fn pointer<T>(value: &T) -> *mut c_void {
 /// Queues one kernel with these arguments.
 macro_rules! launch {
     ($gpu:expr, $kernel:expr, $launch:expr, $($arg:expr),+ $(,)?) => {{
-        let arguments = [$(pointer($arg)),+];
+        let arguments = [$($crate::backend::cuda::launch::pointer($arg)),+];
         $gpu.queue($kernel, $launch, &arguments)
     }};
 }
+pub(super) use launch;
 
 /// `qkv.cu`'s parameters, field by field; 0 for what a model does not have.
 #[repr(C)]

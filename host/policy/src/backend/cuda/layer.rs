@@ -7,7 +7,7 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
 
 use super::{
-    CudaBackend,
+    CudaBackend, CudaError,
     forward::{Addresses, Matrix, PassArgs, Path, Work},
     gemm::{Out, Shape},
     launch::Projection,
@@ -24,7 +24,7 @@ struct Run<'a> {
     index: usize,
     at: &'a Addresses,
     pass: &'a PassArgs,
-    layer: Pointers,
+    layer: Pointers<Stored>,
     work: WorkPointers,
     /// Cache of the layer: keys and values.
     cache: (u64, u64),
@@ -228,34 +228,54 @@ impl CudaBackend {
     }
 }
 
-/// Where a layer's weights lie; 0 for one it does not have.
-struct Pointers {
-    input_norm: u64,
-    qkv: Stored,
-    qkv_bias: u64,
-    q_norm: u64,
-    k_norm: u64,
-    o: Stored,
-    mlp_norm: u64,
-    gate_up: Stored,
-    down: Stored,
+/// Where a layer's weights lie, with addresses of matrices as `M`; 0 for one it does not have.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pointers<M> {
+    pub(super) input_norm: u64,
+    pub(super) qkv: M,
+    pub(super) qkv_bias: u64,
+    pub(super) q_norm: u64,
+    pub(super) k_norm: u64,
+    pub(super) o: M,
+    pub(super) mlp_norm: u64,
+    pub(super) gate_up: M,
+    pub(super) down: M,
 }
 
-impl Pointers {
-    fn of(layer: &Layer, stream: &Arc<CudaStream>) -> Self {
+impl Pointers<Stored> {
+    pub(super) fn of(layer: &Layer, stream: &Arc<CudaStream>) -> Self {
         let floats = |s: &CudaSlice<f32>| s.device_ptr(stream).0;
         let norms = layer.head_norms.as_ref();
+        let k_norm = |norms: &CudaSlice<f32>| floats(norms) + 2 * norms.len() as u64;
         Self {
             input_norm: floats(&layer.input_norm),
             qkv: layer.qkv.at(stream),
             qkv_bias: layer.qkv_bias.as_ref().map_or(0, floats),
-            q_norm: norms.map_or(0, |(q, _)| floats(q)),
-            k_norm: norms.map_or(0, |(_, k)| floats(k)),
+            q_norm: norms.map_or(0, floats),
+            k_norm: norms.map_or(0, k_norm),
             o: layer.o.at(stream),
             mlp_norm: floats(&layer.mlp_norm),
             gate_up: layer.gate_up.at(stream),
             down: layer.down.at(stream),
         }
+    }
+
+    /// Addresses of bf16 matrices.
+    ///
+    /// # Errors
+    /// [`CudaError::NotYet`] where one is quantised.
+    pub(super) fn dense(self) -> Result<Pointers<u64>, CudaError> {
+        Ok(Pointers {
+            input_norm: self.input_norm,
+            qkv: self.qkv.dense()?,
+            qkv_bias: self.qkv_bias,
+            q_norm: self.q_norm,
+            k_norm: self.k_norm,
+            o: self.o.dense()?,
+            mlp_norm: self.mlp_norm,
+            gate_up: self.gate_up.dense()?,
+            down: self.down.dense()?,
+        })
     }
 }
 

@@ -12,9 +12,10 @@ use super::{
     graph::MAX_BURST,
     launch::{CHUNK, CHUNK_WORDS},
     product,
+    train::{Kept, TrainingPlan, training_bytes},
     weights::WeightSizes,
 };
-use crate::spec::ModelSpec;
+use crate::{backend::cpu::Trainable, spec::ModelSpec};
 
 /// Kept for what the driver takes later on: captured graphs, cublasLt's own buffers, kernels that spill.
 const RESERVE: usize = 256 << 20;
@@ -140,24 +141,45 @@ impl Budget {
         Ok(bf16.weights > self.memory()?.left() / 2)
     }
 
+    /// How passes of `tokens` tokens train beside what there is to be of a model: their activations are kept where they take
+    /// no more than half of what is left, so that the other half is for keys and values, and else, with `may_recompute`, made
+    /// again in the backward pass.
+    ///
+    /// # Errors
+    /// [`CudaError::TrainingTooBig`].
+    pub fn admit_training(
+        &self,
+        (spec, sizes): (&ModelSpec, &CudaSizes),
+        trainable: &Trainable,
+        (tokens, may_recompute): (usize, bool),
+    ) -> Result<(Kept, TrainingPlan), CudaError> {
+        let none = BTreeMap::new();
+        let weights = WeightSizes::of(spec, CudaWeights::dense(&none), sizes.max_model_len).weights;
+        let workspace = self.workspace(spec, sizes);
+        let Left(left) = admit(&self.memory()?, weights, workspace)?;
+        let plan = |kept| training_bytes(spec, trainable, (tokens, kept), self.multiprocessors);
+        choose(left, plan, may_recompute)
+    }
+
     /// Bytes that a model needs beside weights, keys and values, estimated from sizes; what is fixed is not among them, nor is
     /// where quantised matrices are made bf16.
     pub fn workspace(&self, spec: &ModelSpec, sizes: &CudaSizes) -> usize {
         workspace_bytes(spec, sizes, self.multiprocessors)
     }
 
-    /// Divides what is left when models of `weights` bytes are there: the policy's, and the draft's
-    /// if it has one. `free_without_draft` were free before the draft came.
+    /// Divides what is left when a policy of `weights` bytes is there with what it needs to train, and its draft if it has one.
+    /// `free_without_draft` were free before the draft came.
     ///
     /// # Errors
     /// [`CudaError::OneSequence`] where the pool would not hold the longest one.
     pub fn plan(
         &self,
-        weights: usize,
+        (weights, training): (usize, Option<TrainingPlan>),
         free_without_draft: usize,
         needs: &PoolNeeds,
     ) -> Result<MemoryPlan, CudaError> {
-        divide(&self.memory()?, (weights, free_without_draft), needs).map(|plan| MemoryPlan {
+        let of_policy = (weights, training, free_without_draft);
+        divide(&self.memory()?, of_policy, needs).map(|plan| MemoryPlan {
             device: self.device(),
             ..plan
         })
@@ -196,9 +218,31 @@ fn admit(memory: &Memory, weights: usize, workspace: usize) -> Result<Left, Cuda
     }
 }
 
+fn choose(
+    left: usize,
+    plan: impl Fn(Kept) -> TrainingPlan,
+    may_recompute: bool,
+) -> Result<(Kept, TrainingPlan), CudaError> {
+    let kept = plan(Kept::Activations);
+    let roomy = 2 * kept.activations <= left.saturating_sub(kept.state + kept.gradients);
+    let (chosen, plan) = match roomy || !may_recompute {
+        true => (Kept::Activations, kept),
+        false => (Kept::Inputs, plan(Kept::Inputs)),
+    };
+    if plan.bytes() > left {
+        return Err(CudaError::TrainingTooBig {
+            state: plan.state + plan.gradients,
+            activations: plan.activations,
+            tokens: plan.tokens,
+            left,
+        });
+    }
+    Ok((chosen, plan))
+}
+
 fn divide(
     memory: &Memory,
-    (weights, free_without_draft): (usize, usize),
+    (weights, training, free_without_draft): (usize, Option<TrainingPlan>, usize),
     needs: &PoolNeeds,
 ) -> Result<MemoryPlan, CudaError> {
     let block_bytes = BLOCK_SIZE * needs.token_bytes;
@@ -215,7 +259,8 @@ fn divide(
         total: memory.total,
         allowed: memory.allowed(),
         weights,
-        workspace: of_policy.saturating_sub(weights),
+        workspace: of_policy.saturating_sub(weights + training.map_or(0, |t| t.bytes())),
+        training,
         draft: memory.used().saturating_sub(of_policy),
         kv,
         kv_blocks,
@@ -235,6 +280,9 @@ pub struct MemoryPlan {
     pub weights: usize,
     /// Activations, logits, inputs.
     pub workspace: usize,
+    /// What training takes of it, where the policy trains.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub training: Option<TrainingPlan>,
     /// Weights and workspace of a draft model.
     pub draft: usize,
     /// Keys and values, of a draft model too.
@@ -255,6 +303,21 @@ impl fmt::Display for MemoryPlan {
             mib(self.weights),
             mib(self.workspace)
         )?;
+        if let Some(training) = &self.training {
+            write!(
+                f,
+                "optimizer {} MiB, gradients {} MiB, activations {} MiB ({} tokens{}), ",
+                mib(training.state),
+                mib(training.gradients),
+                mib(training.activations),
+                training.tokens,
+                if training.recompute {
+                    ", recomputed"
+                } else {
+                    ""
+                }
+            )?;
+        }
         if self.draft > 0 {
             write!(f, "draft {} MiB, ", mib(self.draft))?;
         }
@@ -289,163 +352,4 @@ fn workspace_bytes(spec: &ModelSpec, sizes: &CudaSizes, multiprocessors: usize) 
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const MIB: usize = 1 << 20;
-
-    /// A GPU of 10000 MiB, on which others use 1000 and this process 2000.
-    const MEMORY: Memory = Memory {
-        total: 10_000 * MIB,
-        free_at_start: 9_000 * MIB,
-        free: 7_000 * MIB,
-        utilization: 0.8,
-    };
-
-    /// Blocks of 1 MiB.
-    const NEEDS: PoolNeeds = PoolNeeds {
-        token_bytes: MIB / BLOCK_SIZE,
-        blocks: 5_000,
-        longest: 100 * BLOCK_SIZE,
-    };
-
-    #[test]
-    fn the_pool_gets_what_is_left_of_the_share() {
-        let plan = divide(&MEMORY, (1_500 * MIB, 7_300 * MIB), &NEEDS).unwrap();
-        let mib = |mib: usize| mib * MIB;
-        assert_eq!((plan.allowed, plan.weights), (mib(8_000), mib(1_500)));
-        assert_eq!((plan.workspace, plan.draft), (mib(200), mib(300)));
-        // No more than the run can use.
-        assert_eq!((plan.kv_blocks, plan.kv), (5_000, mib(5_000)));
-        assert_eq!((plan.kv_tokens, plan.free), (160_000, mib(2_000)));
-        // 8000 − 2000 − the reserve of 256.
-        let needs = PoolNeeds {
-            blocks: 50_000,
-            ..NEEDS
-        };
-        let plan = divide(&MEMORY, (mib(1_500), mib(7_000)), &needs).unwrap();
-        assert_eq!((plan.kv_blocks, plan.free), (5_744, mib(7_000 - 5_744)));
-        assert_eq!(
-            plan.to_string(),
-            ": weights 1500 MiB, workspace 500 MiB, KV 5744 MiB (5744 blocks, 183808 tokens), 1256 MiB \
-             free of 10000 MiB"
-        );
-    }
-
-    /// Qwen2.5-0.5B.
-    fn half_billion(tied: bool) -> ModelSpec {
-        ModelSpec {
-            family: crate::spec::Family::Qwen2,
-            vocab_size: 151_936,
-            hidden_size: 896,
-            intermediate_size: 4864,
-            num_hidden_layers: 24,
-            num_attention_heads: 14,
-            num_key_value_heads: 2,
-            head_dim: 64,
-            max_position_embeddings: 1024,
-            rms_norm_eps: 1e-6,
-            rope_theta: 1e6,
-            rope_scaling: None,
-            tie_word_embeddings: tied,
-            qkv_bias: true,
-            o_bias: false,
-            qk_norm: false,
-        }
-    }
-
-    #[test]
-    fn a_step_reads_the_weights_once_and_the_keys_of_every_sequence() {
-        let none = BTreeMap::new();
-        let read =
-            |tied| WeightSizes::of(&half_billion(tied), CudaWeights::dense(&none), 1024).read;
-        // 494,032,768 weights of two bytes, of which 71,552 in vectors take four.
-        let weights = 2 * (494_032_768 + 71_552);
-        assert_eq!(read(true), weights);
-        // The head is read whole whether it is the embeddings or not, the embeddings are not.
-        assert_eq!(read(false), weights);
-        assert_eq!(
-            super::super::kv_bytes_per_token(&half_billion(true)),
-            12_288
-        );
-    }
-
-    #[test]
-    fn the_workspace_grows_by_what_a_token_a_sequence_and_a_row_take() {
-        let bytes = |max_step_tokens, max_batch, max_model_len| {
-            let sizes = CudaSizes {
-                max_step_tokens,
-                max_batch,
-                max_model_len,
-            };
-            workspace_bytes(&half_billion(true), &sizes, 132)
-        };
-        // x, h, qkv, q, attended, gate_up, act, delta, sums; temperature, ask and verdict.
-        let activations = 3584 + 1792 + 2304 + 1792 + 1792 + 19_456 + 9728 + 1792 + 56;
-        let token = bytes(8193, 256, 384) - bytes(8192, 256, 384);
-        assert_eq!(token, activations + 4 + 40 + 12);
-        // 16 steps of two kinds of draws, the plain ones' 297 chunks of 12 bytes, two tables of 12 blocks.
-        let sequence = 16 * (20 + 16) + 297 * 12 + 2 * 4 * 12;
-        assert_eq!(bytes(8192, 200, 384) - bytes(8192, 199, 384), sequence);
-        // Beyond 256 a sequence has logits of its own, with a hidden state and chunks of 12 + 48 bytes.
-        let row = 1792 + 4 * 151_936 + 297 * 60;
-        assert_eq!(
-            bytes(8192, 301, 384) - bytes(8192, 300, 384),
-            sequence + row
-        );
-    }
-
-    #[test]
-    fn others_on_the_gpu_and_the_share_bound_each_other() {
-        let crowded = Memory {
-            free_at_start: 3_000 * MIB,
-            free: 1_000 * MIB,
-            ..MEMORY
-        };
-        assert_eq!(crowded.allowed(), 3_000 * MIB);
-        assert_eq!(crowded.left(), 744 * MIB);
-        let modest = Memory {
-            utilization: 0.21,
-            ..MEMORY
-        };
-        assert_eq!(modest.left(), 0);
-    }
-
-    #[test]
-    fn a_sequence_without_room_is_refused_with_numbers() {
-        let longest = 5_745 * BLOCK_SIZE;
-        let needs = PoolNeeds {
-            blocks: 50_000,
-            longest,
-            ..NEEDS
-        };
-        let error = divide(&MEMORY, (0, 0), &needs).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "one sequence of 183840 tokens needs 5745 MiB of KV cache and 5744 MiB are left on the GPU"
-        );
-        assert!(error.hint().unwrap().contains("max_completion_length"));
-        let needs = PoolNeeds {
-            longest: longest - BLOCK_SIZE,
-            ..needs
-        };
-        assert!(divide(&MEMORY, (0, 0), &needs).is_ok());
-        // Asked for with `kv_cache_tokens`: requests that do not fit are refused when they come.
-        let few = PoolNeeds { blocks: 3, ..NEEDS };
-        assert_eq!(divide(&MEMORY, (0, 0), &few).unwrap().kv_blocks, 3);
-    }
-
-    #[test]
-    fn a_model_without_room_is_refused_before_it_is_there() {
-        assert_eq!(
-            admit(&MEMORY, 5_000 * MIB, 700 * MIB).unwrap(),
-            Left(44 * MIB)
-        );
-        let error = admit(&MEMORY, 5_000 * MIB, 745 * MIB).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "the model needs 5745 MiB on the GPU (weights 5000 MiB, workspace 745 MiB) and 5744 MiB are left there"
-        );
-        assert!(error.hint().unwrap().contains("gpu_memory_utilization"));
-    }
-}
+mod tests;

@@ -30,25 +30,27 @@ mod siblings;
 mod skinny;
 mod step;
 mod survey;
+mod train;
 mod verify;
 mod weights;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use candle_core::Tensor;
 use cudarc::driver::{CudaGraph, CudaSlice, DevicePtr};
 use half::bf16;
 
-pub use compile::{SOURCES, architecture, compile, nvrtc_version};
+pub use compile::{SOURCES, TRAINING_SOURCES, architecture, compile, nvrtc_version};
 pub use device::count;
 pub use error::CudaError;
 pub use graph::{DecodeShape, KernelTime, Profile};
 pub use memory::{Budget, MemoryPlan, PoolNeeds};
 pub use propose::DeviceRow;
 pub use survey::{GpuFacts, Survey, survey};
+pub use train::{Kept, TrainingPlan, WorkTime, training_bytes};
 
 use crate::{
     backend::{Backend, BlockId, Drafted, Exit, OptimStep, Pass, Sampled, StepRow},
@@ -69,6 +71,7 @@ use graph::{Captured, Decode, MAX_BURST};
 use inputs::{Inputs, Layout};
 use maps::Maps;
 use propose::Shelf;
+use train::Training;
 use weights::{WeightSizes, Weights};
 
 /// Tokens of a KV block: what one warp reads at a time (attention.cu).
@@ -125,7 +128,7 @@ struct KvPool {
     blocks: usize,
 }
 
-/// The policy on one GPU. Generates; training is on the CPU.
+/// The policy on one GPU. Generates and, after [`CudaBackend::train`], trains.
 pub struct CudaBackend {
     spec: ModelSpec,
     gpu: Gpu,
@@ -148,6 +151,10 @@ pub struct CudaBackend {
     early_exit: Option<EarlyExit>,
     graphs: HashMap<Captured, CudaGraph>,
     scratch: sampler::Scratch,
+    /// From the first training or scoring pass on.
+    training: Option<Box<Training>>,
+    /// Folder of compiled kernels.
+    cache: Option<PathBuf>,
 }
 
 /// What decides whether a model runs here, as [`CudaError::Shape`].
@@ -260,6 +267,8 @@ impl CudaBackend {
             decode,
             graphs: HashMap::new(),
             scratch: sampler::Scratch::default(),
+            training: None,
+            cache: cache.map(Path::to_owned),
             kv: None,
             weights,
             read_bytes,
@@ -383,29 +392,35 @@ impl Backend for CudaBackend {
 
     fn score(
         &mut self,
-        _batch: &PackedBatch,
-        _temperature: f32,
-        _pass: Pass,
+        batch: &PackedBatch,
+        temperature: f32,
+        pass: Pass,
     ) -> Result<TokenScores, PolicyError> {
-        Err(CudaError::NotYet("scoring").into())
+        self.score_packed(batch, temperature, pass)
     }
 
-    fn backward(&mut self, _dlogp: &[f32]) -> Result<(), PolicyError> {
-        Err(CudaError::NotYet("training").into())
+    fn backward(&mut self, dlogp: &[f32]) -> Result<(), PolicyError> {
+        self.backward_packed(dlogp)
     }
 
     fn distill(
         &mut self,
-        _batch: &PackedBatch,
-        _targets: &[TopTokens],
-        _temperature: f32,
-        _weight: f64,
-        _exit: Exit,
+        batch: &PackedBatch,
+        targets: &[TopTokens],
+        temperature: f32,
+        weight: f64,
+        exit: Exit,
     ) -> Result<f64, PolicyError> {
-        Err(CudaError::NotYet("training").into())
+        match exit {
+            Exit::Final => self.distill_packed(batch, targets, temperature, weight),
+            Exit::Early => self.distill_exit(batch, targets, temperature, weight),
+        }
     }
 
-    fn optimizer_step(&mut self, _step: &OptimStep, _exit: Exit) -> Result<f64, PolicyError> {
-        Err(CudaError::NotYet("training").into())
+    fn optimizer_step(&mut self, step: &OptimStep, exit: Exit) -> Result<f64, PolicyError> {
+        match exit {
+            Exit::Final => self.update(step),
+            Exit::Early => self.update_exit(step),
+        }
     }
 }

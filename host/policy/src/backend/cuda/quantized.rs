@@ -33,6 +33,19 @@ pub(super) enum Stored {
     Quantized(Blocks),
 }
 
+impl Stored {
+    /// Address of a bf16 matrix.
+    ///
+    /// # Errors
+    /// [`CudaError::NotYet`] for a quantised one: it does not train.
+    pub(super) fn dense(self) -> Result<u64, CudaError> {
+        match self {
+            Self::Bf16(address) => Ok(address),
+            Self::Quantized(_) => Err(CudaError::NotYet("training on weights that stay quantised")),
+        }
+    }
+}
+
 /// Addresses of some rows of a quantised matrix.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Blocks {
@@ -110,6 +123,17 @@ impl Linear {
         match self {
             Self::Bf16(_) => 0,
             Self::Quantized(matrix) => matrix.weights(),
+        }
+    }
+
+    /// A bf16 matrix in a buffer of its own.
+    ///
+    /// # Errors
+    /// [`CudaError::NotYet`] for a quantised one.
+    pub(super) fn copy(&self, stream: &Arc<CudaStream>) -> Result<CudaSlice<bf16>, CudaError> {
+        match self {
+            Self::Bf16(matrix) => Ok(stream.clone_dtod(matrix)?),
+            Self::Quantized(_) => Err(CudaError::NotYet("training on weights that stay quantised")),
         }
     }
 

@@ -24,8 +24,8 @@ pub(super) struct Layer {
     /// `[(Q + 2K)·D, H]`.
     pub(super) qkv: Linear,
     pub(super) qkv_bias: Option<CudaSlice<f32>>,
-    /// Per head, `[D]`; Qwen3.
-    pub(super) head_norms: Option<(CudaSlice<f32>, CudaSlice<f32>)>,
+    /// Of each head of q, and of k, `[2, D]`; Qwen3.
+    pub(super) head_norms: Option<CudaSlice<f32>>,
     /// `[H, Q·D]`.
     pub(super) o: Linear,
     pub(super) mlp_norm: CudaSlice<f32>,
@@ -42,11 +42,11 @@ pub(super) struct Weights {
     pub(super) layers: Vec<Layer>,
     pub(super) norm: CudaSlice<f32>,
     /// `[V, H]`; `None` where the embedding is used.
-    head: Option<Linear>,
+    pub(super) head: Option<Linear>,
     /// `[positions, D]`: cosines, then sines.
     pub(super) rope: CudaSlice<f32>,
     /// Where quantised matrices are made bf16, one at a time; the head in parts.
-    scratch: Option<CudaSlice<bf16>>,
+    pub(super) scratch: Option<CudaSlice<bf16>>,
 }
 
 /// Takes weights by name and puts them onto the device.
@@ -139,10 +139,10 @@ impl Upload<'_> {
         let [q_w, k_w, v_w] = ["q", "k", "v"].map(|part| attention(part, "weight"));
         let [q_b, k_b, v_b] = ["q", "k", "v"].map(|part| attention(part, "bias"));
         let head_norms = match spec.qk_norm {
-            true => Some((
-                self.floats(&[&name("self_attn.q_norm.weight")], &[d])?,
-                self.floats(&[&name("self_attn.k_norm.weight")], &[d])?,
-            )),
+            true => {
+                let [q, k] = ["q", "k"].map(|part| name(&format!("self_attn.{part}_norm.weight")));
+                Some(self.floats(&[&q, &k], &[d, d])?)
+            }
             false => None,
         };
         let qkv_bias = match spec.qkv_bias {
@@ -244,13 +244,11 @@ impl Weights {
         let optional = |s: Option<&CudaSlice<f32>>| s.map_or(0, CudaSlice::num_bytes);
         let of_layer = |l: &Layer| {
             let matrices = [&l.qkv, &l.o, &l.gate_up, &l.down].map(Linear::bytes);
-            let norms = l.head_norms.as_ref();
             let vectors = [
                 Some(&l.input_norm),
                 Some(&l.mlp_norm),
                 l.qkv_bias.as_ref(),
-                norms.map(|(q, _)| q),
-                norms.map(|(_, k)| k),
+                l.head_norms.as_ref(),
             ];
             matrices.iter().sum::<usize>() + vectors.map(optional).iter().sum::<usize>()
         };

@@ -1,0 +1,372 @@
+//! Training on the device: packed forward passes that keep their activations, a backward pass written by hand, AdamW. The
+//! decoder's weights are the rollout's own buffers, so that there is nothing to synchronise; f32 masters stand beside them.
+//!
+//! With LoRA those buffers hold the base with the adapters merged in, made anew at every update, and both directions of
+//! training read them: the policy that is scored is the one that draws, to the bit. Gradients are taken at the merged
+//! weights; the base is kept beside them for the reference, in bf16 and, where that loses something, on the host in f32.
+
+mod adapters;
+mod arena;
+mod backward;
+mod buffers;
+mod clock;
+mod exit;
+mod forward;
+mod head;
+mod kernels;
+mod layout;
+mod operands;
+mod optimizer;
+mod plan;
+mod state;
+mod tables;
+
+use std::{collections::BTreeMap, path::Path};
+
+use candle_core::Tensor;
+use cudarc::driver::{CudaSlice, DevicePtr};
+
+pub use arena::Kept;
+pub use clock::WorkTime;
+pub(super) use exit::ExitOptimizer;
+pub use plan::{TrainingPlan, training_bytes};
+
+use super::{CudaBackend, CudaError, device::Gpu, gemm::Gemm, layer::Pointers, weights::Weights};
+use crate::{
+    backend::{OptimStep, Pass, check_batch, check_targets, cpu::Trainable},
+    error::PolicyError,
+    spec::ModelSpec,
+    types::{PackedBatch, TokenScores, TopTokens},
+};
+use adapters::Lora;
+use arena::{Arena, Sizes};
+use clock::{Clock, Work};
+use forward::Run;
+use head::{Lesson, Scored};
+use kernels::Kernels;
+use layout::{Layout, ModelSlots};
+use optimizer::Optimizer;
+
+/// Most tokens of one pass: blocks of a grid's second dimension.
+pub(super) const MAX_TOKENS: usize = 65_535;
+
+/// Backward passes before a [`Pass::Train`], or a second one after it.
+const NO_PASS: PolicyError = PolicyError::Misuse("backward without a training pass");
+
+/// What training passes work with beside their own state.
+#[derive(Clone, Copy)]
+struct On<'a> {
+    gpu: &'a Gpu,
+    weights: &'a Weights,
+    spec: &'a ModelSpec,
+}
+
+/// What trains.
+enum Mode {
+    Nothing,
+    Full { reference: Option<Box<Weights>> },
+    Lora(Box<Lora>),
+}
+
+/// Addresses of a model's weights.
+struct ModelAt {
+    embed: u64,
+    layers: Vec<Pointers<u64>>,
+    norm: u64,
+    head: u64,
+}
+
+/// See the file header.
+pub(super) struct Training {
+    kernels: Kernels,
+    gemm: Gemm,
+    layout: Layout,
+    slots: ModelSlots,
+    mode: Mode,
+    optimizer: Option<Optimizer>,
+    sizes: Sizes,
+    arena: Arena,
+    buffer: CudaSlice<u8>,
+    /// What the last [`Pass::Train`] left for `backward`.
+    saved: Option<(Run, Scored)>,
+    /// Pass and chunk whose logits are there.
+    logits: Option<(u64, usize)>,
+    passes: u64,
+    clock: Clock,
+}
+
+impl ModelAt {
+    /// # Errors
+    /// [`CudaError::NotYet`] for quantised matrices.
+    fn of(weights: &Weights, gpu: &Gpu) -> Result<Self, CudaError> {
+        let stream = &gpu.stream;
+        let layers = weights.layers.iter();
+        let layers = layers.map(|layer| Pointers::of(layer, stream).dense());
+        Ok(Self {
+            embed: weights.embed.at(stream).dense()?,
+            layers: layers.collect::<Result<_, _>>()?,
+            norm: weights.norm.device_ptr(stream).0,
+            head: weights.head().at(stream).dense()?,
+        })
+    }
+}
+
+impl Training {
+    /// For passes of up to `tokens` tokens. `tensors` are the weights that the model was made of.
+    fn new(
+        on: On<'_>,
+        tensors: &BTreeMap<String, Tensor>,
+        trainable: &Trainable,
+        (tokens, kept): (usize, Kept),
+        cache: Option<&Path>,
+    ) -> Result<Self, PolicyError> {
+        let On { gpu, spec, .. } = on;
+        let (layout, slots) = layout::of_model(spec);
+        let kernels = Kernels::load(gpu, spec.head_dim, spec.hidden_size, cache)?;
+        let mut gemm = Gemm::new(&gpu.stream)?;
+        let (mode, optimizer) = match trainable {
+            Trainable::Nothing => (Mode::Nothing, None),
+            Trainable::Full { keep_reference } => {
+                let copy = || on.weights.copy(&gpu.stream).map(Box::new);
+                let reference = keep_reference.then(copy).transpose()?;
+                let weights = on.weights.buffers(&gpu.stream)?;
+                let optimizer = Optimizer::new(gpu, layout.clone(), weights)?;
+                for param in layout.params.iter().filter(|p| layout.slots[p.slot].matrix) {
+                    let tensor = tensors
+                        .get(&param.name)
+                        .ok_or_else(|| missing(&param.name))?;
+                    let values = optimizer::numbers(&param.name, tensor, param.count())?;
+                    optimizer.set(gpu, param, &values)?;
+                }
+                (Mode::Full { reference }, Some(optimizer))
+            }
+            Trainable::Lora { config, seed } => {
+                config.check_targets()?;
+                let (lora, optimizer) = Lora::new(on, tensors, &layout, config, *seed)?;
+                lora.merge(on, &kernels, &mut gemm, &optimizer)?;
+                (Mode::Lora(Box::new(lora)), Some(optimizer))
+            }
+        };
+        let sizes = sizes(trainable, tokens, kept, gpu.multiprocessors);
+        let (arena, buffer) = carve(on, &sizes)?;
+        Ok(Self {
+            kernels,
+            gemm,
+            layout,
+            slots,
+            mode,
+            optimizer,
+            sizes,
+            arena,
+            buffer,
+            saved: None,
+            logits: None,
+            passes: 0,
+            clock: Clock::default(),
+        })
+    }
+
+    /// Makes room for a pass of `tokens` tokens, which forgets the last one.
+    fn reserve(&mut self, on: On<'_>, tokens: usize) -> Result<(), CudaError> {
+        if tokens <= self.arena.tokens {
+            return Ok(());
+        }
+        let (what, most) = ("tokens", MAX_TOKENS);
+        if tokens > most {
+            let asked = tokens;
+            return Err(CudaError::Capacity { what, asked, most });
+        }
+        (self.saved, self.logits) = (None, None);
+        self.sizes.tokens = tokens;
+        // The old one is freed first: both might not fit.
+        self.buffer = on.gpu.stream.alloc_zeros(1)?;
+        (self.arena, self.buffer) = carve(on, &self.sizes)?;
+        Ok(())
+    }
+
+    /// The weights that a pass reads.
+    fn model(&self, on: On<'_>, pass: Pass) -> Result<ModelAt, CudaError> {
+        let current = ModelAt::of(on.weights, on.gpu)?;
+        Ok(match &self.mode {
+            Mode::Full {
+                reference: Some(frozen),
+            } if pass == Pass::Reference => ModelAt::of(frozen, on.gpu)?,
+            Mode::Lora(lora) if pass == Pass::Reference => lora.without(on.gpu, current),
+            _ => current,
+        })
+    }
+
+    fn trains(&self) -> Result<&Optimizer, PolicyError> {
+        self.optimizer.as_ref().ok_or(NOTHING_TRAINS)
+    }
+}
+
+/// What is asked of a model that only generates.
+const NOTHING_TRAINS: PolicyError = PolicyError::Misuse("nothing of this model trains");
+
+fn missing(name: &str) -> PolicyError {
+    PolicyError::MissingWeight {
+        name: name.to_owned(),
+    }
+}
+
+fn sizes(trainable: &Trainable, tokens: usize, kept: Kept, multiprocessors: usize) -> Sizes {
+    let rank = match trainable {
+        Trainable::Lora { config, .. } => layout::stored_rank(config.r),
+        _ => 0,
+    };
+    let kept = match trainable {
+        Trainable::Nothing => Kept::Nothing,
+        _ => kept,
+    };
+    Sizes {
+        tokens: tokens.min(MAX_TOKENS),
+        kept,
+        rank,
+        multiprocessors,
+    }
+}
+
+fn carve(on: On<'_>, sizes: &Sizes) -> Result<(Arena, CudaSlice<u8>), CudaError> {
+    let arena = Arena::new(on.spec, sizes);
+    let buffer = on.gpu.stream.alloc_zeros::<u8>(arena.bytes)?;
+    let base = buffer.device_ptr(&on.gpu.stream).0;
+    let arena = arena.at(base);
+    on.gpu.write(arena.ones, &vec![1f32; arena.chunk_rows])?;
+    Ok((arena, buffer))
+}
+
+impl CudaBackend {
+    /// Makes room for training: masters, gradients and moments of what trains, and what passes of `tokens` tokens keep.
+    /// `tensors` are the weights that the model was made of. A longer pass is let in where the GPU has room for it.
+    ///
+    /// # Errors
+    /// [`PolicyError::LoraTarget`]; [`CudaError`] for everything about the GPU.
+    pub fn train(
+        &mut self,
+        tensors: &BTreeMap<String, Tensor>,
+        trainable: &Trainable,
+        (tokens, kept): (usize, Kept),
+    ) -> Result<(), PolicyError> {
+        let on = On {
+            gpu: &self.gpu,
+            weights: &self.weights,
+            spec: &self.spec,
+        };
+        let cache = self.cache.as_deref();
+        let training = Training::new(on, tensors, trainable, (tokens, kept), cache)?;
+        self.training = Some(Box::new(training));
+        self.forget_steps();
+        Ok(())
+    }
+
+    /// Bursts that were drawn ahead with other weights.
+    fn forget_steps(&mut self) {
+        self.ahead.forget();
+    }
+
+    /// The state of training, which a model that only generates gets when it first scores, and what it works with.
+    fn with_training(&mut self) -> Result<(&mut Training, On<'_>), PolicyError> {
+        if self.training.is_none() {
+            let none = BTreeMap::new();
+            self.train(&none, &Trainable::Nothing, (0, Kept::Nothing))?;
+        }
+        let on = On {
+            gpu: &self.gpu,
+            weights: &self.weights,
+            spec: &self.spec,
+        };
+        let training = self.training.as_deref_mut().ok_or(NOTHING_TRAINS)?;
+        Ok((training, on))
+    }
+
+    fn longest(&self) -> usize {
+        let positions = self.weights.rope.len() / self.spec.head_dim;
+        positions.min(self.spec.max_position_embeddings)
+    }
+
+    pub(super) fn score_packed(
+        &mut self,
+        batch: &PackedBatch,
+        temperature: f32,
+        pass: Pass,
+    ) -> Result<TokenScores, PolicyError> {
+        check_batch(batch, self.spec.vocab_size, self.longest())?;
+        let (training, on) = self.with_training()?;
+        let (run, scored) = training.forward_batch(on, batch, temperature, pass)?;
+        let scores = training.score_rows(on, &run, &scored)?;
+        if pass == Pass::Train {
+            training.saved = Some((run, scored));
+        }
+        Ok(scores)
+    }
+
+    pub(super) fn backward_packed(&mut self, dlogp: &[f32]) -> Result<(), PolicyError> {
+        let (training, on) = self.with_training()?;
+        training.trains()?;
+        let (_, scored) = training.saved.as_ref().ok_or(NO_PASS)?;
+        if dlogp.len() != scored.rows {
+            return Err(PolicyError::Misuse(
+                "backward needs one coefficient per scored token",
+            ));
+        }
+        let (run, scored) = training.saved.take().ok_or(NO_PASS)?;
+        let coefficients = on.gpu.stream.clone_htod(dlogp).map_err(CudaError::from)?;
+        training.backward(on, &run, &scored, &Lesson::LogProbs(coefficients))
+    }
+
+    pub(super) fn distill_packed(
+        &mut self,
+        batch: &PackedBatch,
+        targets: &[TopTokens],
+        temperature: f32,
+        weight: f64,
+    ) -> Result<f64, PolicyError> {
+        check_batch(batch, self.spec.vocab_size, self.longest())?;
+        check_targets(batch, targets, self.spec.vocab_size)?;
+        let (training, on) = self.with_training()?;
+        training.trains()?;
+        let (run, scored) = training.forward_batch(on, batch, temperature, Pass::Train)?;
+        let lesson = Lesson::soft(on.gpu, targets, weight)?;
+        training.backward(on, &run, &scored, &lesson)?;
+        Ok(weight * lesson.loss(on.gpu)?)
+    }
+
+    pub(super) fn update(&mut self, step: &OptimStep) -> Result<f64, PolicyError> {
+        let (training, on) = self.with_training()?;
+        let Training {
+            kernels,
+            gemm,
+            mode,
+            optimizer,
+            logits,
+            clock,
+            ..
+        } = training;
+        let optimizer = optimizer.as_mut().ok_or(NOTHING_TRAINS)?;
+        clock.change(on.gpu, Work::Optimizer)?;
+        let norm = optimizer.step(on.gpu, kernels, step)?;
+        if let Mode::Lora(lora) = mode {
+            clock.change(on.gpu, Work::Merging)?;
+            lora.merge(on, kernels, gemm, optimizer)?;
+        }
+        clock.pause(on.gpu)?;
+        *logits = None;
+        training.saved = None;
+        self.forget_steps();
+        Ok(norm)
+    }
+
+    /// Measures where the time of the following training passes and updates goes.
+    pub fn start_profile(&mut self) {
+        if let Some(training) = &mut self.training {
+            training.clock.start();
+        }
+    }
+
+    /// What [`CudaBackend::start_profile`] has measured; nothing for a model that does not train.
+    pub fn stop_profile(&mut self) -> Vec<WorkTime> {
+        let training = self.training.as_mut();
+        training.map_or_else(Vec::new, |training| training.clock.stop())
+    }
+}
