@@ -156,7 +156,7 @@ impl PolicyError {
             | Self::UnexpectedWeight { .. } => {
                 "the weights do not belong to this config.json; download the model again".to_owned()
             }
-            Self::ChatTemplate(_) => "let the formatter return text instead of messages".to_owned(),
+            Self::ChatTemplate(_) => "let the formatter return text instead of messages, or use `rollout --raw`".to_owned(),
             Self::LoraTarget { known, .. } => format!("use {known} or all-linear"),
             Self::Memory { .. } => {
                 "lower kv_cache_tokens, max_batch_size or max_completion_length".to_owned()
@@ -168,8 +168,8 @@ impl PolicyError {
                 "lower max_completion_length or raise kv_cache_tokens".to_owned()
             }
             Self::NonFiniteLogits { .. } => {
-                "the weights have diverged: go back to an earlier checkpoint with a lower \
-                 learning_rate"
+                "in a run the weights have diverged: go back to an earlier checkpoint with a lower \
+                 learning_rate; a model that never trained here is damaged: fetch it again"
                     .to_owned()
             }
             Self::Cuda(error) => return error.hint(),

@@ -51,6 +51,16 @@ impl Gguf {
 
     /// The same as the file has it.
     pub(crate) fn stored(&mut self, name: &str) -> Result<QTensor, PolicyError> {
+        // candle panics at a tensor of no bytes, which is what too many come to as well.
+        if let Some(info) = self.content.tensor_infos.get(name) {
+            let dims = info.shape.dims().iter();
+            let elements = dims.fold(Some(1usize), |all, dim| all?.checked_mul(*dim));
+            let bytes = elements.and_then(|n| n.checked_mul(info.ggml_dtype.type_size()));
+            if bytes.is_none_or(|bytes| bytes == 0) {
+                let dims = info.shape.dims();
+                return Err(self.malformed(format!("tensor `{name}` has dimensions {dims:?}")));
+            }
+        }
         self.content
             .tensor(&mut self.file, name, &Device::Cpu)
             .map_err(|error| self.malformed(format!("tensor `{name}`: {}", plainly(&error))))

@@ -52,6 +52,9 @@ pub struct ModelSpec {
 /// Far beyond any decoder; a damaged config must not make a list of a billion weights.
 const MOST_LAYERS: usize = 10_000;
 
+/// Four times the longest context that a model has had. Each position has a row in the rotation table.
+const MOST_POSITIONS: usize = 1 << 22;
+
 impl ModelSpec {
     /// Width of the concatenated query heads, the output of `q_proj`.
     pub fn q_dim(&self) -> usize {
@@ -137,11 +140,17 @@ impl ModelSpec {
         if let Some((name, _)) = positive.iter().find(|(_, n)| *n == 0) {
             return Err(format!("`{name}` is 0"));
         }
-        if self.num_hidden_layers > MOST_LAYERS {
-            let layers = self.num_hidden_layers;
-            return Err(format!(
-                "num_hidden_layers {layers} is more than {MOST_LAYERS}"
-            ));
+        for (name, found, most) in [
+            ("num_hidden_layers", self.num_hidden_layers, MOST_LAYERS),
+            (
+                "max_position_embeddings",
+                self.max_position_embeddings,
+                MOST_POSITIONS,
+            ),
+        ] {
+            if found > most {
+                return Err(format!("{name} {found} is more than {most}"));
+            }
         }
         if !self
             .num_attention_heads

@@ -88,10 +88,10 @@ pub struct BenchRolloutArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// Prompts of a call
-    #[arg(long, alias = "batch", value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, alias = "batch", value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub prompts: u32,
     /// Completions of each prompt; all are decoded together
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub n: u32,
     /// Tokens of each prompt [default: 128, or half of a shorter context]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]

@@ -48,8 +48,8 @@ impl Limit {
         )
     }
 
-    /// The fields of the JSON object; null without a GPU or where there was no room to measure.
-    pub(super) fn fields(limit: Option<Self>, seconds: f64) -> [(&'static str, Value); 3] {
+    /// The fields of the JSON object; null without a GPU, where there was no room to measure, or for steps of no known length.
+    pub(super) fn fields(limit: Option<Self>, seconds: Option<f64>) -> [(&'static str, Value); 3] {
         [
             ("step_bytes", json!(limit.map(|limit| limit.step_bytes))),
             (
@@ -58,7 +58,11 @@ impl Limit {
             ),
             (
                 "bandwidth_share",
-                json!(limit.map(|limit| limit.share(seconds))),
+                json!(
+                    limit
+                        .zip(seconds)
+                        .map(|(limit, seconds)| limit.share(seconds))
+                ),
             ),
         ]
     }
@@ -172,9 +176,9 @@ mod tests {
 
     #[test]
     fn fields_are_null_without_a_gpu() {
-        let fields = Limit::fields(None, 1.0);
+        let fields = Limit::fields(None, Some(1.0));
         assert!(fields.iter().all(|(_, value)| value.is_null()));
-        let fields = Limit::fields(Some(LIMIT), 3e-4);
+        let fields = Limit::fields(Some(LIMIT), Some(3e-4));
         assert_eq!(fields[0], ("step_bytes", json!(1_200_000_000)));
         assert_eq!(fields[1].1.as_f64(), Some(4e12));
         assert!((fields[2].1.as_f64().unwrap() - 1.0).abs() < 1e-12);

@@ -23,6 +23,9 @@ use crate::{
 const PROMPT_TOKENS: usize = 128;
 const NEW_TOKENS: usize = 64;
 
+/// Far beyond what is decoded at once, and little enough to hold in memory.
+const MOST_SEQUENCES: u64 = 65_536;
+
 /// What is generated in one call.
 struct Workload {
     prompts: Vec<Vec<u32>>,
@@ -119,14 +122,14 @@ impl Outcome {
         let speed = &self.speed;
         let mut object = json!({
             "name": "rollout", "unit": "tokens/s", "value": speed.whole,
-            "decode_only": speed.decode, "prefill": speed.prefill,
+            "decode_only": speed.decoding.map(|d| d.speed), "prefill": speed.prefill,
             "model": name, "batch": work.sequences(), "n": work.n, "prompt_tokens": work.prompt_tokens,
             "new_tokens": work.new_tokens, "threads": threads, "repeats": self.whole.len(),
             "device": policy.device(), "memory": policy.memory_plan(),
             "seconds": self.whole, "seconds_first_token": self.first,
-            "step_ms": 1e3 * speed.step,
+            "step_ms": speed.decoding.map(|d| 1e3 * d.step),
         });
-        for (name, value) in Limit::fields(self.limit, speed.step) {
+        for (name, value) in Limit::fields(self.limit, speed.decoding.map(|d| d.step)) {
             object[name] = value;
         }
         if let Some(profile) = &self.profile {
@@ -150,14 +153,17 @@ impl Outcome {
             speed.prefill,
             1e3 * best(&self.first)
         );
-        outln!("   decode  {:.1} tokens/s", speed.decode);
+        match speed.decoding {
+            Some(decoding) => outln!("   decode  {:.1} tokens/s", decoding.speed),
+            None => outln!("   decode  too short to be told from the time to the first token"),
+        }
         outln!(
             "    whole  {:.1} new tokens/s, {:.2} s",
             speed.whole,
             best(&self.whole)
         );
-        if let Some(limit) = self.limit {
-            outln!("    limit  {}", limit.line(speed.step));
+        if let (Some(limit), Some(decoding)) = (self.limit, speed.decoding) {
+            outln!("    limit  {}", limit.line(decoding.step));
         }
         let lines = self.profile.iter().flat_map(bench_gpu::profile_lines);
         lines.for_each(|line| outln!("{line}"));
@@ -169,6 +175,11 @@ fn workload(args: &BenchRolloutArgs, measured: &Measured) -> anyhow::Result<Work
     let prompt_tokens = args
         .prompt_tokens
         .map_or(PROMPT_TOKENS.min(context / 2), |n| n as usize);
+    let sequences = u64::from(args.prompts) * u64::from(args.n);
+    anyhow::ensure!(
+        sequences <= MOST_SEQUENCES,
+        "--prompts and --n ask for {sequences} sequences; {MOST_SEQUENCES} are the most"
+    );
     let left = context.saturating_sub(prompt_tokens).max(2);
     let new_tokens = args.new_tokens.map_or(NEW_TOKENS.min(left), |n| n as usize);
     check_fits(
@@ -233,10 +244,17 @@ impl Workload {
 struct Speed {
     /// New tokens over the whole call.
     whole: f64,
-    /// New tokens but the first, over the whole call less the time to the first.
-    decode: f64,
     /// Prompt tokens over the time to the first new one.
     prefill: f64,
+    /// `None` where the whole call took no longer than one that ends with the first token: so little is noise.
+    decoding: Option<Decoding>,
+}
+
+/// What comes behind the first token of each sequence.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Decoding {
+    /// New tokens but the first, over the whole call less the time to the first.
+    speed: f64,
     /// Seconds from one new token of a sequence to the next.
     step: f64,
 }
@@ -245,11 +263,14 @@ impl Speed {
     fn of(work: &Workload, whole: &[f64], first: &[f64]) -> Self {
         let (batch, whole, first) = (work.sequences(), best(whole), best(first));
         let per = |tokens: usize, seconds: f64| (batch * tokens) as f64 / seconds;
+        let decoding = (whole > first).then(|| Decoding {
+            speed: per(work.new_tokens - 1, whole - first),
+            step: (whole - first) / (work.new_tokens - 1) as f64,
+        });
         Self {
             whole: per(work.new_tokens, whole),
-            decode: per(work.new_tokens - 1, whole - first),
             prefill: (work.prompts.len() * work.prompt_tokens) as f64 / first,
-            step: (whole - first) / (work.new_tokens - 1) as f64,
+            decoding,
         }
     }
 }
@@ -275,11 +296,14 @@ mod tests {
         let speed = Speed::of(&work, &[3.0, 2.5], &[0.75, 0.5]);
         let expected = Speed {
             whole: 8.0 * 65.0 / 2.5,
-            decode: 8.0 * 64.0 / 2.0,
             prefill: 8.0 * 128.0 / 0.5,
-            step: 2.0 / 64.0,
+            decoding: Some(Decoding {
+                speed: 8.0 * 64.0 / 2.0,
+                step: 2.0 / 64.0,
+            }),
         };
         assert_eq!(speed, expected);
+        assert_eq!(Speed::of(&work, &[0.5], &[0.6]).decoding, None);
     }
 
     #[test]

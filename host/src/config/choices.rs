@@ -51,7 +51,9 @@ impl FromStr for Device {
         text.strip_prefix("cuda:")
             .and_then(|index| index.parse().ok())
             .map(Self::Cuda)
-            .ok_or_else(|| format!("`{text}` is not a device; use auto, cpu or cuda:N"))
+            // One spelling each: no sign, no leading zero.
+            .filter(|device| device.to_string() == text)
+            .ok_or_else(|| format!("`{text}` is not a device; use auto, cpu, cuda or cuda:N"))
     }
 }
 
