@@ -178,7 +178,8 @@ impl Training {
         }
         (self.saved, self.logits) = (None, None);
         self.sizes.tokens = tokens;
-        // The old one is freed first: both might not fit.
+        // The old one is freed first: both might not fit. Without a new one there is room for nothing.
+        self.arena.tokens = 0;
         self.buffer = on.gpu.stream.alloc_zeros(1)?;
         (self.arena, self.buffer) = carve(on, &self.sizes)?;
         Ok(())
