@@ -53,8 +53,8 @@ impl Gguf {
     pub(crate) fn stored(&mut self, name: &str) -> Result<QTensor, PolicyError> {
         // candle panics at a tensor of no bytes, which is what too many come to as well.
         if let Some(info) = self.content.tensor_infos.get(name) {
-            let dims = info.shape.dims().iter();
-            let elements = dims.fold(Some(1usize), |all, dim| all?.checked_mul(*dim));
+            let mut dims = info.shape.dims().iter();
+            let elements = dims.try_fold(1usize, |all, dim| all.checked_mul(*dim));
             let bytes = elements.and_then(|n| n.checked_mul(info.ggml_dtype.type_size()));
             if bytes.is_none_or(|bytes| bytes == 0) {
                 let dims = info.shape.dims();

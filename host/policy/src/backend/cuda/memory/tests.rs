@@ -66,13 +66,17 @@ fn half_billion(tied: bool) -> ModelSpec {
 
 #[test]
 fn a_step_reads_the_weights_once_and_the_keys_of_every_sequence() {
+    let none = BTreeMap::new();
+    let read = |tied| WeightSizes::of(&half_billion(tied), CudaWeights::dense(&none), 1024).read;
     // 494,032,768 weights of two bytes, of which 71,552 in vectors take four.
     let weights = 2 * (494_032_768 + 71_552);
-    assert_eq!(step_bytes(&half_billion(true), 0), weights);
+    assert_eq!(read(true), weights);
     // The head is read whole whether it is the embeddings or not, the embeddings are not.
-    assert_eq!(step_bytes(&half_billion(false), 0), weights);
-    let with_cache = step_bytes(&half_billion(true), 64 * 256);
-    assert_eq!(with_cache, weights + 64 * 256 * 12_288);
+    assert_eq!(read(false), weights);
+    assert_eq!(
+        super::super::kv_bytes_per_token(&half_billion(true)),
+        12_288
+    );
 }
 
 #[test]
