@@ -172,6 +172,24 @@ fn a_gpu_that_is_not_there_is_refused() {
 }
 
 #[test]
+fn a_profile_needs_a_gpu_and_a_speed_does_not() {
+    let lab = Lab::new();
+    let bench = "bench train --config run.yaml --device cpu --batch 1 --tokens 4 --steps 1";
+    let ended = lab.run(&format!("{bench} --profile"));
+    assert_eq!(
+        ended.refused(FAILURE),
+        (
+            "--profile shows the kernels of a GPU, and this runs on `cpu`",
+            "use --device cuda:0 on a machine with a GPU, or leave --profile out"
+        )
+    );
+    let json = lab.run(&format!("{bench} --json")).fine().json();
+    assert_eq!(json["device"], "cpu");
+    assert!(json["flops_per_second"].as_f64().unwrap() > 0.0);
+    assert!(json["mfu"].is_null() && json["memory"].is_null() && json["profile"].is_null());
+}
+
+#[test]
 fn the_share_of_the_memory_is_a_fraction() {
     let lab = Lab::new();
     for wrong in ["0", "1.01", "-1", ".nan"] {
