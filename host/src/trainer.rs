@@ -55,7 +55,7 @@ impl Trainer<'_> {
         let learning_rate = self.learning_rate();
         let sequences = sequences(&collected.groups, &advantages);
         let (settings, optimizer) = (
-            self.update_config(),
+            update_config(self.config),
             self.config.optimizer.step(learning_rate),
         );
         let update = update(&mut self.policy.backend, &sequences, &settings, &optimizer)?;
@@ -103,18 +103,6 @@ impl Trainer<'_> {
         optimizer.learning_rate * factor
     }
 
-    fn update_config(&self) -> UpdateConfig {
-        let loss = &self.config.loss;
-        UpdateConfig {
-            loss: loss_config(loss),
-            micro_batch_tokens: self.config.training.micro_batch_tokens as usize,
-            num_iterations: loss.num_iterations,
-            recompute_old_logprobs: loss.recompute_old_logprobs,
-            temperature: self.config.generation.temperature as f32,
-            max_completion_length: self.config.generation.max_completion_length as usize,
-        }
-    }
-
     /// Evaluates on the held-out rows and keeps the account of the best.
     pub fn evaluate(
         &mut self,
@@ -147,6 +135,19 @@ impl Trainer<'_> {
     pub fn out_of_patience(&self) -> bool {
         let patience = self.config.eval.early_stopping_patience;
         patience.is_some_and(|patience| self.state.evals_without_gain >= patience)
+    }
+}
+
+/// How a config's updates are made.
+pub fn update_config(config: &RunConfig) -> UpdateConfig {
+    let loss = &config.loss;
+    UpdateConfig {
+        loss: loss_config(loss),
+        micro_batch_tokens: config.training.micro_batch_tokens as usize,
+        num_iterations: loss.num_iterations,
+        recompute_old_logprobs: loss.recompute_old_logprobs,
+        temperature: config.generation.temperature as f32,
+        max_completion_length: config.generation.max_completion_length as usize,
     }
 }
 

@@ -19,8 +19,8 @@ use crate::config::{ConfigError, Device, DraftKind, DraftTokens, PluginConfig, R
 pub use environment::Environment;
 pub use plugin_arg::PluginArg;
 pub use tools::{
-    BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchSpecArgs, BenchTrainArgs, DoctorArgs,
-    PluginCheckArgs, PluginCommand, PluginFileArgs, ReplayArgs, ResultsArgs, ShapeArgs,
+    BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchSpecArgs, BenchStepArgs, BenchTrainArgs,
+    DoctorArgs, PluginCheckArgs, PluginCommand, PluginFileArgs, ReplayArgs, ResultsArgs, ShapeArgs,
 };
 pub use training::{EvalArgs, RolloutArgs, SftArgs, TrainArgs};
 
@@ -81,6 +81,7 @@ impl Command {
             Self::Bench(BenchCommand::Train(args)) => args.output,
             Self::Bench(BenchCommand::Plugin(args)) => args.output,
             Self::Bench(BenchCommand::Spec(args)) => args.output,
+            Self::Bench(BenchCommand::Step(args)) => args.output,
             Self::Doctor(args) => args.output,
             Self::Plugin(PluginCommand::Inspect(args)) => args.output,
             Self::Plugin(PluginCommand::Check(args)) => args.output,

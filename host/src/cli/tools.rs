@@ -66,6 +66,8 @@ pub enum BenchCommand {
     Rollout(BenchRolloutArgs),
     /// Time of one forward, backward and optimizer step
     Train(BenchTrainArgs),
+    /// Time of one whole GRPO step: rollout, reward, update
+    Step(BenchStepArgs),
     /// Time of one plugin call
     Plugin(BenchPluginArgs),
     /// What speculative decoding brings, draft by draft
@@ -176,6 +178,34 @@ pub struct BenchTrainArgs {
     /// Time the parts of one more step, on a GPU
     #[arg(long)]
     pub profile: bool,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct BenchStepArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Prompts of a step
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub prompts: u32,
+    /// Completions of each prompt
+    #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(2..=1024))]
+    pub n: u32,
+    /// Tokens of each prompt [default: 128, or half of a shorter context]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub prompt_tokens: Option<u32>,
+    /// Tokens of each completion [default: 256, or what is left of a shorter context]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub new_tokens: Option<u32>,
+    /// Reward to call [default: reward-math]
+    #[arg(long, value_name = "FILE|REF")]
+    pub plugin: Option<PluginArg>,
+    /// Steps measured, after one to warm up; the best counts
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    pub steps: u32,
+    #[command(flatten)]
+    pub shape: ShapeArgs,
     #[command(flatten)]
     pub output: OutputArgs,
 }

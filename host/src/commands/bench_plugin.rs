@@ -114,7 +114,7 @@ fn object(bench: &PluginBench, measures: &[PluginMeasure]) -> anyhow::Result<ser
 /// Median and 99th percentile of a warm call, of one into a fresh instance, and of a step's scoring
 /// (a fresh instance, with weights and names on top): `plugin_warm_p50` to `plugin_step_p99`.
 fn measure(bench: &PluginBench) -> anyhow::Result<Vec<PluginMeasure>> {
-    let plugin = load(bench)?;
+    let plugin = load_reward(&bench.plugin, &bench.config)?;
     let texts = texts(bench);
     let parsed = Parsed::default();
     let batch: Vec<Sample<'_>> = texts
@@ -142,11 +142,18 @@ fn measure(bench: &PluginBench) -> anyhow::Result<Vec<PluginMeasure>> {
     Ok(measures)
 }
 
-fn load(bench: &PluginBench) -> anyhow::Result<RewardPlugin> {
-    let (name, bytes) = setup::component(&bench.plugin)?;
+/// A shipped reward or a file, with `config`.
+///
+/// # Errors
+/// [`PluginBenchError`] for a plugin of another role; those of loading it.
+pub(super) fn load_reward(
+    source: &str,
+    config: &serde_json::Value,
+) -> anyhow::Result<RewardPlugin> {
+    let (name, bytes) = setup::component(source)?;
     // Printing the guest's lines would be measured with it.
     let host = PluginHost::new(Arc::new(|_| {}))?;
-    match host.load(&name, &bytes, &bench.config, &Limits::default())? {
+    match host.load(&name, &bytes, config, &Limits::default())? {
         Plugin::Reward(plugin) => Ok(plugin),
         Plugin::Formatter(_) | Plugin::Curriculum(_) => {
             Err(PluginBenchError { plugin: name }.into())
@@ -161,14 +168,16 @@ struct Texts {
     completions: Vec<String>,
 }
 
+/// `bytes` of sentences about `n`.
+pub(super) fn words(n: usize, bytes: usize) -> String {
+    let sentence = format!("Then {n} of the apples are sold, and some more are bought. ");
+    let mut text = sentence.repeat(bytes / sentence.len() + 1);
+    text.truncate(bytes);
+    text
+}
+
 /// GSM8K-like texts of the size asked for, in groups of [`GROUP`].
 fn texts(bench: &PluginBench) -> Vec<Texts> {
-    let words = |n: usize, bytes: usize| {
-        let sentence = format!("Then {n} of the apples are sold, and some more are bought. ");
-        let mut text = sentence.repeat(bytes / sentence.len() + 1);
-        text.truncate(bytes);
-        text
-    };
     let bytes = bench.sample_bytes;
     let group = |first: usize| {
         let group = first / GROUP;

@@ -16,6 +16,7 @@ mod bench_model;
 mod bench_plugin;
 mod bench_rollout;
 mod bench_spec;
+mod bench_step;
 mod bench_train;
 mod doctor;
 mod eval;
@@ -51,6 +52,7 @@ pub fn run(command: Command, environment: &Environment) -> anyhow::Result<()> {
         Command::Rollout(args) => rollout::run(&args, environment),
         Command::Bench(BenchCommand::Rollout(args)) => bench_rollout::run(&args, environment),
         Command::Bench(BenchCommand::Train(args)) => bench_train::run(&args, environment),
+        Command::Bench(BenchCommand::Step(args)) => bench_step::run(&args, environment),
         Command::Bench(BenchCommand::Spec(args)) => bench_spec::run(&args, environment),
         Command::Results(args) => results::run(&args),
         Command::Replay(args) => replay::run(&args),

@@ -53,7 +53,7 @@ impl FromStr for Device {
             .map(Self::Cuda)
             // One spelling each: no sign, no leading zero.
             .filter(|device| device.to_string() == text)
-            .ok_or_else(|| format!("`{text}` is not a device; use auto, cpu, cuda or cuda:N"))
+            .ok_or_else(|| format!("`{text}` is not a device; use auto, cpu or cuda:N"))
     }
 }
 
