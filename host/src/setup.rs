@@ -1,22 +1,25 @@
 //! From a validated config to the parts of a run: model, rows, plugins. The only place that decides
 //! what a name on the command line stands for (embedded, file, hub).
 
-use std::path::{Path, PathBuf};
+use std::{
+    io::Read,
+    path::{Path, PathBuf},
+};
 
 use anyhow::Context;
 use grpo_policy::weights::{self, LoadedModel};
 use serde_json::Value;
 
 use crate::{
-    cli::Environment,
+    cli::{COMPILE_TRIAL, Environment},
     config::{GenerationConfig, PluginConfig, RunConfig},
     data::{Dataset, HubDataset, LoadOptions, Source, load, load_hub},
     defaults,
     hub::{Hub, HubConfig, Progress, Repo},
     placement::Capacity,
     plugin::{
-        CurriculumPlugin, FormatterPlugin, Limits, LogSink, Plugin, PluginHost, RewardPlugin,
-        RewardSet, RowText, Weighted,
+        CurriculumPlugin, FormatterPlugin, Limits, LogSink, MAX_COMPONENT_BYTES, Plugin,
+        PluginHost, RewardPlugin, RewardSet, RowText, Weighted, try_compile,
     },
     policy::draft_head_file,
     run::LockedPlugin,
@@ -321,27 +324,39 @@ impl Slots {
 
 /// Loads one component: a shipped one by its name, or a file.
 pub fn load_plugin(host: &PluginHost, config: &PluginConfig) -> anyhow::Result<Plugin> {
-    let (name, bytes) = component(&config.source)?;
     let limits: Limits = serde_json::from_value(Value::Object(config.limits.clone()))
-        .with_context(|| format!("limits of plugin `{name}`"))?;
+        .with_context(|| format!("limits of plugin `{}`", config.source))?;
+    let (name, bytes) = component(&config.source, &limits)?;
     let settings = Value::Object(config.config.clone());
     Ok(host.load(&name, &bytes, &settings, &limits)?)
 }
 
-/// Name and bytes of a component.
-pub fn component(source: &str) -> anyhow::Result<(String, Vec<u8>)> {
+/// Name and bytes of a component. A file, unlike a shipped one, has been compiled on trial in a child
+/// process, under `limits.compile_ms`.
+pub fn component(source: &str, limits: &Limits) -> anyhow::Result<(String, Vec<u8>)> {
     let path = Path::new(source);
     if let Some(bytes) = defaults::component(source).filter(|_| !path.exists()) {
         return Ok((source.to_owned(), bytes.to_vec()));
     }
-    let bytes = std::fs::read(path).map_err(|error| MissingPlugin {
+    let bytes = read_component(path).map_err(|error| MissingPlugin {
         source_name: source.to_owned(),
         error,
     })?;
     let name = path
         .file_stem()
         .map_or(source.into(), |stem| stem.to_string_lossy());
+    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    try_compile(&program, &COMPILE_TRIAL, &name, &bytes, limits)?;
     Ok((name.into_owned(), bytes))
+}
+
+/// No more of a file than tells that it is too large: it may be a device that never ends.
+fn read_component(path: &Path) -> std::io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let limit = MAX_COMPONENT_BYTES as u64 + 1;
+    let mut file = std::fs::File::open(path)?.take(limit);
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
 }
 
 /// A plugin file that cannot be read.

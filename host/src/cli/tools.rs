@@ -240,6 +240,13 @@ pub enum PluginCommand {
     Inspect(PluginFileArgs),
     /// Load a component as a run would: limits, a trial instance, its `configure`
     Check(PluginCheckArgs),
+    /// Compile the component on stdin and throw the code away: the child process of every command that
+    /// is given a component's file
+    #[command(hide = true)]
+    CompileTrial {
+        /// Mebibytes of address space for it
+        mib: u32,
+    },
 }
 
 #[derive(Args, Debug)]
@@ -250,9 +257,15 @@ pub struct PluginCheckArgs {
     /// JSON object for its `configure`
     #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
     pub config: Map<String, Value>,
+    /// JSON object with limits other than the default, as under `limits` in a config
+    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
+    pub limits: Map<String, Value>,
     #[command(flatten)]
     pub output: OutputArgs,
 }
+
+/// The arguments that call [`PluginCommand::CompileTrial`], less its number.
+pub const COMPILE_TRIAL: [&str; 2] = ["plugin", "compile-trial"];
 
 fn json_object(text: &str) -> Result<Map<String, Value>, String> {
     serde_json::from_str(text).map_err(|error| format!("not a JSON object: {error}"))

@@ -150,10 +150,11 @@ pub(super) fn load_reward(
     source: &str,
     config: &serde_json::Value,
 ) -> anyhow::Result<RewardPlugin> {
-    let (name, bytes) = setup::component(source)?;
+    let limits = Limits::default();
+    let (name, bytes) = setup::component(source, &limits)?;
     // Printing the guest's lines would be measured with it.
     let host = PluginHost::new(Arc::new(|_| {}))?;
-    match host.load(&name, &bytes, config, &Limits::default())? {
+    match host.load(&name, &bytes, config, &limits)? {
         Plugin::Reward(plugin) => Ok(plugin),
         Plugin::Formatter(_) | Plugin::Curriculum(_) => {
             Err(PluginBenchError { plugin: name }.into())

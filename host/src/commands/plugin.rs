@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::{
     cli::{PluginCheckArgs, PluginCommand, PluginFileArgs},
     config::PluginConfig,
-    plugin::{PluginHost, digest},
+    plugin::{Limits, PluginHost, compile_stdin, digest},
     setup,
 };
 
@@ -15,12 +15,13 @@ pub(super) fn run(command: &PluginCommand) -> anyhow::Result<()> {
     match command {
         PluginCommand::Inspect(args) => inspect(args),
         PluginCommand::Check(args) => check(args),
+        PluginCommand::CompileTrial { mib } => Ok(compile_stdin(*mib)?),
     }
 }
 
 /// Prints role, digest, size, exports and imports; runs nothing of the component.
 fn inspect(args: &PluginFileArgs) -> anyhow::Result<()> {
-    let (name, bytes) = setup::component(&args.plugin)?;
+    let (name, bytes) = setup::component(&args.plugin, &Limits::default())?;
     let found = PluginHost::new(guest_log())?.describe(&name, &bytes)?;
     let digest = digest(&bytes);
     if args.output.json {
@@ -54,11 +55,12 @@ fn list(names: &[String]) -> String {
     }
 }
 
-/// Loads the component under the default limits, as a run would before its first step.
+/// Loads the component as a run would before its first step, under the default limits or those given.
 fn check(args: &PluginCheckArgs) -> anyhow::Result<()> {
     let config = PluginConfig {
         source: args.plugin.clone(),
         config: args.config.clone(),
+        limits: args.limits.clone(),
         ..PluginConfig::default()
     };
     let plugin = setup::load_plugin(&PluginHost::new(guest_log())?, &config)?;

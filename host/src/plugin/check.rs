@@ -3,10 +3,13 @@
 //! Wrong values are not the sandbox's business, and they would do more harm than a trap: a NaN in one
 //! reward spoils every weight of the model.
 
+mod names;
 mod tables;
 
+pub(super) use names::Names;
+
 use super::error::Fault;
-use super::log::printable;
+use super::log::{is_printable, printable};
 use super::v0_1::wit;
 use crate::types::{Budget, Message, Parsed, Pick, Plan, Prompt, PromptBody, Score, Scored};
 
@@ -17,6 +20,8 @@ const MAX_NAME_BYTES: usize = 64;
 const MAX_REASON_BYTES: usize = 256;
 const MAX_PROMPT_BYTES: usize = 1 << 20;
 const MAX_STOPS: usize = 64;
+const MAX_ROLE_BYTES: usize = 64;
+const MAX_PARSED_BYTES: usize = 1 << 20;
 const MAX_STATE_BYTES: usize = 8 << 20;
 /// A plan may ask for this many times the completions of its budget.
 const MAX_PLAN_FACTOR: u64 = 8;
@@ -51,6 +56,9 @@ pub(super) fn score(verdict: wit::Verdict) -> Result<Score, Fault> {
 pub(super) fn prompt(prompt: wit::Prompt) -> Result<Prompt, Fault> {
     let (body, bytes) = match prompt.body {
         wit::PromptBody::Text(text) => {
+            if text.is_empty() {
+                return Err(bad("an empty prompt"));
+            }
             let bytes = text.len();
             (PromptBody::Text(text), bytes)
         }
@@ -60,6 +68,10 @@ pub(super) fn prompt(prompt: wit::Prompt) -> Result<Prompt, Fault> {
             }
             if messages.iter().any(|m| m.role.is_empty()) {
                 return Err(bad("a message without a role"));
+            }
+            if let Some(m) = messages.iter().find(|m| !is_name(&m.role, MAX_ROLE_BYTES)) {
+                let role = printable(&m.role, 100);
+                return Err(bad(&format!("a message with the role `{role}`")));
             }
             let bytes = messages
                 .iter()
@@ -75,8 +87,9 @@ pub(super) fn prompt(prompt: wit::Prompt) -> Result<Prompt, Fault> {
             )
         }
     };
-    size("bytes of one prompt", bytes, MAX_PROMPT_BYTES)?;
     size("stop texts of one prompt", prompt.stop.len(), MAX_STOPS)?;
+    let bytes = bytes + prompt.stop.iter().map(String::len).sum::<usize>();
+    size("bytes of one prompt", bytes, MAX_PROMPT_BYTES)?;
     if prompt.stop.iter().any(String::is_empty) {
         return Err(bad("an empty stop text"));
     }
@@ -86,11 +99,14 @@ pub(super) fn prompt(prompt: wit::Prompt) -> Result<Prompt, Fault> {
     })
 }
 
-pub(super) fn parsed(parsed: wit::Parsed) -> Parsed {
-    Parsed {
+pub(super) fn parsed(parsed: wit::Parsed) -> Result<Parsed, Fault> {
+    let texts = [&parsed.reasoning, &parsed.answer];
+    let bytes = texts.into_iter().flatten().map(String::len).sum();
+    size("bytes of one parsed completion", bytes, MAX_PARSED_BYTES)?;
+    Ok(Parsed {
         reasoning: parsed.reasoning,
         answer: parsed.answer,
-    }
+    })
 }
 
 pub(super) fn plan(plan: wit::StepPlan, budget: &Budget) -> Result<Plan, Fault> {
@@ -142,8 +158,7 @@ fn named(
 ) -> Result<Vec<(String, f64)>, Fault> {
     size("named numbers", values.len(), MAX_NAMED)?;
     for (i, (name, value)) in values.iter().enumerate() {
-        let fits = (1..=MAX_NAME_BYTES).contains(&name.len());
-        if !fits || name.chars().any(char::is_control) {
+        if !is_name(name, MAX_NAME_BYTES) {
             let name = printable(name, 100);
             return Err(bad(&format!("a {what} named `{name}`")));
         }
@@ -154,6 +169,11 @@ fn named(
         number(|| format!("{what} `{name}`"), *value, limit)?;
     }
     Ok(values)
+}
+
+/// Whether a text is short, not empty, and looks the same wherever it is printed.
+fn is_name(name: &str, max: usize) -> bool {
+    (1..=max).contains(&name.len()) && is_printable(name)
 }
 
 fn number(what: impl FnOnce() -> String, value: f64, limit: f64) -> Result<(), Fault> {
@@ -237,7 +257,7 @@ mod tests {
                 stop: stop.iter().map(|s| (*s).to_owned()).collect(),
             })
         };
-        assert_eq!(text(1 << 20, &["a"]).unwrap().stop, ["a"]);
+        assert_eq!(text((1 << 20) - 1, &["a"]).unwrap().stop, ["a"]);
         assert!(matches!(
             text((1 << 20) + 1, &[]),
             Err(Fault::Size {
@@ -246,6 +266,15 @@ mod tests {
             })
         ));
         assert_eq!(text(1, &[""]), Err(bad("an empty stop text")));
+        assert_eq!(text(0, &[]), Err(bad("an empty prompt")));
+        let all_but = text((1 << 20) - 3, &["stop"]);
+        assert!(matches!(
+            all_but,
+            Err(Fault::Size {
+                found: 1_048_577,
+                ..
+            })
+        ));
         let body = wit::PromptBody::Messages(Vec::new());
         let empty = prompt(wit::Prompt {
             body,
@@ -271,6 +300,8 @@ mod tests {
         );
         assert_eq!(scored(&[("", 1.0)]), Err(bad("a part named ``")));
         assert_eq!(scored(&[("a\n", 1.0)]), Err(bad("a part named `a\\n`")));
+        let turned = bad("a part named `a\\u{202e}b`");
+        assert_eq!(scored(&[("a\u{202e}b", 1.0)]), Err(turned));
         assert!(matches!(scored(&[("a", 1.1e9)]), Err(Fault::Number { .. })));
     }
 }

@@ -10,12 +10,17 @@ use crate::types::{Budget, Outcome, Plan, PluginId};
 pub struct CurriculumPlugin {
     loaded: Loaded,
     exports: planning::GuestIndices,
+    metrics: check::Names,
 }
 
 impl CurriculumPlugin {
     pub(super) fn new(loaded: Loaded) -> Result<Self, PluginError> {
         let exports = planning::GuestIndices::new(&loaded.pre).map_err(|e| loaded.misfit(&e))?;
-        let plugin = Self { loaded, exports };
+        let plugin = Self {
+            loaded,
+            exports,
+            metrics: check::Names::default(),
+        };
         plugin.open(plugin.loaded.wall())?;
         Ok(plugin)
     }
@@ -50,7 +55,9 @@ impl CurriculumPlugin {
             let plan = self.loaded.call(&mut session, Call::Plan, |store, _| {
                 guest.call_plan(store, state, &lowered, shown)
             })?;
-            check::plan(plan, budget).map_err(|fault| self.loaded.error(Call::Plan, fault))
+            let checked = check::plan(plan, budget)
+                .and_then(|plan| self.metrics.admit(&plan.metrics).map(|()| plan));
+            checked.map_err(|fault| self.loaded.error(Call::Plan, fault))
         })
     }
 

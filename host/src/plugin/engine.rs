@@ -4,9 +4,13 @@
 
 use super::error::Fault;
 use super::limits::{MAX_CORE_INSTANCES, MAX_MEMORIES, MAX_TABLE_ELEMENTS, MAX_TABLES};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
-use wasmtime::{Config, Enabled, Engine, PoolingAllocationConfig, WasmFeatures};
+use std::collections::VecDeque;
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use wasmtime::{
+    Config, Enabled, Engine, InstanceAllocationStrategy, PoolingAllocationConfig, WasmFeatures,
+};
 
 /// Granularity of deadlines.
 pub(super) const TICK: Duration = Duration::from_millis(10);
@@ -36,6 +40,15 @@ pub(super) fn start(fuel: bool) -> Result<Engine, Fault> {
         })
         .map_err(|e| engine(&e))?;
     Ok(started)
+}
+
+/// An engine for compiling only: it reserves no address space and has no clock.
+pub(super) fn for_compiling() -> Result<Engine, Fault> {
+    let mut config = config(false);
+    config.allocation_strategy(InstanceAllocationStrategy::OnDemand);
+    Engine::new(&config).map_err(|e| Fault::Engine {
+        reason: format!("{e:#}"),
+    })
 }
 
 fn config(fuel: bool) -> Config {
@@ -91,47 +104,104 @@ fn pool() -> PoolingAllocationConfig {
     pool
 }
 
-/// Counts instances, so that the pool never has to refuse one.
+/// Hands out the pool's instances, so that it never has to refuse one: first come, first served.
 ///
-/// A blocking count rather than an async semaphore: callers are plain threads that hold an instance
-/// for microseconds.
-pub(super) struct Slots {
-    free: Mutex<u32>,
-    freed: Condvar,
+/// Blocking rather than an async semaphore: callers are plain threads that hold an instance for
+/// microseconds. A queue rather than a condition variable, which lets newcomers overtake those that wait.
+pub(super) struct Slots(Mutex<Places>);
+
+struct Places {
+    free: u32,
+    /// Whoever waits, longest first. Places are sent to them.
+    waiting: VecDeque<Sender<Slot>>,
 }
 
-/// The right to one instance; given back when dropped.
-pub(super) struct Slot(Arc<Slots>);
+/// The right to one instance; given back when dropped, wherever that happens.
+///
+/// Empty only while it is being dropped, or refused by a caller that is gone.
+pub(super) struct Slot(Option<Arc<Slots>>);
 
 impl Slots {
     pub(super) fn new() -> Self {
-        Self {
-            free: Mutex::new(SLOTS),
-            freed: Condvar::new(),
-        }
+        Self(Mutex::new(Places {
+            free: SLOTS,
+            waiting: VecDeque::new(),
+        }))
     }
 
-    pub(super) fn take(self: &Arc<Self>) -> Slot {
-        let mut free = self.lock();
-        while *free == 0 {
-            free = self
-                .freed
-                .wait(free)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
-        *free -= 1;
-        Slot(Arc::clone(self))
+    /// Waits for an instance until `end`; `None` if none became free.
+    pub(super) fn take(self: &Arc<Self>, end: Instant) -> Option<Slot> {
+        let turn = {
+            let mut places = self.lock();
+            if places.free > 0 {
+                places.free -= 1;
+                return Some(Slot(Some(Arc::clone(self))));
+            }
+            let (sender, turn) = channel();
+            places.waiting.push_back(sender);
+            turn
+        };
+        // A place that is sent just after the end is dropped with the receiver, and so passed on.
+        let left = end.saturating_duration_since(Instant::now());
+        turn.recv_timeout(left).ok()
     }
 
-    /// A count is valid at any moment, so a poisoned lock is as good as another.
-    fn lock(&self) -> MutexGuard<'_, u32> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The queue is valid at any moment, so a poisoned lock is as good as another.
+    fn lock(&self) -> MutexGuard<'_, Places> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        *self.0.lock() += 1;
-        self.0.freed.notify_one();
+        let Some(slots) = self.0.take() else {
+            return;
+        };
+        loop {
+            let mut places = slots.lock();
+            let Some(next) = places.waiting.pop_front() else {
+                places.free += 1;
+                return;
+            };
+            drop(places);
+            match next.send(Self(Some(Arc::clone(&slots)))) {
+                Ok(()) => return,
+                // Gone after a timeout: the place goes to the next, and not through a drop of its own.
+                Err(mut refused) => refused.0.0 = None,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_go_to_whoever_waits_longest() {
+        let slots = Arc::new(Slots::new());
+        let now = Instant::now();
+        let far = now + Duration::from_secs(60);
+        let mut held: Vec<_> = (0..SLOTS).map(|_| slots.take(far).unwrap()).collect();
+        assert!(slots.take(now).is_none(), "a seventeenth");
+        let served = Mutex::new(Vec::new());
+        std::thread::scope(|scope| {
+            for caller in 0..24 {
+                let (slots, served) = (&slots, &served);
+                scope.spawn(move || {
+                    let slot = slots.take(far).unwrap();
+                    served.lock().unwrap().push(caller);
+                    drop(slot);
+                });
+                // The one that gave up above is still in the queue.
+                while slots.lock().waiting.len() != caller + 2 {
+                    std::thread::yield_now();
+                }
+            }
+            drop(held.pop());
+        });
+        assert_eq!(served.into_inner().unwrap(), Vec::from_iter(0..24));
+        drop(held);
+        assert_eq!(slots.lock().free, SLOTS);
     }
 }

@@ -1,4 +1,7 @@
 //! The one error of this room: who failed (plugin, digest, call, row) and how ([`Fault`]).
+//! What to do about it is in [`hint`].
+
+mod hint;
 
 use crate::types::Role;
 use std::fmt;
@@ -94,8 +97,18 @@ pub enum GuestErrorKind {
 pub enum Fault {
     #[error("is {found}, not a WebAssembly component")]
     NotAComponent { found: &'static str },
-    #[error("has {bytes} bytes, more than the limit of {limit}")]
-    TooLarge { bytes: usize, limit: usize },
+    #[error("has more than the {limit} bytes that are compiled")]
+    TooLarge { limit: usize },
+    #[error("has a name that cannot stand in logs, metrics and files")]
+    Name,
+    #[error("has a config of {bytes} bytes of JSON, more than the limit of {limit}")]
+    ConfigSize { bytes: usize, limit: usize },
+    #[error("took longer than {limit_ms} ms to compile")]
+    CompileTime { limit_ms: u64 },
+    #[error("brought down the compiler, which had {limit_mib} MiB of address space ({how})")]
+    CompileCrash { how: String, limit_mib: u32 },
+    #[error("could not be compiled on trial in a process of its own: {reason}")]
+    Trial { reason: String },
     #[error("does not compile: {reason}")]
     Compile { reason: String },
     #[error(
@@ -116,10 +129,11 @@ pub enum Fault {
         found: u64,
         limit: u64,
     },
-    #[error("limit `{key}` is {value}, outside 1 to {max}")]
+    #[error("limit `{key}` is {value}, outside {min} to {max}")]
     LimitRange {
         key: &'static str,
         value: u64,
+        min: u64,
         max: u64,
     },
     #[error("ran past its deadline of {limit_ms} ms")]
@@ -152,6 +166,8 @@ pub enum Fault {
     },
     #[error("returned {what}")]
     BadResult { what: String },
+    #[error("is left alone for some requests after {failures} in a row without a score")]
+    Resting { failures: u32 },
     #[error("{message}")]
     Guest {
         kind: GuestErrorKind,
@@ -176,52 +192,12 @@ impl PluginError {
         matches!(
             self.fault,
             Fault::LimitRange { .. }
+                | Fault::ConfigSize { .. }
                 | Fault::Guest {
                     kind: GuestErrorKind::Config,
                     ..
                 }
         )
-    }
-
-    /// What the reader can do about it, if there is something.
-    pub fn hint(&self) -> Option<String> {
-        let plugin = &self.plugin;
-        Some(match &self.fault {
-            Fault::NotAComponent {
-                found: "a core module",
-            } => "make a component of it: wasm-tools component new MODULE -o COMPONENT".to_owned(),
-            Fault::NotAComponent { .. } | Fault::Compile { .. } => {
-                "give the .wasm file of a component built against wit/v0.1".to_owned()
-            }
-            Fault::WrongWorld { .. } | Fault::ManyRoles { .. } | Fault::Signature { .. } => {
-                "build against one world of wit/v0.1: reward, formatter or curriculum".to_owned()
-            }
-            Fault::UnknownImports { imports } if imports.iter().any(|i| i.starts_with("wasi:")) => {
-                "build for wasm32-unknown-unknown, or with WASI stubbed out".to_owned()
-            }
-            Fault::UnknownImports { .. } => "a plugin may import grpo:plugin/host only".to_owned(),
-            Fault::Deadline { .. } => format!("raise limits.deadline_ms of `{plugin}`"),
-            Fault::Wall { .. } => format!("raise limits.wall_ms of `{plugin}`"),
-            Fault::Fuel { .. } => format!("raise limits.fuel of `{plugin}`"),
-            Fault::Memory { .. } => format!("raise limits.memory_mib of `{plugin}`"),
-            Fault::Guest {
-                kind: GuestErrorKind::Config,
-                ..
-            } => {
-                format!("correct the config of `{plugin}`")
-            }
-            Fault::Guest {
-                kind: GuestErrorKind::Input,
-                ..
-            } => "rename the dataset's columns with `columns`, or configure the plugin".to_owned(),
-            Fault::Trap { .. } | Fault::Guest { .. } if self.call == Call::Score => {
-                "on_failure: skip leaves such samples out of training".to_owned()
-            }
-            Fault::Engine { .. } => {
-                "plugins need address space: raise `ulimit -v`, or remove it".to_owned()
-            }
-            _ => return None,
-        })
     }
 }
 

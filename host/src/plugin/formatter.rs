@@ -67,7 +67,8 @@ impl FormatterPlugin {
             })?;
             let parsed = check::length(parsed, completions.len())
                 .map_err(|fault| self.loaded.error(Call::Parse, fault))?;
-            Ok(parsed.into_iter().map(check::parsed).collect())
+            let checked: Result<_, _> = parsed.into_iter().map(check::parsed).collect();
+            checked.map_err(|fault| self.loaded.error(Call::Parse, fault))
         })
     }
 

@@ -1,8 +1,10 @@
 //! What a component is, read from its bytes and types before any of it runs.
 
 use super::error::Fault;
-use super::limits::{MAX_COMPONENT_BYTES, MAX_MEMORIES, MAX_TABLES};
-use super::log::printable;
+use super::limits::{
+    MAX_COMPONENT_BYTES, MAX_CONFIG_BYTES, MAX_MEMORIES, MAX_PLUGIN_NAME_BYTES, MAX_TABLES,
+};
+use super::log::{is_printable, printable};
 use crate::types::Role;
 use serde::Serialize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -44,13 +46,38 @@ pub(super) fn describe(component: &Component) -> Description {
     }
 }
 
-/// Compiles untrusted bytes.
-pub(super) fn compile(engine: &Engine, bytes: &[u8]) -> Result<Component, Fault> {
+/// Refuses a name that could forge a line, leave its folder, or be taken for another plugin's: it
+/// stands in logs, in metrics (`rewards/NAME/…`) and in `plugins.lock`, and `NAME#2` is the second of
+/// two that have one name.
+pub(super) fn check_name(name: &str) -> Result<(), Fault> {
+    let fits = (1..=MAX_PLUGIN_NAME_BYTES).contains(&name.len());
+    let plain = is_printable(name) && !name.contains(['/', '\\', '#']);
+    if fits && plain && !name.starts_with('.') {
+        return Ok(());
+    }
+    Err(Fault::Name)
+}
+
+/// The JSON text of a plugin's config, if it is not too long.
+pub(super) fn check_config(config: &serde_json::Value) -> Result<String, Fault> {
+    let (text, limit) = (config.to_string(), MAX_CONFIG_BYTES);
+    match text.len() {
+        bytes if bytes > limit => Err(Fault::ConfigSize { bytes, limit }),
+        _ => Ok(text),
+    }
+}
+
+pub(super) fn check_size(bytes: &[u8]) -> Result<(), Fault> {
     let limit = MAX_COMPONENT_BYTES;
     if bytes.len() > limit {
-        let bytes = bytes.len();
-        return Err(Fault::TooLarge { bytes, limit });
+        return Err(Fault::TooLarge { limit });
     }
+    Ok(())
+}
+
+/// Compiles untrusted bytes.
+pub(super) fn compile(engine: &Engine, bytes: &[u8]) -> Result<Component, Fault> {
+    check_size(bytes)?;
     if let Some(found) = not_a_component(bytes) {
         return Err(Fault::NotAComponent { found });
     }
@@ -165,6 +192,33 @@ fn same_track(name: &str, wanted: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_are_one_plain_word_of_a_path() {
+        for good in [
+            "reward-math",
+            "my reward 2.1",
+            "Überprüfung",
+            &"x".repeat(128),
+        ] {
+            assert_eq!(check_name(good), Ok(()), "{good}");
+        }
+        for bad in [
+            "",
+            ".",
+            "..",
+            ".a",
+            "a/b",
+            "a\\b",
+            "a\n",
+            "a\u{1b}[2J",
+            "a\u{202e}b",
+            "a#2",
+        ] {
+            assert_eq!(check_name(bad), Err(Fault::Name), "{bad:?}");
+        }
+        assert_eq!(check_name(&"x".repeat(129)), Err(Fault::Name));
+    }
 
     #[test]
     fn patch_versions_are_compatible() {

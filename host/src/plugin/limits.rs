@@ -5,8 +5,12 @@
 use super::error::Fault;
 use serde::{Deserialize, Serialize};
 
-/// Largest component that is compiled. Compiling is not covered by any deadline.
-pub(super) const MAX_COMPONENT_BYTES: usize = 64 << 20;
+/// Largest component that is compiled, in bytes.
+pub const MAX_COMPONENT_BYTES: usize = 64 << 20;
+/// Bytes of a plugin's config as JSON text.
+pub(super) const MAX_CONFIG_BYTES: usize = 1 << 20;
+/// Bytes of a plugin's name.
+pub(super) const MAX_PLUGIN_NAME_BYTES: usize = 128;
 /// Bytes a guest may hand to the host in one call.
 pub(super) const MAX_RESULT_BYTES: usize = 32 << 20;
 /// Memories, tables and core instances of one component. Compilers and composers need a handful.
@@ -52,6 +56,11 @@ pub struct Limits {
     /// Most milliseconds one request to the plugin may take, with instantiation, retries and the
     /// search for a guilty sample; 1 to 86 400 000.
     pub wall_ms: u64,
+    /// Most milliseconds that compiling a component of one's own may take, in a child process;
+    /// 1 to 3 600 000. Shipped components are compiled without a limit.
+    pub compile_ms: u64,
+    /// Mebibytes of address space of that process, 256 to 65 536.
+    pub compile_mib: u32,
     /// Mebibytes of all memories of an instance together, 1 to 4096.
     pub memory_mib: u32,
     /// Wasm instructions (roughly) one call may execute. Unlike the deadline this is the same on
@@ -59,7 +68,7 @@ pub struct Limits {
     pub fuel: Option<u64>,
     pub isolation: Isolation,
     pub on_failure: OnFailure,
-    /// Used by `on_failure: retry`.
+    /// Used by `on_failure: retry`, 0 to 100.
     pub retries: u32,
 }
 
@@ -68,6 +77,8 @@ impl Default for Limits {
         Self {
             deadline_ms: 1000,
             wall_ms: 30_000,
+            compile_ms: 60_000,
+            compile_mib: 4096,
             memory_mib: 256,
             fuel: None,
             isolation: Isolation::Batch,
@@ -80,14 +91,25 @@ impl Default for Limits {
 impl Limits {
     /// Refuses values outside the ranges above.
     pub fn check(&self) -> Result<(), Fault> {
-        let range = |key, value: u64, max: u64| match value {
-            v if (1..=max).contains(&v) => Ok(()),
-            value => Err(Fault::LimitRange { key, value, max }),
-        };
-        range("deadline_ms", self.deadline_ms, 3_600_000)?;
-        range("wall_ms", self.wall_ms, 86_400_000)?;
-        range("memory_mib", u64::from(self.memory_mib), 4096)?;
-        range("fuel", self.fuel.unwrap_or(1), u64::MAX)
+        for (key, value, min, max) in [
+            ("deadline_ms", self.deadline_ms, 1, 3_600_000),
+            ("wall_ms", self.wall_ms, 1, 86_400_000),
+            ("compile_ms", self.compile_ms, 1, 3_600_000),
+            ("compile_mib", u64::from(self.compile_mib), 256, 65_536),
+            ("memory_mib", u64::from(self.memory_mib), 1, 4096),
+            ("fuel", self.fuel.unwrap_or(1), 1, u64::MAX),
+            ("retries", u64::from(self.retries), 0, 100),
+        ] {
+            if !(min..=max).contains(&value) {
+                return Err(Fault::LimitRange {
+                    key,
+                    value,
+                    min,
+                    max,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// The memory cap in bytes.

@@ -4,6 +4,7 @@
 //! request (or every sample); it can neither outlive its deadline, outgrow its memory, nor reach
 //! anything but its arguments. This room knows nothing of files, models or the training loop.
 
+mod breaker;
 mod check;
 mod curriculum;
 mod engine;
@@ -15,16 +16,18 @@ mod log;
 mod reward;
 mod reward_set;
 mod sandbox;
+mod trial;
 mod v0_1;
 
 pub use curriculum::CurriculumPlugin;
 pub use error::{Call, Fault, GuestErrorKind, PluginError};
 pub use formatter::{FormatterPlugin, RowText};
 pub use inspect::Description;
-pub use limits::{Isolation, Limits, OnFailure};
+pub use limits::{Isolation, Limits, MAX_COMPONENT_BYTES, OnFailure};
 pub use log::{LogLevel, LogLine, LogSink, printable};
 pub use reward::{RewardPlugin, Scoring, WarmReward};
 pub use reward_set::{RewardSet, SetScoring, WeightError, Weighted};
+pub use trial::{compile_stdin, try_compile};
 
 use crate::types::{PluginId, Role};
 use engine::Slots;
@@ -99,6 +102,7 @@ impl PluginHost {
 
     /// Compiles a component, reads its role from its exports, and makes a first instance of it with
     /// `config` (a JSON object for its `configure`), so that a plugin that loads is one that works.
+    /// Compiling has no limit here: see [`try_compile`].
     ///
     /// # Errors
     /// Everything in [`Fault`] that can be known before the first batch, with plugin and digest.
@@ -109,28 +113,26 @@ impl PluginHost {
         config: &serde_json::Value,
         limits: &Limits,
     ) -> Result<Plugin, PluginError> {
+        let attribute = |fault| attributed(name, bytes, Call::Load, fault);
+        limits.check().map_err(attribute)?;
+        let config = inspect::check_name(name)
+            .and_then(|()| inspect::check_config(config))
+            .map_err(attribute)?;
         let (name, digest): (Arc<str>, Arc<str>) = (name.into(), digest(bytes).into());
-        let attribute = |fault| PluginError {
-            plugin: Arc::clone(&name),
-            digest: Arc::clone(&digest),
-            call: Call::Load,
-            row: None,
-            fault,
-        };
-        limits.check().map_err(&attribute)?;
-        let running = self.running(limits).map_err(&attribute)?;
-        let (role, pre) = link(&running.engine, bytes).map_err(&attribute)?;
+        let running = self.running(limits).map_err(attribute)?;
+        let (role, pre) = link(&running.engine, bytes).map_err(attribute)?;
         let loaded = Loaded {
             id: PluginId {
                 role,
                 name: name.to_string(),
                 digest: digest.to_string(),
             },
-            config: config.to_string(),
+            config,
             limits: limits.clone(),
             pre,
             slots: running.slots,
             sink: Arc::clone(&self.sink),
+            flood: Arc::default(),
             name: Arc::clone(&name),
             digest: Arc::clone(&digest),
         };
@@ -144,16 +146,11 @@ impl PluginHost {
     /// Compiles a component and reads its types, without running any of it.
     ///
     /// # Errors
-    /// Bytes that are no component, or one too large to compile.
+    /// A name that cannot be one, and bytes that are no component or one too large to compile.
     pub fn describe(&self, name: &str, bytes: &[u8]) -> Result<Description, PluginError> {
-        let component =
-            inspect::compile(&self.plain.engine, bytes).map_err(|fault| PluginError {
-                plugin: name.into(),
-                digest: digest(bytes).into(),
-                call: Call::Load,
-                row: None,
-                fault,
-            })?;
+        let component = inspect::check_name(name)
+            .and_then(|()| inspect::compile(&self.plain.engine, bytes))
+            .map_err(|fault| attributed(name, bytes, Call::Load, fault))?;
         Ok(inspect::describe(&component))
     }
 
@@ -167,6 +164,17 @@ impl PluginHost {
         // Two threads may both start one; the loser's is dropped unused.
         let running = Running::start(true)?;
         Ok(self.fueled.get_or_init(|| running).clone())
+    }
+}
+
+/// A fault of a component that is not loaded. The name may be the fault, so it is escaped.
+fn attributed(name: &str, bytes: &[u8], call: Call, fault: Fault) -> PluginError {
+    PluginError {
+        plugin: printable(name, 200).into(),
+        digest: digest(bytes).into(),
+        call,
+        row: None,
+        fault,
     }
 }
 

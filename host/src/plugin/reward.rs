@@ -1,5 +1,6 @@
 //! A reward plugin: one call per batch, and what to do when it fails.
 
+use super::breaker::Breaker;
 use super::check;
 use super::error::{Call, Fault, PluginError};
 use super::limits::{Isolation, OnFailure};
@@ -12,6 +13,8 @@ use std::ptr;
 pub struct RewardPlugin {
     loaded: Loaded,
     exports: scoring::GuestIndices,
+    breaker: Breaker,
+    parts: check::Names,
 }
 
 /// The scores of a batch, and the failures met on the way to them.
@@ -38,7 +41,12 @@ pub struct WarmReward<'a> {
 impl RewardPlugin {
     pub(super) fn new(loaded: Loaded) -> Result<Self, PluginError> {
         let exports = scoring::GuestIndices::new(&loaded.pre).map_err(|e| loaded.misfit(&e))?;
-        let plugin = Self { loaded, exports };
+        let plugin = Self {
+            loaded,
+            exports,
+            breaker: Breaker::new(),
+            parts: check::Names::default(),
+        };
         plugin.open(plugin.loaded.wall())?;
         Ok(plugin)
     }
@@ -50,11 +58,16 @@ impl RewardPlugin {
 
     /// Scores a batch in fresh instances, as `isolation` says. Where a batch fails, its samples are
     /// scored one by one to find the guilty ones, and `on_failure` is applied to those alone. Never
-    /// makes up a score.
+    /// makes up a score. Under `skip`, a plugin of which several requests in a row yielded no score is
+    /// left alone for some ([`Fault::Resting`]).
     ///
     /// # Errors
     /// Under `abort`, and under `retry` once the retries are used up: the first failure, with its row.
     pub fn score(&self, samples: &[Sample<'_>]) -> Result<Scoring, PluginError> {
+        let rests = self.loaded.limits.on_failure == OnFailure::Skip && !samples.is_empty();
+        if rests && let Err(fault) = self.breaker.admit() {
+            return Ok(self.refuse(samples, fault));
+        }
         let wall = self.loaded.wall();
         let mut faults = Vec::new();
         let mut outcomes = match self.loaded.limits.isolation {
@@ -63,6 +76,9 @@ impl RewardPlugin {
         };
         if self.loaded.limits.on_failure == OnFailure::Retry {
             self.retry(samples, &mut outcomes, wall, &mut faults);
+        }
+        if rests {
+            self.breaker.record(outcomes.iter().any(Result::is_ok));
         }
         let mut scores = Vec::with_capacity(samples.len());
         for outcome in outcomes {
@@ -76,6 +92,14 @@ impl RewardPlugin {
             }
         }
         Ok(Scoring { scores, faults })
+    }
+
+    /// The whole batch skipped, for a reason that is no sample's.
+    fn refuse(&self, samples: &[Sample<'_>], fault: Fault) -> Scoring {
+        Scoring {
+            scores: vec![Score::Skip(fault.to_string()); samples.len()],
+            faults: vec![self.loaded.error(Call::Score, fault)],
+        }
     }
 
     /// Opens an instance that stays, for [`WarmReward::score`].
@@ -199,7 +223,13 @@ impl RewardPlugin {
         let error = |fault| self.loaded.error(Call::Score, fault);
         let verdicts = check::length(verdicts, samples.len()).map_err(error)?;
         let outcome = |(verdict, sample): (_, &Sample<'_>)| {
-            check::score(verdict).map_err(|fault| PluginError {
+            let checked = check::score(verdict).and_then(|score| {
+                if let Score::Value(scored) = &score {
+                    self.parts.admit(&scored.parts)?;
+                }
+                Ok(score)
+            });
+            checked.map_err(|fault| PluginError {
                 row: Some(sample.row_id),
                 ..error(fault)
             })

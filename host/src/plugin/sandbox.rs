@@ -8,7 +8,7 @@ use super::limits::{
     Limits, MAX_CORE_INSTANCES, MAX_HANDLES, MAX_MEMORIES, MAX_RESULT_BYTES, MAX_TABLE_ELEMENTS,
     MAX_TABLES, OnFailure,
 };
-use super::log::{CallLog, LogSink, printable};
+use super::log::{CallLog, Flood, LogSink, printable};
 use super::v0_1::wit;
 use crate::types::PluginId;
 use std::sync::Arc;
@@ -39,6 +39,11 @@ pub(super) struct Clock {
 }
 
 impl Clock {
+    /// Puts the deadline off by time that the host took during the call. The wall clock goes on.
+    pub(super) fn forgive(&mut self, hosts: Duration) {
+        self.deadline += hosts;
+    }
+
     pub(super) fn check(&self) -> wasmtime::Result<()> {
         let now = Instant::now();
         if now >= self.wall.0 {
@@ -126,6 +131,8 @@ pub(super) struct Loaded {
     /// Shared by all plugins of an engine.
     pub(super) slots: Arc<Slots>,
     pub(super) sink: LogSink,
+    /// Over all calls of this plugin.
+    pub(super) flood: Arc<Flood>,
 }
 
 /// A fresh instance. The store stands before the slot so that its memory is back in the pool first.
@@ -143,7 +150,10 @@ impl Loaded {
 
     /// Instantiates; the guest's `start` function runs under the limits of a call.
     pub(super) fn start(&self, wall: Wall) -> Result<Session, PluginError> {
-        let slot = self.slots.take();
+        let slot = self.slots.take(wall.0).ok_or_else(|| {
+            let limit_ms = self.limits.wall_ms;
+            self.error(Call::Instantiate, Fault::Wall { limit_ms })
+        })?;
         let state = CallState {
             accountant: Accountant {
                 memory: 0,
@@ -157,6 +167,7 @@ impl Loaded {
             },
             log: CallLog::new(
                 Arc::clone(&self.sink),
+                Arc::clone(&self.flood),
                 Arc::clone(&self.name),
                 Arc::clone(&self.digest),
             ),

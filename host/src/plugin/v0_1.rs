@@ -40,7 +40,8 @@ impl host::Host for CallState {
             host::Level::Warn => LogLevel::Warn,
             host::Level::Error => LogLevel::Error,
         };
-        self.log.line(level, &text);
+        let waited = self.log.line(level, &text);
+        self.clock.forgive(waited);
         Ok(())
     }
 }

@@ -10,6 +10,7 @@ mod budget;
 mod contract;
 mod device;
 mod drafts;
+mod hostile;
 mod lab;
 mod replay;
 mod resume;

@@ -1,11 +1,11 @@
 //! What becomes of the good samples beside a guilty one, under each policy and isolation.
 
-use super::{assert_serves, guest, host, limits, load, samples, totals};
+use super::{assert_serves, guest, host, limits, load, samples, totals, turn};
 use grpo_host::plugin::{Fault, Isolation, Limits, OnFailure};
 use grpo_host::types::Score;
 
 /// Traps at a completion of 3 bytes, spins at one of 4; the length of completion `i` stands at byte
-/// 20 of sample `i`, and a sample takes 104 bytes.
+/// 8 of sample `i`, and a sample takes 104 bytes.
 pub(crate) fn picky() -> Vec<u8> {
     guest::scoring_after_ones(
         "(block $done (loop $next
@@ -21,6 +21,7 @@ pub(crate) fn picky() -> Vec<u8> {
 
 #[test]
 fn skip_excludes_the_guilty_only() {
+    let _turn = turn();
     let host = host();
     for isolation in [Isolation::Batch, Isolation::Sample] {
         let limits = Limits {
@@ -47,6 +48,7 @@ fn skip_excludes_the_guilty_only() {
 
 #[test]
 fn abort_names_the_guilty_row() {
+    let _turn = turn();
     let host = host();
     let limits = Limits {
         on_failure: OnFailure::Abort,
@@ -71,6 +73,7 @@ fn abort_names_the_guilty_row() {
 
 #[test]
 fn retry_tries_and_then_aborts() {
+    let _turn = turn();
     let host = host();
     let limits = Limits {
         on_failure: OnFailure::Retry,
@@ -94,6 +97,7 @@ fn retry_tries_and_then_aborts() {
 /// Every sample spins: the request ends at its wall clock, not after each sample's deadline.
 #[test]
 fn the_wall_clock_bounds_the_search() {
+    let _turn = turn();
     let host = host();
     let limits = Limits {
         wall_ms: 250,
@@ -112,10 +116,9 @@ fn the_wall_clock_bounds_the_search() {
     assert_serves(&host);
 }
 
-/// A global counts the samples scored since instantiation; only as much of it leaks as was allowed.
-#[test]
-fn nothing_outlives_an_instance() {
-    let counting = guest::component(
+/// The reward is the number of samples scored since instantiation.
+pub(crate) fn counting() -> Vec<u8> {
+    guest::component(
         r#"(global $count (mut f64) (f64.const 0))
            (func (export "score") (param i32 i32) (param $samples i32) (param $n i32) (result i32)
              (local $i i32)
@@ -128,7 +131,14 @@ fn nothing_outlives_an_instance() {
                (local.set $i (i32.add (local.get $i) (i32.const 1)))
                (br_if $next (i32.lt_u (local.get $i) (local.get $n))))
              (i32.const 0))"#,
-    );
+    )
+}
+
+/// A global counts the samples scored since instantiation; only as much of it leaks as was allowed.
+#[test]
+fn hostile_31_nothing_outlives_an_instance() {
+    let _turn = turn();
+    let counting = counting();
     let host = host();
     for (isolation, expected) in [
         (Isolation::Batch, [Some(1.0), Some(2.0), Some(3.0)]),
@@ -150,33 +160,32 @@ fn nothing_outlives_an_instance() {
     }
 }
 
-/// More threads than the pool has instances: callers wait, none is refused.
-#[test]
-fn a_herd_of_callers() {
-    let host = host();
-    let plugin = load(&host, &guest::scoring_after_ones(""), &Limits::default()).unwrap();
-    std::thread::scope(|scope| {
-        for _ in 0..64 {
-            scope.spawn(|| {
-                for _ in 0..20 {
-                    let scoring = plugin.score(&samples(&["a", "b"])).unwrap();
-                    assert_eq!(totals(&scoring.scores), [Some(1.0); 2]);
-                }
-            });
-        }
-    });
-}
-
 #[test]
 fn limits_are_checked() {
+    let _turn = turn();
     let host = host();
     let zero = Limits {
         deadline_ms: 0,
         ..Limits::default()
     };
     let error = load(&host, &picky(), &zero).err().unwrap();
-    let (key, value, max) = ("deadline_ms", 0, 3_600_000);
-    assert_eq!(error.fault, Fault::LimitRange { key, value, max });
+    let range = |key, value, min, max| Fault::LimitRange {
+        key,
+        value,
+        min,
+        max,
+    };
+    assert_eq!(error.fault, range("deadline_ms", 0, 1, 3_600_000));
+    assert_eq!(
+        error.hint().unwrap(),
+        "set limits.deadline_ms of `evil` to 1 to 3600000"
+    );
+    let stubborn = Limits {
+        retries: u32::MAX,
+        ..Limits::default()
+    };
+    let error = load(&host, &picky(), &stubborn).err().unwrap();
+    assert_eq!(error.fault, range("retries", 4_294_967_295, 0, 100));
     let unknown = serde_json::from_str::<Limits>(r#"{"deadline": 5}"#).unwrap_err();
     assert!(unknown.to_string().contains("unknown field `deadline`"));
     let given = r#"{"memory_mib": 64, "isolation": "sample", "on_failure": "abort"}"#;

@@ -1,10 +1,10 @@
 //! Logged steps scored again by guests that look at their batch, or fail on some of it.
 
-use super::{guest, host, limits, load, totals};
+use super::{guest, host, limits, load, policy, totals, turn};
 use grpo_host::{
     grpo::advantage::ScaleRewards,
-    plugin::{Fault, RewardSet, Weighted},
-    replay::{Comparison, rescore},
+    plugin::{Fault, Isolation, Limits, RewardSet, Weighted},
+    replay::{Comparison, difference, rescore},
     run::{Rollout, write_rollouts},
     types::{Completion, Finish, Parsed, Telemetry},
 };
@@ -41,7 +41,11 @@ fn rollout(group: u32, wave: u32, completion: &str) -> Rollout {
 }
 
 fn alone(bytes: &[u8]) -> RewardSet {
-    let reward = load(&host(), bytes, &limits()).unwrap();
+    alone_within(bytes, &limits())
+}
+
+fn alone_within(bytes: &[u8], limits: &Limits) -> RewardSet {
+    let reward = load(&host(), bytes, limits).unwrap();
     RewardSet::new(vec![Weighted {
         reward,
         weight: 1.0,
@@ -51,6 +55,7 @@ fn alone(bytes: &[u8]) -> RewardSet {
 
 #[test]
 fn waves_are_the_batches_and_groups_the_questions() {
+    let _turn = turn();
     // 100 for each sample of the batch and 1 for each question.
     let counts = guest::scoring_after_ones(
         "(loop $next
@@ -81,6 +86,7 @@ fn waves_are_the_batches_and_groups_the_questions() {
 
 #[test]
 fn failing_samples_are_skips_with_a_fault_and_no_number() {
+    let _turn = turn();
     let logged = [
         rollout(0, 0, "a"),
         rollout(0, 0, "trp"),
@@ -89,7 +95,7 @@ fn failing_samples_are_skips_with_a_fault_and_no_number() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::create_dir(folder.path().join("rollouts")).unwrap();
     let path = write_rollouts(folder.path(), 1, &logged).unwrap();
-    let rescored = rescore(1, &path, &alone(&super::policy::picky())).unwrap();
+    let rescored = rescore(1, &path, &alone(&policy::picky())).unwrap();
     assert_eq!(totals(&rescored.scores), [Some(1.0), None, None]);
     let rows: Vec<_> = rescored.faults.iter().map(|fault| fault.row).collect();
     assert_eq!(rows, [Some(40), Some(41)]);
@@ -101,4 +107,47 @@ fn failing_samples_are_skips_with_a_fault_and_no_number() {
     assert_eq!(report.advantages.compared, 1);
     assert_eq!(report.new.totals.unwrap().mean, 1.0);
     assert_eq!(report.pearson, None);
+}
+
+/// A reward that depends on more than its sample, here on how many were scored before it, says something
+/// else when it is asked again. A reward whose numbers are lies in the log is found as well.
+#[test]
+fn hostile_30_what_cannot_be_repeated_is_detected() {
+    let _turn = turn();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::create_dir(folder.path().join("rollouts")).unwrap();
+    // As the run logged them with an instance for each sample: 1 each.
+    let logged = ["a", "b", "c"].map(|text| Rollout {
+        reward: Some(1.0),
+        parts: vec![("evil".to_owned(), 1.0)],
+        ..rollout(0, 0, text)
+    });
+    let path = write_rollouts(folder.path(), 1, &logged).unwrap();
+    let differing = |rewards: &RewardSet| {
+        let again = rescore(1, &path, rewards).unwrap();
+        let pairs = again.rollouts.iter().zip(&again.scores);
+        let found: Vec<_> = pairs.map(|(r, s)| difference(r, s)).collect();
+        found
+            .iter()
+            .map(|d| d.as_ref()?.replayed)
+            .collect::<Vec<_>>()
+    };
+    let apart = Limits {
+        isolation: Isolation::Sample,
+        ..limits()
+    };
+    assert_eq!(
+        differing(&alone_within(&policy::counting(), &apart)),
+        [None; 3]
+    );
+    // The same component on the same input, with state between the samples of a batch.
+    let leaking = differing(&alone(&policy::counting()));
+    assert_eq!(leaking, [None, Some(2.0), Some(3.0)]);
+    // Twice the same is the same to the bit, on one host and on two.
+    let twice = [(); 2].map(|()| {
+        rescore(1, &path, &alone(&policy::counting()))
+            .unwrap()
+            .scores
+    });
+    assert_eq!(twice[0], twice[1]);
 }

@@ -1,0 +1,109 @@
+//! Compiling on trial: an untrusted component is compiled in a child process first.
+//!
+//! Compiling is not covered by deadlines, fuel or the memory limit, and wasmtime does not promise that
+//! it ends soon; a process can be given both limits. The child's code is thrown away: machine code from
+//! another process would have to be trusted, so what passed is compiled again here.
+
+use super::error::{Call, Fault, PluginError};
+use super::limits::{Limits, MAX_COMPONENT_BYTES};
+use super::{attributed, engine, inspect};
+use rlimit::Resource;
+use std::io::{Read, Seek, Write};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+/// How often the child is looked at.
+const POLL: Duration = Duration::from_millis(2);
+
+/// Compiles `bytes` in a child process: `program` with `arguments` and the mebibytes of its address
+/// space, which must end up in [`compile_stdin`]. The child has the time and space of `limits` and no
+/// environment. Bytes that the compiler refuses in an orderly way pass: loading them says why.
+///
+/// # Errors
+/// [`Fault::CompileTime`] and [`Fault::CompileCrash`]; [`Fault::Trial`] if there is no child to be had;
+/// limits out of range and components that are too large.
+pub fn try_compile(
+    program: &Path,
+    arguments: &[&str],
+    name: &str,
+    bytes: &[u8],
+    limits: &Limits,
+) -> Result<(), PluginError> {
+    let tried = limits
+        .check()
+        .and_then(|()| inspect::check_size(bytes))
+        .and_then(|()| {
+            let mut command = Command::new(program);
+            command.args(arguments).arg(limits.compile_mib.to_string());
+            let child = start(command, bytes).map_err(|error| Fault::Trial {
+                reason: error.to_string(),
+            })?;
+            watch(child, limits)
+        });
+    tried.map_err(|fault| attributed(name, bytes, Call::Load, fault))
+}
+
+/// The child's side: compiles the component on stdin, in `mib` mebibytes of address space that this
+/// process limits itself to.
+///
+/// # Errors
+/// Limits that the system refuses to set, and a stdin that cannot be read. Not what the compiler says:
+/// the parent finds that out for itself.
+pub fn compile_stdin(mib: u32) -> std::io::Result<()> {
+    for (resource, wanted) in [(Resource::AS, u64::from(mib) << 20), (Resource::CORE, 0)] {
+        let allowed = resource.get_hard()?.min(wanted);
+        resource.set(allowed, allowed)?;
+    }
+    let mut bytes = Vec::new();
+    let limit = MAX_COMPONENT_BYTES as u64 + 1;
+    std::io::stdin()
+        .lock()
+        .take(limit)
+        .read_to_end(&mut bytes)?;
+    let engine = engine::for_compiling().map_err(std::io::Error::other)?;
+    drop(inspect::compile(&engine, &bytes));
+    Ok(())
+}
+
+fn start(mut command: Command, bytes: &[u8]) -> std::io::Result<Child> {
+    // A file rather than a pipe, which a thread would have to feed.
+    let mut input = tempfile::tempfile()?;
+    input.write_all(bytes)?;
+    input.rewind()?;
+    command
+        .env_clear()
+        .stdin(input)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+}
+
+fn watch(mut child: Child, limits: &Limits) -> Result<(), Fault> {
+    let failed = |error: std::io::Error| Fault::Trial {
+        reason: error.to_string(),
+    };
+    let limit_ms = limits.compile_ms;
+    let end = Instant::now() + Duration::from_millis(limit_ms);
+    loop {
+        if let Some(status) = child.try_wait().map_err(failed)? {
+            return verdict(status, limits.compile_mib);
+        }
+        if Instant::now() >= end {
+            child.kill().map_err(failed)?;
+            child.wait().map_err(failed)?;
+            return Err(Fault::CompileTime { limit_ms });
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+fn verdict(status: ExitStatus, limit_mib: u32) -> Result<(), Fault> {
+    if status.success() {
+        return Ok(());
+    }
+    Err(Fault::CompileCrash {
+        how: status.to_string(),
+        limit_mib,
+    })
+}
