@@ -190,6 +190,40 @@ fn a_profile_needs_a_gpu_and_a_speed_does_not() {
 }
 
 #[test]
+fn a_whole_step_is_divided_into_its_parts() {
+    let lab = Lab::new();
+    let bench =
+        "bench step --config run.yaml --device cpu --prompts 2 --n 2 --prompt-tokens 4 --steps 2";
+    let json = lab
+        .run(&format!("{bench} --new-tokens 6 --json"))
+        .fine()
+        .json();
+    let part = |name: &str| json[name].as_f64().unwrap();
+    let parts = [part("rollout"), part("reward"), part("update")];
+    assert!(parts.iter().all(|seconds| *seconds > 0.0));
+    assert!((parts.iter().sum::<f64>() - part("value")).abs() < 1e-9);
+    assert!((part("reward_share") - parts[1] / part("value")).abs() < 1e-9);
+    let best = json["steps"].as_array().unwrap().iter();
+    let seconds: Vec<f64> = best.map(|s| s["seconds"].as_f64().unwrap()).collect();
+    assert_eq!(seconds.len(), 2);
+    assert!(seconds.iter().all(|s| *s >= part("value")));
+    let ended = lab.run(&format!("{bench} --new-tokens 6 --plugin curriculum-kde"));
+    assert_eq!(
+        ended.refused(FAILURE),
+        (
+            "`curriculum-kde` is not a reward",
+            "give a reward component, reward-math or reward-format"
+        )
+    );
+    let ended = lab.run(&format!("{bench} --new-tokens 6000"));
+    assert!(
+        ended.stderr.starts_with(
+            "error: --prompt-tokens and --new-tokens ask for sequences of 6004 tokens"
+        )
+    );
+}
+
+#[test]
 fn the_share_of_the_memory_is_a_fraction() {
     let lab = Lab::new();
     for wrong in ["0", "1.01", "-1", ".nan"] {
