@@ -246,6 +246,8 @@ pub enum PluginCommand {
     CompileTrial {
         /// Mebibytes of address space for it
         mib: u32,
+        /// Milliseconds for it
+        ms: u64,
     },
 }
 
@@ -264,7 +266,7 @@ pub struct PluginCheckArgs {
     pub output: OutputArgs,
 }
 
-/// The arguments that call [`PluginCommand::CompileTrial`], less its number.
+/// The arguments that call [`PluginCommand::CompileTrial`], less its numbers.
 pub const COMPILE_TRIAL: [&str; 2] = ["plugin", "compile-trial"];
 
 fn json_object(text: &str) -> Result<Map<String, Value>, String> {

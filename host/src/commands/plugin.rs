@@ -15,7 +15,12 @@ pub(super) fn run(command: &PluginCommand) -> anyhow::Result<()> {
     match command {
         PluginCommand::Inspect(args) => inspect(args),
         PluginCommand::Check(args) => check(args),
-        PluginCommand::CompileTrial { mib } => Ok(compile_stdin(*mib)?),
+        PluginCommand::CompileTrial { mib, ms } => {
+            if let Some(reason) = compile_stdin(*mib, *ms)? {
+                outln!("{reason}");
+            }
+            Ok(())
+        }
     }
 }
 

@@ -75,6 +75,9 @@ pub(super) fn check_size(bytes: &[u8]) -> Result<(), Fault> {
     Ok(())
 }
 
+/// The reason of a [`Fault::Compile`] that is no word of the compiler's.
+pub(super) const PANICKED: &str = "the compiler panicked";
+
 /// Compiles untrusted bytes.
 pub(super) fn compile(engine: &Engine, bytes: &[u8]) -> Result<Component, Fault> {
     check_size(bytes)?;
@@ -91,7 +94,7 @@ pub(super) fn compile(engine: &Engine, bytes: &[u8]) -> Result<Component, Fault>
             return Err(Fault::Compile { reason });
         }
         Err(_) => {
-            let reason = "the compiler panicked".to_owned();
+            let reason = PANICKED.to_owned();
             return Err(Fault::Compile { reason });
         }
     };

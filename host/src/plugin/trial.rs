@@ -6,22 +6,25 @@
 
 use super::error::{Call, Fault, PluginError};
 use super::limits::{Limits, MAX_COMPONENT_BYTES};
-use super::{attributed, engine, inspect};
+use super::{attributed, engine, inspect, printable};
 use rlimit::Resource;
 use std::io::{Read, Seek, Write};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+/// Of what a child says, as much is read.
+const REASON_BYTES: u64 = 4096;
+
 /// How often the child is looked at.
 const POLL: Duration = Duration::from_millis(2);
 
-/// Compiles `bytes` in a child process: `program` with `arguments` and the mebibytes of its address
-/// space, which must end up in [`compile_stdin`]. The child has the time and space of `limits` and no
-/// environment. Bytes that the compiler refuses in an orderly way pass: loading them says why.
+/// Compiles `bytes` in a child process: `program` with `arguments`, the mebibytes of its address space and its milliseconds, which
+/// must end up in [`compile_stdin`] and print what that returns. The child has the time and space of `limits` and no environment.
 ///
 /// # Errors
-/// [`Fault::CompileTime`] and [`Fault::CompileCrash`]; [`Fault::Trial`] if there is no child to be had;
+/// [`Fault::CompileTime`] and [`Fault::CompileCrash`]; [`Fault::Compile`] for what the child's compiler refuses, be it for want of
+/// memory; [`Fault::Trial`] if there is no child to be had;
 /// limits out of range and components that are too large.
 pub fn try_compile(
     program: &Path,
@@ -35,7 +38,9 @@ pub fn try_compile(
         .and_then(|()| inspect::check_size(bytes))
         .and_then(|()| {
             let mut command = Command::new(program);
-            command.args(arguments).arg(limits.compile_mib.to_string());
+            command.args(arguments);
+            command.arg(limits.compile_mib.to_string());
+            command.arg(limits.compile_ms.to_string());
             let child = start(command, bytes).map_err(|error| Fault::Trial {
                 reason: error.to_string(),
             })?;
@@ -45,13 +50,19 @@ pub fn try_compile(
 }
 
 /// The child's side: compiles the component on stdin, in `mib` mebibytes of address space that this
-/// process limits itself to.
+/// process limits itself to, and returns why the compiler refuses it. What its parent need not compile again to find out is left
+/// to the parent. Should that be killed, this process ends when all cores have computed for `ms` milliseconds.
 ///
 /// # Errors
-/// Limits that the system refuses to set, and a stdin that cannot be read. Not what the compiler says:
-/// the parent finds that out for itself.
-pub fn compile_stdin(mib: u32) -> std::io::Result<()> {
-    for (resource, wanted) in [(Resource::AS, u64::from(mib) << 20), (Resource::CORE, 0)] {
+/// Limits that the system refuses to set, and a stdin that cannot be read.
+pub fn compile_stdin(mib: u32, ms: u64) -> std::io::Result<Option<String>> {
+    let cores = std::thread::available_parallelism()?.get() as u64;
+    let seconds = ms.div_ceil(1000).saturating_mul(cores).saturating_add(1);
+    for (resource, wanted) in [
+        (Resource::AS, u64::from(mib) << 20),
+        (Resource::CORE, 0),
+        (Resource::CPU, seconds),
+    ] {
         let allowed = resource.get_hard()?.min(wanted);
         resource.set(allowed, allowed)?;
     }
@@ -62,8 +73,10 @@ pub fn compile_stdin(mib: u32) -> std::io::Result<()> {
         .take(limit)
         .read_to_end(&mut bytes)?;
     let engine = engine::for_compiling().map_err(std::io::Error::other)?;
-    drop(inspect::compile(&engine, &bytes));
-    Ok(())
+    Ok(match inspect::compile(&engine, &bytes) {
+        Err(Fault::Compile { reason }) => Some(reason),
+        Err(_) | Ok(_) => None,
+    })
 }
 
 fn start(mut command: Command, bytes: &[u8]) -> std::io::Result<Child> {
@@ -74,7 +87,7 @@ fn start(mut command: Command, bytes: &[u8]) -> std::io::Result<Child> {
     command
         .env_clear()
         .stdin(input)
-        .stdout(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
 }
@@ -87,7 +100,14 @@ fn watch(mut child: Child, limits: &Limits) -> Result<(), Fault> {
     let end = Instant::now() + Duration::from_millis(limit_ms);
     loop {
         if let Some(status) = child.try_wait().map_err(failed)? {
-            return verdict(status, limits.compile_mib);
+            // Shorter than what a pipe holds, so nobody has waited for it to be read.
+            let mut said = String::new();
+            if let Some(out) = child.stdout.take() {
+                out.take(REASON_BYTES)
+                    .read_to_string(&mut said)
+                    .map_err(failed)?;
+            }
+            return verdict(status, limits.compile_mib, said.trim_end());
         }
         if Instant::now() >= end {
             child.kill().map_err(failed)?;
@@ -98,9 +118,19 @@ fn watch(mut child: Child, limits: &Limits) -> Result<(), Fault> {
     }
 }
 
-fn verdict(status: ExitStatus, limit_mib: u32) -> Result<(), Fault> {
+fn verdict(status: ExitStatus, limit_mib: u32, said: &str) -> Result<(), Fault> {
     if status.success() {
-        return Ok(());
+        return match said {
+            "" => Ok(()),
+            // Threads and memory that are not to be had look like this too.
+            inspect::PANICKED => Err(Fault::CompileCrash {
+                how: said.to_owned(),
+                limit_mib,
+            }),
+            reason => Err(Fault::Compile {
+                reason: printable(reason, REASON_BYTES as usize),
+            }),
+        };
     }
     Err(Fault::CompileCrash {
         how: status.to_string(),
