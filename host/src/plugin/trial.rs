@@ -137,3 +137,26 @@ fn verdict(status: ExitStatus, limit_mib: u32, said: &str) -> Result<(), Fault> 
         limit_mib,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+
+    #[test]
+    fn what_a_child_could_not_compile_does_not_pass() {
+        let of = |wait_status, said| verdict(ExitStatus::from_raw(wait_status), 256, said);
+        assert!(of(0, "").is_ok());
+        assert!(matches!(
+            of(0, "unknown import\u{1b}"),
+            Err(Fault::Compile { reason }) if reason.starts_with("unknown import") && !reason.contains('\u{1b}')
+        ));
+        // For want of memory or threads the compiler panics, and what it was given may be valid.
+        for (wait_status, said) in [(0, inspect::PANICKED), (6, ""), (1 << 8, "")] {
+            assert!(matches!(
+                of(wait_status, said),
+                Err(Fault::CompileCrash { limit_mib: 256, .. })
+            ));
+        }
+    }
+}
