@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// The shipped components by name.
-pub const COMPONENTS: [(&str, &[u8]); 7] = [
+pub const COMPONENTS: [(&str, &[u8]); 10] = [
     (
         "reward-math",
         include_bytes!("../../plugins/dist/reward-math.wasm"),
@@ -28,6 +28,18 @@ pub const COMPONENTS: [(&str, &[u8]); 7] = [
     (
         "reward-math-inference",
         include_bytes!("../../plugins/dist/reward-math-inference.wasm"),
+    ),
+    (
+        "reward-length",
+        include_bytes!("../../plugins/dist/reward-length.wasm"),
+    ),
+    (
+        "reward-math-length",
+        include_bytes!("../../plugins/dist/reward-math-length.wasm"),
+    ),
+    (
+        "reward-repetition",
+        include_bytes!("../../plugins/dist/reward-repetition.wasm"),
     ),
     (
         "formatter-chat",

@@ -85,6 +85,7 @@ fn roles_are_read_from_exports() {
         ("reward-format", Role::Reward),
         ("reward-inference", Role::Reward),
         ("reward-math-inference", Role::Reward),
+        ("reward-repetition", Role::Reward),
         ("formatter-chat", Role::Formatter),
         ("curriculum-uniform", Role::Curriculum),
         ("curriculum-kde", Role::Curriculum),
@@ -196,6 +197,60 @@ fn format_checks_tags_pattern_and_length() {
     assert_eq!(totals(&shape, &cases), [2.0, 1.0, 0.0]);
 }
 
+/// Totals of completions of GSM8K rows with so many tokens.
+fn totals_by_length(plugin: &RewardPlugin, cases: &[(&str, u32, Finish)]) -> Vec<f64> {
+    let samples = cases.iter().map(|(completion, tokens, finish)| Sample {
+        telemetry: Telemetry {
+            generated_tokens: *tokens,
+            ..Telemetry::default()
+        },
+        finish: *finish,
+        ..sample(GSM8K, completion, &NOT_PARSED)
+    });
+    let scoring = plugin.score(&samples.collect::<Vec<_>>()).unwrap();
+    assert_eq!(scoring.faults, []);
+    let total = |score| match score {
+        Score::Value(scored) => scored.total,
+        Score::Skip(reason) => panic!("{reason}"),
+    };
+    scoring.scores.into_iter().map(total).collect()
+}
+
+#[test]
+fn length_is_rewarded_alone_and_around_another_reward() {
+    let host = host();
+    let soft = reward(
+        &host,
+        "reward-length",
+        json!({"max_tokens": 100, "overlong": 20}),
+    );
+    let tokens = [0, 80, 90, 100, 400].map(|tokens| ("", tokens, Finish::Stop));
+    assert_eq!(
+        totals_by_length(&soft, &tokens),
+        [0.0, 0.0, -0.5, -1.0, -1.0]
+    );
+    let config = json!({"max_tokens": 100, "inner": {"mode": "strict"}, "truncated": -2});
+    let around = reward(&host, "reward-math-length", config);
+    let cases = [
+        ("#### 1012", 0, Finish::Stop),
+        ("#### 1012", 100, Finish::Stop),
+        ("#### 1013", 0, Finish::Stop),
+        ("1012", 100, Finish::Stop),
+        ("#### 1012", 100, Finish::Length),
+    ];
+    assert_eq!(
+        totals_by_length(&around, &cases),
+        [1.0, 0.5, -1.0, -0.5, -2.0]
+    );
+    let text = (GSM8K, "so it is so it is so it is");
+    let again = reward(&host, "reward-repetition", json!({"n": 3}));
+    // Nine words are seven windows of three, of which three differ.
+    assert_eq!(
+        totals(&again, &[text, (GSM8K, "so it is")]),
+        [-(1.0 - 3.0 / 7.0), 0.0]
+    );
+}
+
 #[test]
 fn bad_configs_fail_at_load() {
     let host = host();
@@ -206,6 +261,13 @@ fn bad_configs_fail_at_load() {
             "unknown field `colum`",
         ),
         ("reward-format", json!({"pattern": "("}), "pattern `(`"),
+        ("reward-length", json!({}), "max_tokens"),
+        (
+            "reward-math-length",
+            json!({"max_tokens": 9, "inner": {"colum": "a"}}),
+            "inner: unknown field `colum`",
+        ),
+        ("reward-repetition", json!({"n": 0}), "n 0"),
         ("formatter-chat", json!({"template": "{a"}), "lone brace"),
         (
             "curriculum-uniform",

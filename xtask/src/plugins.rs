@@ -18,11 +18,14 @@ struct Guest {
     libraries: &'static [&'static str],
 }
 
-const GUESTS: [Guest; 7] = [
+const GUESTS: [Guest; 10] = [
     guest("reward-math", &[]),
     guest("reward-format", &[]),
     guest("reward-inference", &["inference-cost"]),
     guest("inference-wrapper", &["inference-cost"]),
+    guest("reward-length", &["length-curve"]),
+    guest("length-wrapper", &["length-curve"]),
+    guest("reward-repetition", &[]),
     guest("formatter-chat", &[]),
     guest("curriculum-uniform", &["curriculum-walk"]),
     guest("curriculum-kde", &["curriculum-walk"]),
@@ -35,11 +38,18 @@ struct Composed {
     inner: &'static str,
 }
 
-const COMPOSED: [Composed; 1] = [Composed {
-    name: "reward-math-inference",
-    wrapper: "inference-wrapper",
-    inner: "reward-math",
-}];
+const COMPOSED: [Composed; 2] = [
+    Composed {
+        name: "reward-math-inference",
+        wrapper: "inference-wrapper",
+        inner: "reward-math",
+    },
+    Composed {
+        name: "reward-math-length",
+        wrapper: "length-wrapper",
+        inner: "reward-math",
+    },
+];
 
 const fn guest(name: &'static str, libraries: &'static [&'static str]) -> Guest {
     Guest { name, libraries }

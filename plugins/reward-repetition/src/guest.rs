@@ -1,0 +1,40 @@
+//! The component: config, completions and scores across the border.
+
+use crate::ngrams::Config;
+use std::cell::Cell;
+
+wit_bindgen::generate!({ path: "../../wit/v0.1", world: "reward" });
+
+use exports::grpo::plugin::scoring::Guest;
+use grpo::plugin::types::{Part, PluginError, Question, Sample, Scored, Verdict};
+
+struct RewardRepetition;
+
+thread_local! {
+    static CONFIG: Cell<Config> = Cell::new(Config::default());
+}
+
+impl Guest for RewardRepetition {
+    fn configure(config: String) -> Result<(), PluginError> {
+        CONFIG.set(Config::parse(&config).map_err(PluginError::Config)?);
+        Ok(())
+    }
+
+    fn score(_: Vec<Question>, samples: Vec<Sample>) -> Result<Vec<Verdict>, PluginError> {
+        let config = CONFIG.get();
+        Ok(samples.iter().map(|s| score(&config, s)).collect())
+    }
+}
+
+fn score(config: &Config, sample: &Sample) -> Verdict {
+    let repeated = config.repeated(&sample.completion);
+    Verdict::Value(Scored {
+        total: config.reward(repeated),
+        parts: vec![Part {
+            name: "repeated".to_owned(),
+            value: repeated,
+        }],
+    })
+}
+
+export!(RewardRepetition);
