@@ -313,6 +313,9 @@ pub struct TrainingConfig {
     pub seed: u64,
     /// Tokens of one forward and backward pass; a longer sequence is a batch of its own.
     pub micro_batch_tokens: u32,
+    /// In an update, run a prompt once for the completions of it that are in the same micro-batch. The gradients are the
+    /// same but for rounding.
+    pub share_prompts: bool,
     /// Recompute activations in the backward pass: less memory, about a third more time.
     pub gradient_checkpointing: bool,
     /// `null`: full fine-tuning.
@@ -325,6 +328,7 @@ impl Default for TrainingConfig {
             max_steps: 100,
             seed: 42,
             micro_batch_tokens: 4096,
+            share_prompts: true,
             gradient_checkpointing: true,
             lora: None,
         }

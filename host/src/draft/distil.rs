@@ -68,7 +68,8 @@ fn teach(
     let fit = |s: &Sequence<'_>| s.completion.tokens.len().min(context - s.prompt_ids.len());
     let tokens: usize = taught.iter().map(fit).sum();
     let mut loss = 0.0;
-    for part in split(taught, config.training.micro_batch_tokens as usize) {
+    let limit = config.training.micro_batch_tokens as usize;
+    for part in split(taught, limit, false) {
         let (mut batch, mut targets) = (PackedBatch::default(), Vec::<TopTokens>::new());
         for s in part {
             let ids = [s.prompt_ids, &s.completion.tokens[..fit(s)]].concat();

@@ -9,6 +9,7 @@
 #[path = "../cuda_models/mod.rs"]
 mod cuda_models;
 mod distances;
+mod shared_prompts;
 
 use std::collections::BTreeMap;
 

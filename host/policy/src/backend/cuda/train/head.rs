@@ -324,13 +324,15 @@ impl Training {
             self.add_parts(on, self.slots.norm, PARTS, h)?;
         }
         on.gpu.zero(dx, t * h * size_of::<f32>())?;
+        // The last token of a shared prompt predicts the first one of every completion.
         let lists = [
-            run.at(Field::Predictors),
-            run.at(Field::Counting),
-            run.at(Field::Counting),
+            run.at(Field::Predicting),
+            run.at(Field::PredictingStarts),
+            run.at(Field::PredictingRows),
         ];
+        let sizes = (run.tables.predicting, h);
         self.kernels
-            .scatter_rows(on.gpu, lists, (rows, dx), (scored.rows, h), false)?;
+            .scatter_rows(on.gpu, lists, (rows, dx), sizes, false)?;
         // For its copy in bf16; what it normalises is not used.
         let copy = Norm {
             x: dx,
