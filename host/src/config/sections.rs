@@ -291,6 +291,9 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// Projection names (`q_proj`, …) or `all-linear`.
     pub target_modules: Vec<String>,
+    /// On a GPU, merge adapters into the weights after every update, or apply them beside the weights. `null`: merge unless
+    /// the weights stay quantised.
+    pub merge: Option<bool>,
 }
 
 impl Default for LoraConfig {
@@ -299,6 +302,7 @@ impl Default for LoraConfig {
             r: 16,
             alpha: 32.0,
             target_modules: vec!["all-linear".to_owned()],
+            merge: None,
         }
     }
 }
