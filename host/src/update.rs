@@ -23,6 +23,13 @@ pub struct Sequence<'a> {
     pub advantage: f64,
 }
 
+impl<'a> Sequence<'a> {
+    /// Tokens of the prompt and of the completion.
+    fn ids(&self) -> (&'a [u32], &'a [u32]) {
+        (self.prompt_ids, &self.completion.tokens)
+    }
+}
+
 /// What stays the same over the updates of a run.
 #[derive(Clone, Debug)]
 pub struct UpdateConfig {
@@ -148,20 +155,16 @@ pub(crate) fn split<'a, 's>(
     })
 }
 
-/// The sequences one after the other, their prompts once for each or, with `share`, once for those that have it one after the
-/// other. What is scored comes in the same order.
-fn pack(sequences: &[Sequence<'_>], share: bool) -> PackedBatch {
+/// Prompts and completions one after the other, a prompt once for each or, with `share`, once for those that have it one after
+/// the other. What is scored comes in the same order.
+pub(crate) fn pack(sequences: &[(&[u32], &[u32])], share: bool) -> PackedBatch {
     let mut packed = PackedBatch::default();
-    for group in sequences.chunk_by(|a, b| share && a.prompt_ids == b.prompt_ids) {
+    for group in sequences.chunk_by(|a, b| share && a.0 == b.0) {
         match group {
-            [s] => {
-                let ids = [s.prompt_ids, &s.completion.tokens].concat();
-                packed.push(&ids, s.prompt_ids.len());
+            [(prompt, completion)] => {
+                packed.push(&[*prompt, *completion].concat(), prompt.len());
             }
-            _ => {
-                let completions = group.iter().map(|s| &s.completion.tokens[..]);
-                packed.push_group(group[0].prompt_ids, completions);
-            }
+            _ => packed.push_group(group[0].0, group.iter().map(|(_, completion)| *completion)),
         }
     }
     packed
@@ -177,7 +180,10 @@ impl MicroBatch {
         }
         Self {
             mask: loss_mask(&offsets, &truncated(sequences), config),
-            packed: pack(sequences, share),
+            packed: pack(
+                &sequences.iter().map(Sequence::ids).collect::<Vec<_>>(),
+                share,
+            ),
             offsets,
             old,
             behaviour,

@@ -317,7 +317,7 @@ pub struct TrainingConfig {
     pub seed: u64,
     /// Tokens of one forward and backward pass; a longer sequence is a batch of its own.
     pub micro_batch_tokens: u32,
-    /// In an update, run a prompt once for the completions of it that are in the same micro-batch. The gradients are the
+    /// In an update and in distillation, run a prompt once for the completions of it that are in the same micro-batch. The gradients are the
     /// same but for rounding.
     pub share_prompts: bool,
     /// Recompute activations in the backward pass: less memory, about a third more time.

@@ -100,10 +100,6 @@ world_size: 1
     let lora = config.training.lora.as_ref().unwrap();
     assert_eq!((lora.r, lora.alpha), (8, 32.0));
     assert_eq!(lora.target_modules, ["q_proj", "v_proj"]);
-    assert_eq!(lora.merge, None);
-    let merge = |text: &str| run(text).training.lora.unwrap().merge;
-    assert_eq!(merge("lora: {merge: false}"), Some(false));
-    assert_eq!(merge("lora: {merge: true}"), Some(true));
     assert_eq!(config.eval.early_stopping_patience, Some(3));
     assert_eq!(
         config.output.output_dir.as_deref(),
@@ -114,6 +110,14 @@ world_size: 1
 
     let written = config.to_yaml().unwrap();
     assert_eq!(run(&written), config);
+}
+
+#[test]
+fn adapters_are_merged_or_not_or_as_the_weights_allow() {
+    let merge = |text: &str| run(text).training.lora.unwrap().merge;
+    assert_eq!(merge("lora: {}"), None);
+    assert_eq!(merge("lora: {merge: false}"), Some(false));
+    assert_eq!(merge("lora: {merge: true}"), Some(true));
 }
 
 #[test]

@@ -57,7 +57,8 @@ fn sequences(completions: &[(usize, Completion)]) -> Vec<Sequence<'_>> {
 fn a_shared_prompt_is_packed_once_and_counts_once() {
     let completions = completions();
     let all = sequences(&completions);
-    let batch = pack(&all, true);
+    let ids: Vec<_> = all.iter().map(Sequence::ids).collect();
+    let batch = pack(&ids, true);
     assert_eq!(batch.cu_seqlens, [0, 4, 7, 8, 10, 14, 15, 18, 20]);
     let prefixes = [
         None,
@@ -70,7 +71,7 @@ fn a_shared_prompt_is_packed_once_and_counts_once() {
         Some(5),
     ];
     assert_eq!(batch.prefixes, prefixes);
-    let whole = pack(&all, false);
+    let whole = pack(&ids, false);
     assert_eq!(whole.prefixes, [None; 6]);
     let targets = |b: &PackedBatch| b.targets().map(|t| b.ids[t]).collect::<Vec<u32>>();
     assert_eq!(targets(&batch), targets(&whole));
