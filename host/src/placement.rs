@@ -72,6 +72,8 @@ pub struct Passes {
     pub micro_batch_tokens: usize,
     /// Make activations again in the backward pass: always on a CPU, on a GPU where they would not fit.
     pub gradient_checkpointing: bool,
+    /// On a GPU, whether LoRA is merged into the weights ([`CudaBackend::train`]).
+    pub merge_adapters: Option<bool>,
 }
 
 impl Passes {
@@ -80,6 +82,7 @@ impl Passes {
         Self {
             micro_batch_tokens: config.training.micro_batch_tokens as usize,
             gradient_checkpointing: config.training.gradient_checkpointing,
+            merge_adapters: config.training.lora.as_ref().and_then(|lora| lora.merge),
         }
     }
 }
@@ -89,6 +92,13 @@ impl Passes {
 pub struct Learning {
     pub trainable: Trainable,
     pub passes: Passes,
+}
+
+impl Learning {
+    /// What trains, and whether adapters are merged.
+    fn what(&self) -> (&Trainable, Option<bool>) {
+        (&self.trainable, self.passes.merge_adapters)
+    }
 }
 
 /// A model on its device.
@@ -128,8 +138,8 @@ impl Place {
         }
     }
 
-    /// Puts a model onto its device. On a CPU everything is f32, and what trains is dense everywhere: matrices that are quantised
-    /// in `model` are not any more.
+    /// Puts a model onto its device. On a CPU everything is f32, and what trains is dense everywhere, unless weights are to stay
+    /// quantised on a GPU beside adapters: else matrices that are quantised in `model` are not any more.
     ///
     /// # Errors
     /// Those of the backends; with [`Device::Auto`] what is wrong with a GPU is none.
@@ -146,10 +156,14 @@ impl Place {
             ..capacity
         };
         if learning.trainable != Trainable::Nothing && self.device != Device::Cpu {
-            if self.quantized_weights == QuantizedWeights::Keep && !model.quantized.is_empty() {
-                return Err(CudaError::NotYet("training on weights that stay quantised").into());
+            let keep = self.quantized_weights == QuantizedWeights::Keep;
+            let lora = matches!(learning.trainable, Trainable::Lora { .. });
+            if keep && !lora && !model.quantized.is_empty() {
+                return Err(CudaError::StaysQuantized.into());
             }
-            model.dequantize()?;
+            if !keep {
+                model.dequantize()?;
+            }
         }
         let on_gpu = |ordinal| self.on_gpu(ordinal, model, learning, capacity);
         let chosen = match self.device {
@@ -188,13 +202,12 @@ impl Place {
         };
         let weights = cuda_weights(model, keep);
         budget.admit(spec, weights, &sizes)?;
-        let admitted = admit_training(&budget, (spec, &sizes), learning)?;
+        let admitted = admit_training(&budget, (spec, weights, &sizes), learning)?;
         let cache = self.cache.clone();
         let folder = cache.as_deref();
         let mut backend = CudaBackend::with_weights(ordinal, spec.clone(), weights, sizes, folder)?;
         if let Some((kept, plan)) = admitted {
-            let passes = (plan.tokens, kept);
-            backend.train(&model.tensors, &learning.trainable, passes)?;
+            backend.train(weights, learning.what(), (plan.tokens, kept))?;
         }
         if self.deterministic {
             backend.set_deterministic()?;
@@ -239,7 +252,7 @@ fn cuda_weights(model: &LoadedModel, keep: bool) -> CudaWeights<'_> {
 /// How a model trains beside what it needs anyway; `None` for one that only generates.
 fn admit_training(
     budget: &Budget,
-    (spec, sizes): (&ModelSpec, &CudaSizes),
+    (spec, weights, sizes): (&ModelSpec, CudaWeights<'_>, &CudaSizes),
     learning: &Learning,
 ) -> Result<Option<(Kept, TrainingPlan)>, CudaError> {
     if learning.trainable == Trainable::Nothing {
@@ -248,12 +261,13 @@ fn admit_training(
     let Passes {
         micro_batch_tokens,
         gradient_checkpointing,
+        ..
     } = learning.passes;
     let passes = (
         micro_batch_tokens.max(sizes.max_model_len),
         gradient_checkpointing,
     );
-    let admitted = budget.admit_training((spec, sizes), &learning.trainable, passes);
+    let admitted = budget.admit_training((spec, weights, sizes), learning.what(), passes);
     admitted.map(Some)
 }
 
@@ -342,12 +356,12 @@ impl Share {
         let (spec, weights) = (&model.spec, cuda_weights(model, self.keep));
         // Its context may be shorter, but it is given the policy's block tables.
         self.budget.admit(spec, weights, &self.sizes)?;
-        let admitted = admit_training(&self.budget, (spec, &self.sizes), learning)?;
+        let admitted = admit_training(&self.budget, (spec, weights, &self.sizes), learning)?;
         let (ordinal, cache) = (self.ordinal, self.cache.as_deref());
         let mut draft =
             CudaBackend::with_weights(ordinal, spec.clone(), weights, self.sizes, cache)?;
         if let Some((kept, plan)) = admitted {
-            draft.train(&model.tensors, &learning.trainable, (plan.tokens, kept))?;
+            draft.train(weights, learning.what(), (plan.tokens, kept))?;
         }
         Ok(AnyBackend::Cuda(Box::new(draft)))
     }

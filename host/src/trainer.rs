@@ -144,6 +144,7 @@ pub fn update_config(config: &RunConfig) -> UpdateConfig {
     UpdateConfig {
         loss: loss_config(loss),
         micro_batch_tokens: config.training.micro_batch_tokens as usize,
+        share_prompts: config.training.share_prompts,
         num_iterations: loss.num_iterations,
         recompute_old_logprobs: loss.recompute_old_logprobs,
         temperature: config.generation.temperature as f32,
@@ -272,7 +273,7 @@ mod tests {
         let sequences = sequences(&groups, &advantages);
         // With a prompt of one token they have 2, 3, 2, 3 and 4.
         let sizes = |limit| -> Vec<usize> {
-            crate::update::split(&sequences, limit)
+            crate::update::split(&sequences, limit, false)
                 .map(<[_]>::len)
                 .collect()
         };

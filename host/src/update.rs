@@ -23,12 +23,21 @@ pub struct Sequence<'a> {
     pub advantage: f64,
 }
 
+impl<'a> Sequence<'a> {
+    /// Tokens of the prompt and of the completion.
+    fn ids(&self) -> (&'a [u32], &'a [u32]) {
+        (self.prompt_ids, &self.completion.tokens)
+    }
+}
+
 /// What stays the same over the updates of a run.
 #[derive(Clone, Debug)]
 pub struct UpdateConfig {
     pub loss: LossConfig,
     /// Most tokens packed into one forward pass; a longer sequence goes alone.
     pub micro_batch_tokens: usize,
+    /// Run the prompt of completions that follow one another once in a forward pass, for all of them.
+    pub share_prompts: bool,
     /// Optimizer steps on each batch of rollouts (μ of the paper).
     pub num_iterations: u32,
     /// Score the rollouts once more instead of taking the engine's log-probs as `old`.
@@ -46,7 +55,7 @@ pub struct UpdateReport {
     pub grad_norm: f64,
     /// Of all iterations.
     pub stats: LossStats,
-    /// Prompt and completion tokens through the training pass.
+    /// Prompt and completion tokens through the training pass; a shared prompt counts once.
     pub tokens: usize,
 }
 
@@ -78,8 +87,9 @@ pub fn update(
     let normalisers = normalisers(sequences, config);
     let teaches = |s: &&Sequence<'_>| s.advantage != 0.0 || config.loss.beta > 0.0;
     let taught: Vec<Sequence<'_>> = sequences.iter().filter(teaches).copied().collect();
-    let mut batches: Vec<MicroBatch> = split(&taught, config.micro_batch_tokens)
-        .map(|part| MicroBatch::new(part, &config.loss))
+    let (limit, share) = (config.micro_batch_tokens, config.share_prompts);
+    let mut batches: Vec<MicroBatch> = split(&taught, limit, share)
+        .map(|part| MicroBatch::new(part, &config.loss, share))
         .filter(|batch| batch.mask.contains(&true))
         .collect();
     let mut report = UpdateReport::default();
@@ -121,16 +131,21 @@ fn truncated(sequences: &[Sequence<'_>]) -> Vec<bool> {
         .collect()
 }
 
-/// Consecutive sequences of at most `limit` tokens together.
+/// Consecutive sequences of at most `limit` tokens together; with `share` a prompt counts once for those that have it one
+/// after the other.
 pub(crate) fn split<'a, 's>(
     sequences: &'a [Sequence<'s>],
     limit: usize,
+    share: bool,
 ) -> impl Iterator<Item = &'a [Sequence<'s>]> {
     let mut rest = sequences;
     std::iter::from_fn(move || {
-        let mut tokens = 0;
+        let (mut tokens, mut prompt) = (0, None);
         let fits = rest.iter().take_while(|s| {
-            tokens += s.prompt_ids.len() + s.completion.tokens.len();
+            let before = prompt.replace(s.prompt_ids);
+            let shared = share && before == Some(s.prompt_ids);
+            tokens += if shared { 0 } else { s.prompt_ids.len() };
+            tokens += s.completion.tokens.len();
             tokens <= limit
         });
         let count = fits.count().max(1).min(rest.len());
@@ -140,20 +155,35 @@ pub(crate) fn split<'a, 's>(
     })
 }
 
+/// Prompts and completions one after the other, a prompt once for each or, with `share`, once for those that have it one after
+/// the other. What is scored comes in the same order.
+pub(crate) fn pack(sequences: &[(&[u32], &[u32])], share: bool) -> PackedBatch {
+    let mut packed = PackedBatch::default();
+    for group in sequences.chunk_by(|a, b| share && a.0 == b.0) {
+        match group {
+            [(prompt, completion)] => {
+                packed.push(&[*prompt, *completion].concat(), prompt.len());
+            }
+            _ => packed.push_group(group[0].0, group.iter().map(|(_, completion)| *completion)),
+        }
+    }
+    packed
+}
+
 impl MicroBatch {
-    fn new(sequences: &[Sequence<'_>], config: &LossConfig) -> Self {
-        let mut packed = PackedBatch::default();
+    fn new(sequences: &[Sequence<'_>], config: &LossConfig, share: bool) -> Self {
         let (mut offsets, mut old, mut behaviour) = (vec![0], Vec::new(), Vec::new());
         for s in sequences {
-            let ids = [s.prompt_ids, &s.completion.tokens].concat();
-            packed.push(&ids, s.prompt_ids.len());
             old.extend_from_slice(&s.completion.policy_logprobs);
             behaviour.extend_from_slice(&s.completion.logprobs);
             offsets.push(old.len());
         }
         Self {
             mask: loss_mask(&offsets, &truncated(sequences), config),
-            packed,
+            packed: pack(
+                &sequences.iter().map(Sequence::ids).collect::<Vec<_>>(),
+                share,
+            ),
             offsets,
             old,
             behaviour,
@@ -202,3 +232,6 @@ impl MicroBatch {
         Ok((out.value, out.stats))
     }
 }
+
+#[cfg(test)]
+mod tests;

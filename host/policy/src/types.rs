@@ -1,6 +1,10 @@
 //! Plain structs that cross the border of this crate: requests in, completions and packed batches through.
 //! No tensors, no files, no behaviour beyond constructors.
 
+mod packed;
+
+pub use packed::{PackedBatch, Span};
+
 use serde::{Deserialize, Serialize};
 
 /// How the completions of one prompt are drawn. Names and defaults follow vLLM and TRL.
@@ -125,36 +129,6 @@ pub struct Completion {
     /// Per token, what else the policy might have said: what a draft is distilled from. Empty unless a
     /// draft learns.
     pub top: Vec<TopTokens>,
-}
-
-/// Sequences laid end to end without padding, for a training or scoring pass.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct PackedBatch {
-    /// Token ids of all sequences, `[T]`.
-    pub ids: Vec<u32>,
-    /// Start of each sequence and the total at the end, `[B + 1]`, rising from 0 to `T`.
-    pub cu_seqlens: Vec<usize>,
-    /// `scored[t]`: token `t` is a target, predicted from token `t - 1` of its sequence. Never true for
-    /// the first token of a sequence. `[T]`.
-    pub scored: Vec<bool>,
-}
-
-impl PackedBatch {
-    /// Appends one sequence of which the tokens from `first_scored` on are targets.
-    pub fn push(&mut self, ids: &[u32], first_scored: usize) {
-        if self.cu_seqlens.is_empty() {
-            self.cu_seqlens.push(0);
-        }
-        self.ids.extend_from_slice(ids);
-        self.scored
-            .extend((0..ids.len()).map(|t| t > 0 && t >= first_scored));
-        self.cu_seqlens.push(self.ids.len());
-    }
-
-    /// Number of scored tokens.
-    pub fn n_scored(&self) -> usize {
-        self.scored.iter().filter(|s| **s).count()
-    }
 }
 
 /// What a scoring pass returns: one entry per scored token of the batch, in order.

@@ -291,6 +291,9 @@ pub struct LoraConfig {
     pub alpha: f64,
     /// Projection names (`q_proj`, …) or `all-linear`.
     pub target_modules: Vec<String>,
+    /// On a GPU, merge adapters into the weights after every update, or apply them beside the weights. `null`: merge unless
+    /// the weights stay quantised.
+    pub merge: Option<bool>,
 }
 
 impl Default for LoraConfig {
@@ -299,6 +302,7 @@ impl Default for LoraConfig {
             r: 16,
             alpha: 32.0,
             target_modules: vec!["all-linear".to_owned()],
+            merge: None,
         }
     }
 }
@@ -313,6 +317,9 @@ pub struct TrainingConfig {
     pub seed: u64,
     /// Tokens of one forward and backward pass; a longer sequence is a batch of its own.
     pub micro_batch_tokens: u32,
+    /// In an update and in distillation, run a prompt once for the completions of it that are in the same micro-batch. The gradients are the
+    /// same but for rounding.
+    pub share_prompts: bool,
     /// Recompute activations in the backward pass: less memory, about a third more time.
     pub gradient_checkpointing: bool,
     /// `null`: full fine-tuning.
@@ -325,6 +332,7 @@ impl Default for TrainingConfig {
             max_steps: 100,
             seed: 42,
             micro_batch_tokens: 4096,
+            share_prompts: true,
             gradient_checkpointing: true,
             lora: None,
         }

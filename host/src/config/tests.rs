@@ -113,6 +113,14 @@ world_size: 1
 }
 
 #[test]
+fn adapters_are_merged_or_not_or_as_the_weights_allow() {
+    let merge = |text: &str| run(text).training.lora.unwrap().merge;
+    assert_eq!(merge("lora: {}"), None);
+    assert_eq!(merge("lora: {merge: false}"), Some(false));
+    assert_eq!(merge("lora: {merge: true}"), Some(true));
+}
+
+#[test]
 fn quantised_weights_are_kept_or_not() {
     let of = |text: &str| run(text).hardware.quantized_weights;
     assert_eq!(of(""), QuantizedWeights::Auto);

@@ -4,13 +4,13 @@ use grpo_policy::{
     backend::{AnyBackend, Backend, Exit},
     engine::draft::DraftFault,
     error::PolicyError,
-    types::{PackedBatch, TopTokens},
+    types::TopTokens,
 };
 
 use crate::{
     config::RunConfig,
     policy::Policy,
-    update::{Sequence, split},
+    update::{Sequence, pack, split},
 };
 
 /// What a draft learnt from a step.
@@ -57,10 +57,10 @@ fn lessons<'a>(sequences: &[Sequence<'a>], context: usize) -> Vec<Sequence<'a>> 
     sequences.iter().filter(teaches).copied().collect()
 }
 
-fn teach(
+fn teach<'a>(
     model: &mut AnyBackend,
     exit: Exit,
-    taught: &[Sequence<'_>],
+    taught: &[Sequence<'a>],
     config: &RunConfig,
 ) -> Result<Lesson, PolicyError> {
     let context = model.spec().max_position_embeddings;
@@ -68,13 +68,13 @@ fn teach(
     let fit = |s: &Sequence<'_>| s.completion.tokens.len().min(context - s.prompt_ids.len());
     let tokens: usize = taught.iter().map(fit).sum();
     let mut loss = 0.0;
-    for part in split(taught, config.training.micro_batch_tokens as usize) {
-        let (mut batch, mut targets) = (PackedBatch::default(), Vec::<TopTokens>::new());
-        for s in part {
-            let ids = [s.prompt_ids, &s.completion.tokens[..fit(s)]].concat();
-            batch.push(&ids, s.prompt_ids.len());
-            targets.extend_from_slice(&s.completion.top[..fit(s)]);
-        }
+    let limit = config.training.micro_batch_tokens as usize;
+    let share = config.training.share_prompts;
+    for part in split(taught, limit, share) {
+        let cut = |s: &Sequence<'a>| (s.prompt_ids, &s.completion.tokens[..fit(s)]);
+        let batch = pack(&part.iter().map(cut).collect::<Vec<_>>(), share);
+        let top = part.iter().flat_map(|s| &s.completion.top[..fit(s)]);
+        let targets: Vec<TopTokens> = top.cloned().collect();
         let temperature = config.generation.temperature as f32;
         loss += model.distill(&batch, &targets, temperature, 1.0 / tokens as f64, exit)?;
     }

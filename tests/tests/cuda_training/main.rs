@@ -9,6 +9,9 @@
 #[path = "../cuda_models/mod.rs"]
 mod cuda_models;
 mod distances;
+mod rollouts;
+mod shared_prompts;
+mod unmerged;
 
 use std::collections::BTreeMap;
 
@@ -19,12 +22,11 @@ use grpo_policy::{
     backend::{
         Backend, Exit, OptimStep, Pass,
         cpu::{CpuBackend, Trainable},
-        cuda::{BLOCK_SIZE, CudaBackend, Kept},
+        cuda::{CudaBackend, CudaWeights, Kept},
     },
-    engine::{Engine, EngineConfig},
     error::PolicyError,
     spec::{Family, ModelSpec},
-    types::{PackedBatch, Request, SamplingParams, TopTokens},
+    types::{PackedBatch, TopTokens},
     weights::{LoraConfig, random_weights},
 };
 
@@ -88,7 +90,8 @@ fn batch(vocab: usize) -> PackedBatch {
 
 fn gpu(spec: &ModelSpec, tensors: &Tensors, trainable: &Trainable, kept: Kept) -> CudaBackend {
     let mut gpu = CudaBackend::new(0, spec.clone(), tensors, SIZES, cache()).unwrap();
-    gpu.train(tensors, trainable, (1024, kept)).unwrap();
+    let given = CudaWeights::dense(tensors);
+    gpu.train(given, (trainable, None), (1024, kept)).unwrap();
     gpu
 }
 
@@ -426,61 +429,4 @@ fn what_is_wrong_is_refused_and_changes_nothing() {
     let mut too_long = PackedBatch::default();
     too_long.push(&long, 1);
     assert!(gpu.score(&too_long, 1.0, Pass::Score).is_err());
-}
-
-/// Completions by the weights after some steps, and what training passes make of the same tokens.
-#[test]
-#[ignore = "needs a GPU"]
-fn rollouts_and_training_see_the_same_policy() {
-    let spec = spec(Family::Qwen2, (6, 2, 64), 263);
-    let tensors = random_weights(&spec, 3).unwrap();
-    let batch = batch(spec.vocab_size);
-    for trainable in [FULL, lora(&["all-linear"], 16)] {
-        let mut gpu = gpu(&spec, &tensors, &trainable, Kept::Activations);
-        losses(&mut gpu, &batch, 5);
-        let requests = (0..8).map(|id| Request {
-            id,
-            prompt: (0..20 + id as u32).map(|i| i * 3 % 263).collect(),
-            n: 4,
-            sampling: SamplingParams {
-                max_tokens: 60,
-                ignore_eos: true,
-                ..SamplingParams::default()
-            },
-            seed: 11,
-        });
-        let requests: Vec<Request> = requests.collect();
-        let mut engine = Engine::new(EngineConfig {
-            block_size: BLOCK_SIZE,
-            kv_blocks: 512,
-            max_batch: 64,
-            max_step_tokens: 1024,
-            enable_prefix_cache: true,
-            max_model_len: 512,
-        })
-        .unwrap();
-        let tokenizer = grpo_host::defaults::model().unwrap().tokenizer;
-        let completions = engine
-            .generate(&mut gpu, None, &tokenizer, requests.clone(), &mut |_| {})
-            .unwrap();
-        let (mut packed, mut drawn) = (PackedBatch::default(), Vec::new());
-        for completion in &completions {
-            let prompt = &requests[completion.request as usize].prompt;
-            packed.push(&[&prompt[..], &completion.tokens].concat(), prompt.len());
-            drawn.extend_from_slice(&completion.policy_logprobs);
-        }
-        let scored = gpu.score(&packed, 1.0, Pass::Score).unwrap().logprobs;
-        let deltas: Vec<f64> = drawn
-            .iter()
-            .zip(&scored)
-            .map(|(d, s)| f64::from(s - d))
-            .collect();
-        let n = deltas.len() as f64;
-        let mean = deltas.iter().map(|d| d.abs()).sum::<f64>() / n;
-        // The k3 estimator (Schulman 2020).
-        let kl = deltas.iter().map(|d| d.exp() - 1.0 - d).sum::<f64>() / n;
-        let most = largest(&drawn, &scored);
-        println!("{n} tokens: mean |Δlogp| {mean:.5}, largest {most:.4}, KL {kl:.2e}");
-        assert!(n == 32.0 * 60.0 && mean < 0.02 && kl < 1e-3);
-    }
 }

@@ -13,7 +13,7 @@ use crate::{
     engine::sampler::{Distribution, Proposal},
     error::PolicyError,
     spec::ModelSpec,
-    types::{PackedBatch, SamplingParams, TokenScores, TopTokens},
+    types::{PackedBatch, SamplingParams, Span, TokenScores, TopTokens},
 };
 
 /// Index of one block of the KV pool.
@@ -166,25 +166,23 @@ pub trait Backend {
     fn optimizer_step(&mut self, step: &OptimStep, exit: Exit) -> Result<f64, PolicyError>;
 }
 
-/// Refuses a batch that no backend can run: without scored tokens, with lengths that do not match, sequences beyond `longest`
-/// tokens or ids outside the vocabulary.
+/// Refuses a batch that no backend can run: without scored tokens, with lengths or prefixes that do not match, sequences
+/// beyond `longest` tokens with their prefixes, or ids outside the vocabulary.
 pub(crate) fn check_batch(
     batch: &PackedBatch,
     vocab: usize,
     longest: usize,
 ) -> Result<(), PolicyError> {
-    let total = batch.cu_seqlens.last().copied().unwrap_or(0);
-    let consistent = total == batch.ids.len() && batch.scored.len() == batch.ids.len();
-    if !consistent || batch.n_scored() == 0 {
+    if !batch.is_consistent() || batch.n_scored() == 0 {
         return Err(PolicyError::Misuse(
-            "a packed batch needs scored tokens and matching lengths",
+            "a packed batch needs scored tokens, matching lengths and prefixes just before what continues them",
         ));
     }
-    if batch
-        .cu_seqlens
-        .windows(2)
-        .any(|w| w[1] - w[0] > longest || batch.scored[w[0]])
-    {
+    let unfit = |Span { tokens, prefix }: &Span| {
+        let unpredicted = prefix.is_empty() && !tokens.is_empty() && batch.scored[tokens.start];
+        tokens.len() + prefix.len() > longest || unpredicted
+    };
+    if batch.spans().iter().any(unfit) {
         return Err(PolicyError::Misuse(
             "a packed sequence is too long or scores its first token",
         ));

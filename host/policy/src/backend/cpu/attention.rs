@@ -1,4 +1,4 @@
-//! Causal attention over packed sequences, forward and backward, for training and scoring passes.
+//! Causal attention over packed sequences and their prefixes, forward and backward, for training and scoring passes.
 //!
 //! Scores are made for a tile of queries at a time and dropped; the backward pass makes them again from
 //! the saved log-sum-exp (FlashAttention, Dao et al. 2022), so memory is linear in the sequence length.
@@ -9,7 +9,7 @@ use super::{
     mat::{Mat, View},
     simd::{dispatch, dot_inline, exp_inline, log_sum_exp},
 };
-use crate::spec::ModelSpec;
+use crate::{spec::ModelSpec, types::Span};
 
 /// Queries whose scores are alive at a time.
 const TILE: usize = 64;
@@ -41,12 +41,12 @@ impl Heads {
     }
 }
 
-/// Queries `[T, heads·d]`, keys and values `[T, kv_heads·d]` of all sequences, and where each starts.
+/// Queries `[T, heads·d]`, keys and values `[T, kv_heads·d]` of all sequences, and where each lies.
 pub(crate) struct Packed<'a> {
     pub(crate) q: &'a Mat,
     pub(crate) k: &'a Mat,
     pub(crate) v: &'a Mat,
-    pub(crate) cu_seqlens: &'a [usize],
+    pub(crate) spans: &'a [Span],
     pub(crate) heads: Heads,
 }
 
@@ -63,29 +63,72 @@ pub(crate) struct Gradients {
     pub(crate) dv: Mat,
 }
 
-/// One query head of one sequence, and the tile of queries being worked on.
+/// Keys and values of one head that a sequence sees, those of its prefix first, `[P + N, d]`: in one piece, so that a tile of
+/// scores is one product.
+struct Seen {
+    k: Mat,
+    v: Mat,
+}
+
+/// A tile of queries of one head.
 struct Tile {
-    start: usize,
     head: usize,
-    from: usize,
+    /// Its first token.
+    first: usize,
     len: usize,
+    /// Keys before its own, which all of its queries see.
+    before: usize,
+}
+
+impl Tile {
+    fn keys(&self) -> usize {
+        self.before + self.len
+    }
+}
+
+/// The tiles of a sequence.
+fn tiles(span: &Span, head: usize) -> impl Iterator<Item = Tile> {
+    let Span { tokens, prefix } = span.clone();
+    (0..tokens.len()).step_by(TILE).map(move |from| Tile {
+        head,
+        first: tokens.start + from,
+        len: TILE.min(tokens.len() - from),
+        before: prefix.len() + from,
+    })
 }
 
 impl Packed<'_> {
-    fn work(&self, heads: usize) -> Vec<(usize, usize, usize)> {
-        let spans = self.cu_seqlens.windows(2).map(|w| (w[0], w[1] - w[0]));
+    fn work(&self, heads: usize) -> Vec<(&Span, usize)> {
+        let spans = self.spans.iter();
         spans
-            .flat_map(|(start, len)| (0..heads).map(move |head| (start, len, head)))
+            .flat_map(|span| (0..heads).map(move |head| (span, head)))
             .collect()
     }
 
-    /// Masked scores times `1/√d`, `[tile.len, tile.from + tile.len]`; masked entries are −∞.
-    fn scores(&self, tile: &Tile) -> Mat {
-        let keys = tile.from + tile.len;
-        let mut scores = self.queries(self.q, tile).mul(self.keys(self.k, tile).t());
+    fn seen(&self, span: &Span, kv_head: usize) -> Seen {
+        let d = self.heads.dim;
+        let pick = |from: &Mat| {
+            let rows = span.prefix.clone().chain(span.tokens.clone());
+            let mut out = Mat::unspecified(span.prefix.len() + span.tokens.len(), d);
+            for (to, row) in out.data_mut().chunks_mut(d).zip(rows) {
+                to.copy_from_slice(&from.row(row)[kv_head * d..(kv_head + 1) * d]);
+            }
+            out
+        };
+        Seen {
+            k: pick(self.k),
+            v: pick(self.v),
+        }
+    }
+
+    /// Masked scores times `1/√d`, `[tile.len, tile.keys()]`; masked entries are −∞.
+    fn scores(&self, seen: &Seen, tile: &Tile) -> Mat {
+        let mut scores = self
+            .queries(self.q, tile)
+            .mul(first_rows(&seen.k, tile).t());
         let scale = self.heads.scale();
-        for (i, row) in scores.data_mut().chunks_mut(keys).enumerate() {
-            let visible = tile.from + i + 1;
+        for (i, row) in scores.data_mut().chunks_mut(tile.keys()).enumerate() {
+            let visible = tile.before + i + 1;
             row[..visible].iter_mut().for_each(|s| *s *= scale);
             row[visible..].fill(f32::NEG_INFINITY);
         }
@@ -94,38 +137,28 @@ impl Packed<'_> {
 
     fn queries<'m>(&self, mat: &'m Mat, tile: &Tile) -> View<'m> {
         let d = self.heads.dim;
-        View::window(mat, tile.start + tile.from, tile.len, tile.head * d, d)
+        View::window(mat, tile.first, tile.len, tile.head * d, d)
     }
 
-    fn keys<'m>(&self, mat: &'m Mat, tile: &Tile) -> View<'m> {
-        let (d, kv_head) = (self.heads.dim, tile.head / self.heads.group());
-        View::window(mat, tile.start, tile.from + tile.len, kv_head * d, d)
-    }
-
-    /// Softmax attention of every token over its own sequence up to itself.
+    /// Softmax attention of every token over its prefix and its own sequence up to itself.
     pub(crate) fn forward(&self) -> Attended {
         let d = self.heads.dim;
         let parts = self
             .work(self.heads.heads)
             .into_par_iter()
-            .map(|(start, len, head)| {
-                let mut out = Vec::with_capacity(len * d);
-                let mut lse = Vec::with_capacity(len);
-                for from in (0..len).step_by(TILE) {
-                    let tile = Tile {
-                        start,
-                        head,
-                        from,
-                        len: TILE.min(len - from),
-                    };
-                    let mut scores = self.scores(&tile);
-                    for (i, row) in scores.data_mut().chunks_mut(from + tile.len).enumerate() {
-                        lse.push(softmax(row, from + i + 1));
+            .map(|(span, head)| {
+                let seen = self.seen(span, head / self.heads.group());
+                let mut out = Vec::with_capacity(span.tokens.len() * d);
+                let mut lse = Vec::with_capacity(span.tokens.len());
+                for tile in tiles(span, head) {
+                    let mut scores = self.scores(&seen, &tile);
+                    for (i, row) in scores.data_mut().chunks_mut(tile.keys()).enumerate() {
+                        lse.push(softmax(row, tile.before + i + 1));
                     }
-                    let values = self.keys(self.v, &tile);
+                    let values = first_rows(&seen.v, &tile);
                     out.extend_from_slice(View::whole(&scores).mul(values).data());
                 }
-                (start, head, out, lse)
+                (span.tokens.start, head, out, lse)
             })
             .collect::<Vec<_>>();
         let mut out = Mat::zeros(self.q.rows, self.q.cols);
@@ -143,17 +176,12 @@ impl Packed<'_> {
         let parts = self
             .work(self.heads.kv_heads)
             .into_par_iter()
-            .map(|(start, len, kv_head)| {
-                let mut part = KvHeadGradients::new(start, len, kv_head, d);
+            .map(|(span, kv_head)| {
+                let seen = self.seen(span, kv_head);
+                let mut part = KvHeadGradients::new(span, kv_head, d);
                 for head in kv_head * self.heads.group()..(kv_head + 1) * self.heads.group() {
-                    for from in (0..len).step_by(TILE) {
-                        let tile = Tile {
-                            start,
-                            head,
-                            from,
-                            len: TILE.min(len - from),
-                        };
-                        part.add_tile(self, saved, dout, &tile);
+                    for tile in tiles(span, head) {
+                        part.add_tile(self, &seen, (saved, dout), &tile);
                     }
                 }
                 part
@@ -168,47 +196,63 @@ impl Packed<'_> {
             for (row, head, dq) in &part.dq {
                 add_columns(&mut sum.dq, *row, head * d, dq.data(), d);
             }
-            add_columns(&mut sum.dk, part.start, part.kv_head * d, &part.dk, d);
-            add_columns(&mut sum.dv, part.start, part.kv_head * d, &part.dv, d);
+            let Span { tokens, prefix } = part.span;
+            for (to, from) in [(&mut sum.dk, &part.dk), (&mut sum.dv, &part.dv)] {
+                let (shared, own) = from.split_at(prefix.len() * d);
+                add_columns(to, prefix.start, part.kv_head * d, shared, d);
+                add_columns(to, tokens.start, part.kv_head * d, own, d);
+            }
         }
         sum
     }
 }
 
-/// What one kv head of one sequence contributes: `dq` by tile (`row, head, values`), `dk`, `dv` summed
-/// over the heads of the group.
-struct KvHeadGradients {
-    start: usize,
+/// The keys or values that a tile sees.
+fn first_rows<'m>(mat: &'m Mat, tile: &Tile) -> View<'m> {
+    View::window(mat, 0, tile.keys(), 0, mat.cols)
+}
+
+/// What one kv head of one sequence contributes: `dq` by tile (`row, head, values`), `dk`, `dv` of all keys that it sees,
+/// summed over the heads of the group.
+struct KvHeadGradients<'a> {
+    span: &'a Span,
     kv_head: usize,
     dq: Vec<(usize, usize, Mat)>,
     dk: Vec<f32>,
     dv: Vec<f32>,
 }
 
-impl KvHeadGradients {
-    fn new(start: usize, len: usize, kv_head: usize, dim: usize) -> Self {
+impl<'a> KvHeadGradients<'a> {
+    fn new(span: &'a Span, kv_head: usize, dim: usize) -> Self {
+        let keys = span.prefix.len() + span.tokens.len();
         Self {
-            start,
+            span,
             kv_head,
             dq: Vec::new(),
-            dk: vec![0.0; len * dim],
-            dv: vec![0.0; len * dim],
+            dk: vec![0.0; keys * dim],
+            dv: vec![0.0; keys * dim],
         }
     }
 
     /// With `P` the probabilities and `D = Σ_d dO·O` of a query: `dV = PᵀdO`, `dP = dO·Vᵀ`,
     /// `dS = P·(dP − D)/√d`, `dQ = dS·K`, `dK = dSᵀ·Q`.
-    fn add_tile(&mut self, packed: &Packed<'_>, saved: &Attended, dout: &Mat, tile: &Tile) {
-        let (keys, d) = (tile.from + tile.len, packed.heads.dim);
-        let mut p = packed.scores(tile);
+    fn add_tile(
+        &mut self,
+        packed: &Packed<'_>,
+        seen: &Seen,
+        (saved, dout): (&Attended, &Mat),
+        tile: &Tile,
+    ) {
+        let (keys, d) = (tile.keys(), packed.heads.dim);
+        let mut p = packed.scores(seen, tile);
         let dout_tile = packed.queries(dout, tile);
-        let mut ds = dout_tile.mul(packed.keys(packed.v, tile).t());
+        let mut ds = dout_tile.mul(first_rows(&seen.v, tile).t());
         let rows = p
             .data_mut()
             .chunks_mut(keys)
             .zip(ds.data_mut().chunks_mut(keys));
         for (i, (p, ds)) in rows.enumerate() {
-            let token = tile.start + tile.from + i;
+            let token = tile.first + i;
             let columns = tile.head * d..(tile.head + 1) * d;
             let (g, o) = (
                 &dout.row(token)[columns.clone()],
@@ -232,8 +276,8 @@ impl KvHeadGradients {
         super::simd::add_assign(&mut self.dv[..keys * d], dv.data());
         let dk = View::whole(&ds).t().mul(packed.queries(packed.q, tile));
         super::simd::add_assign(&mut self.dk[..keys * d], dk.data());
-        let dq = View::whole(&ds).mul(packed.keys(packed.k, tile));
-        self.dq.push((tile.start + tile.from, tile.head, dq));
+        let dq = View::whole(&ds).mul(first_rows(&seen.k, tile));
+        self.dq.push((tile.first, tile.head, dq));
     }
 }
 
@@ -266,18 +310,34 @@ fn add_columns(out: &mut Mat, row: usize, column: usize, part: &[f32], width: us
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::PackedBatch;
 
     fn wave(rows: usize, cols: usize, phase: f32) -> Mat {
         let value = |i: usize| (i as f32 * 0.37 + phase).sin();
         Mat::from_vec(rows, cols, (0..rows * cols).map(value).collect())
     }
 
+    /// Sequences of so many tokens, each with the number of the one that it continues.
+    fn spans(sequences: &[(usize, Option<usize>)]) -> Vec<Span> {
+        let mut batch = PackedBatch {
+            cu_seqlens: vec![0],
+            ..PackedBatch::default()
+        };
+        for (n, prefix) in sequences {
+            batch
+                .cu_seqlens
+                .push(batch.cu_seqlens[batch.prefixes.len()] + n);
+            batch.prefixes.push(*prefix);
+        }
+        batch.spans()
+    }
+
     /// Attention by its definition, in f64.
     fn textbook(p: &Packed<'_>) -> Vec<f64> {
         let Heads { heads, dim: d, .. } = p.heads;
         let mut out = vec![0.0; p.q.rows * p.q.cols];
-        for span in p.cu_seqlens.windows(2) {
-            for t in span[0]..span[1] {
+        for span in p.spans {
+            for t in span.tokens.clone() {
                 for h in 0..heads {
                     let kv = h / p.heads.group();
                     let dot = |s: usize| -> f64 {
@@ -288,9 +348,10 @@ mod tests {
                             .sum::<f64>()
                             / (d as f64).sqrt()
                     };
-                    let weights: Vec<f64> = (span[0]..=t).map(|s| dot(s).exp()).collect();
+                    let keys = || span.prefix.clone().chain(span.tokens.start..=t);
+                    let weights: Vec<f64> = keys().map(|s| dot(s).exp()).collect();
                     let total: f64 = weights.iter().sum();
-                    for (s, w) in (span[0]..=t).zip(&weights) {
+                    for (s, w) in keys().zip(&weights) {
                         for i in 0..d {
                             out[t * heads * d + h * d + i] +=
                                 w / total * f64::from(p.v.row(s)[kv * d + i]);
@@ -314,7 +375,13 @@ mod tests {
             q: &q,
             k: &k,
             v: &v,
-            cu_seqlens: &[0, 1, 131, 150],
+            spans: &spans(&[
+                (1, None),
+                (70, None),
+                (66, Some(1)),
+                (1, Some(1)),
+                (12, None),
+            ]),
             heads,
         };
         let found = p.forward().out;
@@ -332,13 +399,13 @@ mod tests {
         };
         let (q, k, v) = (wave(70, 8, 0.0), wave(70, 4, 1.0), wave(70, 4, 2.0));
         let c = wave(70, 8, 3.0);
-        let cu = [0, 3, 70];
+        let spans = spans(&[(3, None), (20, None), (30, Some(1)), (17, Some(1))]);
         let loss = |q: &Mat, k: &Mat, v: &Mat| -> f64 {
             let p = Packed {
                 q,
                 k,
                 v,
-                cu_seqlens: &cu,
+                spans: &spans,
                 heads,
             };
             textbook(&p)
@@ -351,7 +418,7 @@ mod tests {
             q: &q,
             k: &k,
             v: &v,
-            cu_seqlens: &cu,
+            spans: &spans,
             heads,
         };
         let grads = p.backward(&p.forward(), &c);

@@ -9,6 +9,7 @@ use super::{
     ops::{self, Rope},
     params::{Grads, ParamId, Params},
 };
+use crate::types::Span;
 
 /// Weights of one layer. Names follow the checkpoint's (`q_proj`, `gate_proj`, …).
 #[derive(Debug)]
@@ -135,9 +136,9 @@ impl Layer {
     }
 
     /// One layer over packed sequences; the trace is what [`Layer::backward`] wants.
-    pub(crate) fn forward(&self, pass: &Pass<'_>, cu_seqlens: &[usize], x: &Mat) -> (Mat, Trace) {
+    pub(crate) fn forward(&self, pass: &Pass<'_>, spans: &[Span], x: &Mat) -> (Mat, Trace) {
         let projected = self.project(pass, x);
-        let attended = packed(pass, &projected, cu_seqlens).forward();
+        let attended = packed(pass, &projected, spans).forward();
         let middle = self.join(pass, x, &attended.out);
         let (gate, up, out) = self.mlp(pass, &middle);
         (
@@ -157,14 +158,14 @@ impl Layer {
         &self,
         pass: &Pass<'_>,
         (x, trace): (&Mat, &Trace),
-        cu_seqlens: &[usize],
+        spans: &[Span],
         dout: Mat,
         grads: &mut Grads,
     ) -> Mat {
         let dmiddle = self.mlp_backward(pass, trace, dout, grads);
         let (params, attended) = (pass.params, &trace.attended);
         let dattended = self.o_proj.backward(params, &attended.out, &dmiddle, grads);
-        let batch = packed(pass, &trace.projected, cu_seqlens);
+        let batch = packed(pass, &trace.projected, spans);
         let gradients = batch.backward(attended, &dattended);
         self.project_backward(pass, (x, &trace.projected), gradients, dmiddle, grads)
     }
@@ -223,13 +224,13 @@ fn norm_backward(pass: &Pass<'_>, norm: ParamId, x: &Mat, dy: &Mat, grads: &mut 
     ops::rms_norm_backward(x, params.data(norm), pass.decoder.eps, dy, dweight)
 }
 
-fn packed<'a>(pass: &Pass<'_>, projected: &'a Projected, cu_seqlens: &'a [usize]) -> Packed<'a> {
+fn packed<'a>(pass: &Pass<'_>, projected: &'a Projected, spans: &'a [Span]) -> Packed<'a> {
     let Projected { q, k, v, .. } = projected;
     Packed {
         q,
         k,
         v,
-        cu_seqlens,
+        spans,
         heads: pass.decoder.heads,
     }
 }

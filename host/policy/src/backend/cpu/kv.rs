@@ -188,11 +188,15 @@ mod tests {
             dim: 8,
         };
         let (q, k, v) = (wave(21, 32, 0.0), wave(21, 16, 1.0), wave(21, 16, 2.0));
+        let whole = crate::types::Span {
+            tokens: 0..21,
+            prefix: 0..0,
+        };
         let packed = Packed {
             q: &q,
             k: &k,
             v: &v,
-            cu_seqlens: &[0, 21],
+            spans: &[whole],
             heads,
         };
         let expected = packed.forward().out;

@@ -2,6 +2,7 @@
 //! path against the scoring path.
 
 mod early_exit;
+mod shared_prompts;
 
 use super::*;
 use crate::{

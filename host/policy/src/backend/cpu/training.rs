@@ -9,13 +9,13 @@ use super::{
 use crate::{
     backend::{Exit, Pass, check_batch, check_targets},
     error::PolicyError,
-    types::{PackedBatch, TokenScores, TopTokens},
+    types::{PackedBatch, Span, TokenScores, TopTokens},
 };
 
 /// What a [`Pass::Train`] leaves for `backward`.
 pub(super) struct Saved {
     ids: Vec<u32>,
-    cu_seqlens: Vec<usize>,
+    spans: Vec<Span>,
     positions: Vec<usize>,
     /// Tokens whose hidden state predicts a scored token.
     predictors: Vec<usize>,
@@ -48,12 +48,13 @@ impl CpuBackend {
         let pass = LayerPass {
             decoder: &self.decoder,
             params: &self.params,
-            positions: &positions(batch),
+            positions: &batch.positions(),
             adapters: true,
         };
+        let spans = batch.spans();
         let mut x = self.decoder.embed(&self.params, &batch.ids);
         for layer in &self.decoder.layers[..layers] {
-            x = layer.forward(&pass, &batch.cu_seqlens, &x).0;
+            x = layer.forward(&pass, &spans, &x).0;
         }
         x
     }
@@ -69,7 +70,7 @@ impl CpuBackend {
             self.spec.vocab_size,
             self.spec.max_position_embeddings,
         )?;
-        let positions = positions(batch);
+        let (positions, spans) = (batch.positions(), batch.spans());
         let frozen = self.reference.as_ref().filter(|_| pass == Pass::Reference);
         let params = frozen.unwrap_or(&self.params);
         let layer_pass = LayerPass {
@@ -81,22 +82,20 @@ impl CpuBackend {
         let mut layers = Vec::new();
         let mut x = self.decoder.embed(params, &batch.ids);
         for layer in &self.decoder.layers {
-            let (out, trace) = layer.forward(&layer_pass, &batch.cu_seqlens, &x);
+            let (out, trace) = layer.forward(&layer_pass, &spans, &x);
             if pass == Pass::Train {
                 layers.push((x, (!self.gradient_checkpointing).then_some(trace)));
             }
             x = out;
         }
-        let predictors = predictors(batch);
         let mut scored = scored(batch, &x, temperature);
         let scores = self.decoder.head.score(params, &mut scored);
         if pass == Pass::Train {
-            let (ids, cu_seqlens) = (batch.ids.clone(), batch.cu_seqlens.clone());
             self.saved = Some(Saved {
-                ids,
-                cu_seqlens,
+                ids: batch.ids.clone(),
+                spans,
                 positions,
-                predictors,
+                predictors: batch.predictors(),
                 scored,
                 layers,
             });
@@ -174,9 +173,9 @@ impl CpuBackend {
         for (layer, (x, trace)) in layers {
             let trace = match trace {
                 Some(trace) => trace,
-                None => layer.forward(&pass, &saved.cu_seqlens, &x).1,
+                None => layer.forward(&pass, &saved.spans, &x).1,
             };
-            dx = layer.backward(&pass, (&x, &trace), &saved.cu_seqlens, dx, grads);
+            dx = layer.backward(&pass, (&x, &trace), &saved.spans, dx, grads);
         }
         if params.trainable(decoder.embed_tokens) {
             let slot = grads.slot(decoder.embed_tokens, params);
@@ -187,25 +186,9 @@ impl CpuBackend {
     }
 }
 
-/// Position of each token in its sequence, `[T]`.
-fn positions(batch: &PackedBatch) -> Vec<usize> {
-    let sequences = batch.cu_seqlens.windows(2);
-    sequences.flat_map(|w| 0..w[1] - w[0]).collect()
-}
-
-/// Tokens whose hidden state predicts a scored token.
-fn predictors(batch: &PackedBatch) -> Vec<usize> {
-    let targets = (0..batch.ids.len()).filter(|t| batch.scored[*t]);
-    targets.map(|t| t - 1).collect()
-}
-
 /// The scored tokens and, of the residual stream `x`, what predicts them.
 fn scored(batch: &PackedBatch, x: &Mat, temperature: f32) -> Scored {
-    let predictors = predictors(batch);
-    let targets = predictors.iter().map(|t| batch.ids[t + 1]).collect();
-    Scored::new(
-        head::gather(x, predictors.into_iter()),
-        targets,
-        temperature,
-    )
+    let hidden = head::gather(x, batch.predictors().into_iter());
+    let targets = batch.targets().map(|t| batch.ids[t]).collect();
+    Scored::new(hidden, targets, temperature)
 }

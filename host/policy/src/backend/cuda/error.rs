@@ -87,6 +87,12 @@ pub enum CudaError {
     Shape(String),
     #[error("{0} is not done on a GPU yet")]
     NotYet(&'static str),
+    #[error("weights that stay quantised do not train; LoRA beside them does")]
+    StaysQuantized,
+    #[error("adapters cannot be merged into weights that stay quantised")]
+    MergeQuantized,
+    #[error("the deterministic mode needs adapters that are merged into the weights")]
+    UnmergedDeterministic,
     #[error("CUDA driver: {0}")]
     Driver(#[source] DriverError),
     #[error("cublasLt: {0}")]
@@ -115,7 +121,13 @@ impl From<CublasError> for CudaError {
 impl CudaError {
     /// Whether another device would do: something is wrong with this one, not with what is asked of any.
     pub fn is_of_the_device(&self) -> bool {
-        !matches!(self, Self::Capacity { .. })
+        !matches!(
+            self,
+            Self::Capacity { .. }
+                | Self::StaysQuantized
+                | Self::MergeQuantized
+                | Self::UnmergedDeterministic
+        )
     }
 
     /// What the reader can do about it.
@@ -134,6 +146,13 @@ impl CudaError {
             }
             Self::TrainingTooBig { .. } => {
                 "lower micro_batch_tokens, leave gradient_checkpointing on, train with lora, or raise gpu_memory_utilization".to_owned()
+            }
+            Self::StaysQuantized => "set lora, or use --quantized-weights dequantize".to_owned(),
+            Self::MergeQuantized => {
+                "leave lora.merge out, or use --quantized-weights dequantize".to_owned()
+            }
+            Self::UnmergedDeterministic => {
+                "set lora.merge to true and --quantized-weights to dequantize, or leave --deterministic out".to_owned()
             }
             Self::Capacity { what: "tokens", .. } => "lower micro_batch_tokens".to_owned(),
             Self::OneSequence { .. } => {

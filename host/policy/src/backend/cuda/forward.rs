@@ -205,7 +205,10 @@ impl CudaBackend {
         let few = tokens <= SKINNY_TOKENS
             && widths.iter().all(|width| width.is_multiple_of(16))
             && skinny::has_room_for(self.spec.hidden_size);
-        if self.deterministic {
+        if self.adapters.is_some() {
+            // The other products are one with the norm before or the sum behind them, where adapters have to come between.
+            Path::Library
+        } else if self.deterministic {
             Path::Products
         } else if few && (!hopper || self.weights.is_mostly_quantized()) {
             Path::Skinny

@@ -27,6 +27,8 @@ pub(super) enum Out {
     F32,
     /// f32, added to.
     AddF32,
+    /// bf16, added to: rounded twice.
+    AddBf16,
 }
 
 /// `y[tokens, outputs] = x[tokens, inputs] · w[outputs, inputs]ᵀ`; x and w are bf16, all row-major.
@@ -107,6 +109,25 @@ pub(super) struct Product {
     pub(super) out: Out,
     /// Of the addresses, in bytes; set by [`Gemm::multiply`].
     pub(super) alignment: u32,
+}
+
+/// A product of bf16 to bf16 without gaps between rows.
+pub(super) fn product(
+    (rows, columns, inner): (usize, usize, usize),
+    a: Factor,
+    b: Factor,
+) -> Product {
+    Product {
+        rows,
+        columns,
+        inner,
+        a,
+        b,
+        stride: columns,
+        numbers: Numbers::Bf16,
+        out: Out::Bf16,
+        alignment: 0,
+    }
 }
 
 /// What cublasLt takes addresses for when nothing is said, in bytes: the alignment of whole buffers.
@@ -241,7 +262,7 @@ impl Gemm {
             Numbers::F32 => CUDA_R_32F,
         };
         let to = match product.out {
-            Out::Bf16 => CUDA_R_16BF,
+            Out::Bf16 | Out::AddBf16 => CUDA_R_16BF,
             Out::F32 | Out::AddF32 => CUDA_R_32F,
         };
         let sizes = (product.rows, product.columns, product.inner);
@@ -261,7 +282,10 @@ impl Gemm {
             y: lt::create_matrix_layout(to, m, n, product.stride as i64)?,
             algo: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
             tuned: false,
-            beta: if product.out == Out::AddF32 { 1.0 } else { 0.0 },
+            beta: match product.out {
+                Out::Bf16 | Out::F32 => 0.0,
+                Out::AddF32 | Out::AddBf16 => 1.0,
+            },
             alignment: product.alignment,
         };
         for (factor, attribute) in [

@@ -7,10 +7,11 @@ use cudarc::driver::{CudaSlice, CudaStream, DevicePtr};
 use half::bf16;
 
 use super::{
-    CudaBackend, CudaError,
+    CudaBackend,
     forward::{Addresses, Matrix, PassArgs, Path, Work},
     gemm::{Out, Shape},
     launch::Projection,
+    lora::LayerMatrix,
     parts::Part,
     product::{self, Form, ProductArgs},
     quantized::Stored,
@@ -172,21 +173,29 @@ impl CudaBackend {
         let wide = run.shape(run.qkv_width, h);
         self.gpu.filter.enter(Part::Qkv);
         self.matmul(run.pass, Matrix::Qkv(at), wide, work.h, work.qkv)?;
+        let of = (run.index, LayerMatrix::Qkv);
+        self.adapt(of, tokens, (work.h, work.qkv))?;
         self.attend(run)?;
         let o = run.shape(h, q);
         self.gpu.filter.enter(Part::O);
         self.matmul(run.pass, Matrix::O(at), o, work.attended, work.delta)?;
+        let of = (run.index, LayerMatrix::O);
+        self.adapt(of, tokens, (work.attended, work.delta))?;
         let norm = (work.x, work.delta, layer.mlp_norm, work.h);
         self.gpu.filter.enter(Part::Norm);
         self.gpu.rms_norm(norm, 0, tokens, h, run.eps)?;
         let gate_up = run.shape(2 * f, h);
         self.gpu.filter.enter(Part::GateUp);
         self.matmul(run.pass, Matrix::GateUp(at), gate_up, work.h, work.gate_up)?;
+        let of = (run.index, LayerMatrix::GateUp);
+        self.adapt(of, tokens, (work.h, work.gate_up))?;
         self.gpu.filter.enter(Part::Swiglu);
         self.gpu.silu_mul(work.gate_up, work.act, tokens, f)?;
         let down = run.shape(h, f);
         self.gpu.filter.enter(Part::Down);
         self.matmul(run.pass, Matrix::Down(at), down, work.act, work.delta)?;
+        let of = (run.index, LayerMatrix::Down);
+        self.adapt(of, tokens, (work.act, work.delta))?;
         let norm = (work.x, work.delta, self.norm_before(run.index + 1), work.h);
         self.gpu.filter.enter(Part::Norm);
         Ok(self.gpu.rms_norm(norm, 0, tokens, h, run.eps)?)
@@ -258,24 +267,6 @@ impl Pointers<Stored> {
             gate_up: layer.gate_up.at(stream),
             down: layer.down.at(stream),
         }
-    }
-
-    /// Addresses of bf16 matrices.
-    ///
-    /// # Errors
-    /// [`CudaError::NotYet`] where one is quantised.
-    pub(super) fn dense(self) -> Result<Pointers<u64>, CudaError> {
-        Ok(Pointers {
-            input_norm: self.input_norm,
-            qkv: self.qkv.dense()?,
-            qkv_bias: self.qkv_bias,
-            q_norm: self.q_norm,
-            k_norm: self.k_norm,
-            o: self.o.dense()?,
-            mlp_norm: self.mlp_norm,
-            gate_up: self.gate_up.dense()?,
-            down: self.down.dense()?,
-        })
     }
 }
 

@@ -143,21 +143,21 @@ impl Budget {
 
     /// How passes of `tokens` tokens train beside what there is to be of a model: their activations are kept where they take
     /// no more than half of what is left, so that the other half is for keys and values, and else, with `may_recompute`, made
-    /// again in the backward pass.
+    /// again in the backward pass. What trains comes with the `merge` of [`super::CudaBackend::train`].
     ///
     /// # Errors
     /// [`CudaError::TrainingTooBig`].
     pub fn admit_training(
         &self,
-        (spec, sizes): (&ModelSpec, &CudaSizes),
-        trainable: &Trainable,
+        (spec, given, sizes): (&ModelSpec, CudaWeights<'_>, &CudaSizes),
+        trainable: (&Trainable, Option<bool>),
         (tokens, may_recompute): (usize, bool),
     ) -> Result<(Kept, TrainingPlan), CudaError> {
-        let none = BTreeMap::new();
-        let weights = WeightSizes::of(spec, CudaWeights::dense(&none), sizes.max_model_len).weights;
-        let workspace = self.workspace(spec, sizes);
-        let Left(left) = admit(&self.memory()?, weights, workspace)?;
-        let plan = |kept| training_bytes(spec, trainable, (tokens, kept), self.multiprocessors);
+        let needed = WeightSizes::of(spec, given, sizes.max_model_len);
+        let workspace = self.workspace(spec, sizes) + needed.scratch;
+        let Left(left) = admit(&self.memory()?, needed.weights, workspace)?;
+        let (of, processors) = ((spec, given), self.multiprocessors);
+        let plan = |kept| training_bytes(of, trainable, (tokens, kept), processors);
         choose(left, plan, may_recompute)
     }
 

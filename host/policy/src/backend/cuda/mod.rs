@@ -20,6 +20,7 @@ mod head;
 mod inputs;
 mod launch;
 mod layer;
+mod lora;
 mod maps;
 mod memory;
 mod parts;
@@ -69,6 +70,7 @@ use forward::Work;
 use gemm::Gemm;
 use graph::{Captured, Decode, MAX_BURST};
 use inputs::{Inputs, Layout};
+use lora::Adapters;
 use maps::Maps;
 use propose::Shelf;
 use train::Training;
@@ -153,6 +155,8 @@ pub struct CudaBackend {
     scratch: sampler::Scratch,
     /// From the first training or scoring pass on.
     training: Option<Box<Training>>,
+    /// Of a policy that trains adapters without merging them.
+    adapters: Option<Adapters>,
     /// Folder of compiled kernels.
     cache: Option<PathBuf>,
 }
@@ -268,6 +272,7 @@ impl CudaBackend {
             graphs: HashMap::new(),
             scratch: sampler::Scratch::default(),
             training: None,
+            adapters: None,
             cache: cache.map(Path::to_owned),
             kv: None,
             weights,
@@ -283,8 +288,11 @@ impl CudaBackend {
     ///
     /// # Errors
     /// [`CudaError::NotYet`] where there are no products of our own for all sizes; those of memory for a quantised head,
-    /// which becomes bf16: that product takes it whole.
+    /// which becomes bf16: that product takes it whole; [`CudaError::UnmergedDeterministic`].
     pub fn set_deterministic(&mut self) -> Result<(), CudaError> {
+        if self.adapters.is_some() {
+            return Err(CudaError::UnmergedDeterministic);
+        }
         self.maps()?;
         self.weights.dequantize_head(&self.gpu)?;
         let (stream, spec) = (&self.gpu.stream, &self.spec);

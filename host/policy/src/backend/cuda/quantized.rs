@@ -34,15 +34,20 @@ pub(super) enum Stored {
 }
 
 impl Stored {
+    /// Address of a bf16 matrix; `None` of a quantised one.
+    pub(super) fn address(self) -> Option<u64> {
+        match self {
+            Self::Bf16(address) => Some(address),
+            Self::Quantized(_) => None,
+        }
+    }
+
     /// Address of a bf16 matrix.
     ///
     /// # Errors
-    /// [`CudaError::NotYet`] for a quantised one: it does not train.
+    /// [`CudaError::StaysQuantized`] for a quantised one.
     pub(super) fn dense(self) -> Result<u64, CudaError> {
-        match self {
-            Self::Bf16(address) => Ok(address),
-            Self::Quantized(_) => Err(CudaError::NotYet("training on weights that stay quantised")),
-        }
+        self.address().ok_or(CudaError::StaysQuantized)
     }
 }
 
@@ -129,11 +134,11 @@ impl Linear {
     /// A bf16 matrix in a buffer of its own.
     ///
     /// # Errors
-    /// [`CudaError::NotYet`] for a quantised one.
+    /// [`CudaError::StaysQuantized`] for a quantised one.
     pub(super) fn copy(&self, stream: &Arc<CudaStream>) -> Result<CudaSlice<bf16>, CudaError> {
         match self {
             Self::Bf16(matrix) => Ok(stream.clone_dtod(matrix)?),
-            Self::Quantized(_) => Err(CudaError::NotYet("training on weights that stay quantised")),
+            Self::Quantized(_) => Err(CudaError::StaysQuantized),
         }
     }
 

@@ -229,6 +229,13 @@ impl Weights {
         }
     }
 
+    /// Numbers of the largest quantised matrix of layers and head; 0 where none is quantised.
+    pub(super) fn largest_quantized(&self) -> usize {
+        let of_layer = |l: &Layer| largest_quantized([&l.qkv, &l.o, &l.gate_up, &l.down]);
+        let layers = self.layers.iter().map(of_layer).max().unwrap_or(0);
+        layers.max(self.head().quantized_weights())
+    }
+
     /// Whether more than half of the layers' weights are.
     pub(super) fn is_mostly_quantized(&self) -> bool {
         let matrices = |l: &Layer| {
@@ -262,9 +269,14 @@ impl Weights {
 
 /// Most that is made bf16 at a time, in weights.
 fn scratch_weights(layers: &[Layer], head: &Linear) -> usize {
-    let of_layer = |l: &Layer| [&l.qkv, &l.o, &l.gate_up, &l.down].map(Linear::quantized_weights);
-    let largest = layers.iter().flat_map(of_layer).max().unwrap_or(0);
+    let of_layer = |l: &Layer| largest_quantized([&l.qkv, &l.o, &l.gate_up, &l.down]);
+    let largest = layers.iter().map(of_layer).max().unwrap_or(0);
     largest.max(head.quantized_weights().min(HEAD_PART))
+}
+
+fn largest_quantized(matrices: [&Linear; 4]) -> usize {
+    let sizes = matrices.map(Linear::quantized_weights);
+    sizes.into_iter().max().unwrap_or(0)
 }
 
 /// What a model needs before anything of it is on the device.
@@ -320,7 +332,7 @@ impl WeightSizes {
 }
 
 /// The matrices that lie in one with `name`, itself among them.
-fn fused_with(name: &str) -> Vec<String> {
+pub(super) fn fused_with(name: &str) -> Vec<String> {
     let groups: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up_proj"]];
     for group in groups {
         if let Some(own) = group.iter().find(|part| name.contains(*part)) {

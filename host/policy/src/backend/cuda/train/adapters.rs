@@ -1,4 +1,5 @@
-//! LoRA on the device: adapters with masters and moments, the base that they are merged into, and merging.
+//! LoRA on the device: adapters with masters and moments and, where they are merged, the base that they are merged into, and
+//! merging.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -16,15 +17,16 @@ use super::{
 };
 use crate::{
     backend::cuda::{
-        CudaError,
+        CudaError, CudaWeights,
         device::Gpu,
         gemm::{Factor, Gemm, Numbers, Out, Product},
         layer::Pointers,
-        quantized::Linear,
+        lora::{AdapterAt, LayerAdapters, LayerMatrix},
+        quantized::{Linear, Stored},
         weights::Layer,
     },
     error::PolicyError,
-    weights::{LoraConfig, random_a},
+    weights::{LoraConfig, QuantizedMatrix, random_a},
 };
 
 /// Numbers of an update that are made at a time.
@@ -38,29 +40,45 @@ struct Base {
     down: Option<CudaSlice<bf16>>,
 }
 
-/// See the file header.
-pub(super) struct Lora {
-    /// `alpha / r`.
-    pub(super) scale: f32,
-    pub(super) layers: Vec<AdaptedLayer>,
-    rank: usize,
+/// What merging needs.
+struct Merging {
     base: Vec<Base>,
-    /// Matrices of the base that bf16 does not hold, as they were loaded.
-    exact: BTreeMap<String, Tensor>,
-    /// The adapters in bf16, for products with activations.
-    _rounded: CudaSlice<bf16>,
     stripe: CudaSlice<f32>,
 }
 
-/// Bytes that LoRA needs beside what its optimizer does: adapters in bf16, the base of the adapted matrices, a stripe.
-pub(super) fn bytes(layout: &Layout, layers: &[AdaptedLayer]) -> usize {
+/// A matrix of the base as it was loaded.
+enum Loaded {
+    Dense(Tensor),
+    Quantized(QuantizedMatrix),
+}
+
+/// See the file header.
+pub(super) struct Lora {
+    /// `alpha / r`.
+    scale: f32,
+    pub(super) layers: Vec<AdaptedLayer>,
+    /// The same as addresses, in bf16.
+    pub(super) at: Vec<LayerAdapters>,
+    rank: usize,
+    /// Nothing where adapters are applied beside the weights, which then are the base.
+    merging: Option<Merging>,
+    /// Matrices of the base that bf16 does not hold.
+    exact: BTreeMap<String, Loaded>,
+    /// The adapters in bf16, for products with activations.
+    _rounded: CudaSlice<bf16>,
+}
+
+/// Bytes that LoRA needs beside what its optimizer does: adapters in bf16 and, to `merge` them, the base of the adapted
+/// matrices and a stripe.
+pub(super) fn bytes(layout: &Layout, layers: &[AdaptedLayer], merge: bool) -> usize {
     let of_layer = |layer: &AdaptedLayer| {
-        let matrices = [&layer.qkv, &layer.o, &layer.gate_up, &layer.down];
+        let matrices = LayerMatrix::ALL.map(|matrix| layer.of(matrix).as_ref());
         let numbers = matrices.into_iter().flatten().map(|m| m.inputs * m.outputs);
         numbers.sum::<usize>()
     };
     let base: usize = layers.iter().map(of_layer).sum();
-    2 * layout.total() + 2 * base + 4 * STRIPE
+    let merging = if merge { 2 * base + 4 * STRIPE } else { 0 };
+    2 * layout.total() + merging
 }
 
 impl Base {
@@ -82,9 +100,10 @@ impl Base {
     }
 
     /// The layer without adapters.
-    fn pointers(&self, stream: &Arc<CudaStream>, with: Pointers<u64>) -> Pointers<u64> {
-        let or = |base: &Option<CudaSlice<bf16>>, merged: u64| {
-            base.as_ref().map_or(merged, |b| b.device_ptr(stream).0)
+    fn pointers(&self, stream: &Arc<CudaStream>, with: Pointers<Stored>) -> Pointers<Stored> {
+        let or = |base: &Option<CudaSlice<bf16>>, merged: Stored| {
+            let own = base.as_ref().map(|b| Stored::Bf16(b.device_ptr(stream).0));
+            own.unwrap_or(merged)
         };
         Pointers {
             qkv: or(&self.qkv, with.qkv),
@@ -98,13 +117,13 @@ impl Base {
 
 impl Lora {
     /// New adapters, `A` random and `B` zero, so that the policy starts as the reference; with their optimizer. `model` is the
-    /// layout of the base, whose weights are `tensors`.
+    /// layout of the base, whose weights are `given`.
     pub(super) fn new(
         on: On<'_>,
-        tensors: &BTreeMap<String, Tensor>,
+        given: CudaWeights<'_>,
         model: &Layout,
-        config: &LoraConfig,
-        seed: u64,
+        (config, seed): (&LoraConfig, u64),
+        merge: bool,
     ) -> Result<(Self, Optimizer), PolicyError> {
         let (gpu, stream) = (on.gpu, &on.gpu.stream);
         let (layout, layers) = layout::of_adapters(on.spec, config);
@@ -121,28 +140,46 @@ impl Lora {
             let inputs = param.count() / config.r;
             optimizer.set(gpu, param, &random_a(&mut rng, config.r, inputs))?;
         }
-        let pairs = layers.iter().zip(&on.weights.layers);
-        let base = pairs.map(|(adapted, layer)| Base::of(stream, adapted, layer));
+        let (scale, rank) = (config.scale() as f32, layout::stored_rank(config.r));
+        let at = layers.iter().map(|layer| {
+            let of = |adapted: &Adapted| address(&optimizer, adapted, rank, scale);
+            LayerMatrix::ALL.map(|matrix| layer.of(matrix).as_ref().map(of))
+        });
         let lora = Self {
-            scale: config.scale() as f32,
-            rank: layout::stored_rank(config.r),
-            base: base.collect::<Result<_, _>>()?,
-            exact: beyond_bf16(tensors, model)?,
+            scale,
+            rank,
+            at: at.collect(),
+            merging: match merge {
+                true => Some(Merging::new(on, &layers)?),
+                false => None,
+            },
+            exact: beyond_bf16(given, model)?,
             _rounded: rounded,
-            stripe: stream.alloc_zeros(STRIPE).map_err(CudaError::from)?,
             layers,
         };
         Ok((lora, optimizer))
     }
 
+    /// Whether the decoder's weights have the adapters in them.
+    pub(super) fn is_merged(&self) -> bool {
+        self.merging.is_some()
+    }
+
     /// The base as it was loaded, where bf16 does not hold it.
-    pub(super) fn exact(&self, name: &str) -> Option<&Tensor> {
-        self.exact.get(name)
+    pub(super) fn exact(&self, name: &str) -> Result<Option<Tensor>, PolicyError> {
+        match self.exact.get(name) {
+            Some(Loaded::Dense(tensor)) => Ok(Some(tensor.clone())),
+            Some(Loaded::Quantized(matrix)) => matrix.dequantize().map(Some),
+            None => Ok(None),
+        }
     }
 
     /// A model's weights without adapters.
     pub(super) fn without(&self, gpu: &Gpu, with: ModelAt) -> ModelAt {
-        let layers = self.base.iter().zip(&with.layers);
+        let Some(merging) = &self.merging else {
+            return with;
+        };
+        let layers = merging.base.iter().zip(&with.layers);
         let layers = layers.map(|(base, at)| base.pointers(&gpu.stream, *at));
         ModelAt {
             layers: layers.collect(),
@@ -150,7 +187,7 @@ impl Lora {
         }
     }
 
-    /// Makes the decoder's weights anew from the base and the adapters as they are.
+    /// Makes the decoder's weights anew from the base and the adapters as they are, where these are merged.
     pub(super) fn merge(
         &self,
         on: On<'_>,
@@ -158,19 +195,18 @@ impl Lora {
         gemm: &mut Gemm,
         optimizer: &Optimizer,
     ) -> Result<(), CudaError> {
-        let with = ModelAt::of(on.weights, on.gpu)?;
-        let without = self.without(on.gpu, ModelAt::of(on.weights, on.gpu)?);
+        let Some(Merging { stripe, .. }) = &self.merging else {
+            return Ok(());
+        };
+        let update = stripe.device_ptr(&on.gpu.stream).0;
+        let with = ModelAt::of(on.weights, on.gpu);
+        let without = self.without(on.gpu, ModelAt::of(on.weights, on.gpu));
         for (index, layer) in self.layers.iter().enumerate() {
-            let (from, to) = (&without.layers[index], &with.layers[index]);
-            let matrices = [
-                (&layer.qkv, from.qkv, to.qkv),
-                (&layer.o, from.o, to.o),
-                (&layer.gate_up, from.gate_up, to.gate_up),
-                (&layer.down, from.down, to.down),
-            ];
-            for (adapted, base, merged) in matrices {
-                if let Some(adapted) = adapted {
-                    let at = (base, merged);
+            for matrix in LayerMatrix::ALL {
+                if let Some(adapted) = layer.of(matrix) {
+                    let base = matrix.of(&without.layers[index]).dense()?;
+                    let merged = matrix.of(&with.layers[index]).dense()?;
+                    let at = [base, update, merged];
                     self.merge_matrix(on.gpu, (kernels, gemm), optimizer, (adapted, at))?;
                 }
             }
@@ -184,10 +220,9 @@ impl Lora {
         gpu: &Gpu,
         (kernels, gemm): (&Kernels, &mut Gemm),
         optimizer: &Optimizer,
-        (adapted, (base, merged)): (&Adapted, (u64, u64)),
+        (adapted, [base, update, merged]): (&Adapted, [u64; 3]),
     ) -> Result<(), CudaError> {
         let (inputs, rank) = (adapted.inputs, self.rank);
-        let update = self.stripe.device_ptr(&gpu.stream).0;
         for (index, part) in adapted.parts.iter().enumerate() {
             let a = optimizer.master(gpu, adapted.a) + (4 * index * rank * inputs) as u64;
             let b = optimizer.master(gpu, part.b);
@@ -216,19 +251,48 @@ impl Lora {
     }
 }
 
-/// The matrices with numbers that bf16 rounds. Those of a checkpoint in bf16 have none.
+impl Merging {
+    fn new(on: On<'_>, layers: &[AdaptedLayer]) -> Result<Self, CudaError> {
+        let stream = &on.gpu.stream;
+        let pairs = layers.iter().zip(&on.weights.layers);
+        let base = pairs.map(|(adapted, layer)| Base::of(stream, adapted, layer));
+        Ok(Self {
+            base: base.collect::<Result<_, _>>()?,
+            stripe: stream.alloc_zeros(STRIPE)?,
+        })
+    }
+}
+
+fn address(optimizer: &Optimizer, adapted: &Adapted, rank: usize, scale: f32) -> AdapterAt {
+    let parts = adapted.parts.iter();
+    AdapterAt {
+        a: optimizer.weight(adapted.a),
+        parts: parts
+            .map(|part| (optimizer.weight(part.b), part.rows.clone()))
+            .collect(),
+        inputs: adapted.inputs,
+        outputs: adapted.outputs,
+        rank,
+        scale,
+    }
+}
+
+/// The matrices that are quantised, or have numbers that bf16 rounds. Those of a checkpoint in bf16 have none.
 fn beyond_bf16(
-    tensors: &BTreeMap<String, Tensor>,
+    given: CudaWeights<'_>,
     model: &Layout,
-) -> Result<BTreeMap<String, Tensor>, PolicyError> {
+) -> Result<BTreeMap<String, Loaded>, PolicyError> {
     let mut beyond = BTreeMap::new();
     for param in model.params.iter().filter(|p| model.slots[p.slot].matrix) {
-        let tensor = tensors
-            .get(&param.name)
-            .ok_or_else(|| missing(&param.name))?;
-        let values = optimizer::numbers(&param.name, tensor, param.count())?;
+        let name = &param.name;
+        let Some(tensor) = given.tensors.get(name) else {
+            let matrix = given.quantized.get(name).ok_or_else(|| missing(name))?;
+            beyond.insert(name.clone(), Loaded::Quantized(matrix.clone()));
+            continue;
+        };
+        let values = optimizer::numbers(name, tensor, param.count())?;
         if values.iter().any(|x| bf16::from_f32(*x).to_f32() != *x) {
-            beyond.insert(param.name.clone(), tensor.clone());
+            beyond.insert(name.clone(), Loaded::Dense(tensor.clone()));
         }
     }
     Ok(beyond)
@@ -247,11 +311,11 @@ mod tests {
             ("a".to_owned(), tensor([1.0, 0.007_812_5])),
             ("b".to_owned(), tensor([1.0, 1.001])),
         ]);
-        let kept = beyond_bf16(&tensors, &layout).unwrap();
+        let kept = beyond_bf16(CudaWeights::dense(&tensors), &layout).unwrap();
         assert_eq!(kept.keys().collect::<Vec<_>>(), ["b"]);
         let none = BTreeMap::new();
         assert!(matches!(
-            beyond_bf16(&none, &layout),
+            beyond_bf16(CudaWeights::dense(&none), &layout),
             Err(PolicyError::MissingWeight { name }) if name == "a"
         ));
     }

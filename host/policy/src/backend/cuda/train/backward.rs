@@ -4,7 +4,7 @@ use super::{
     Mode, On, Training,
     arena::{COLUMN_PARTS, Kept, PARTS, Trace, qkv_width},
     clock::Kind,
-    forward::{Run, product, projection},
+    forward::{Run, projection},
     head::{Lesson, Scored},
     layout::{Adapted, LayerSlots},
     operands::{Norm, NormBackward},
@@ -13,28 +13,19 @@ use super::{
 use crate::{
     backend::cuda::{
         CudaError,
-        gemm::{Factor, Out, Product},
+        gemm::{Factor, Out, Product, product},
+        lora::{AdapterAt, LayerMatrix},
     },
     error::PolicyError,
 };
 
-/// The matrices of a layer.
-#[derive(Clone, Copy, Debug)]
-enum Matrix {
-    Qkv,
-    O,
-    GateUp,
-    Down,
-}
-
-impl Matrix {
-    fn slot(self, slots: &LayerSlots) -> usize {
-        match self {
-            Self::Qkv => slots.qkv,
-            Self::O => slots.o,
-            Self::GateUp => slots.gate_up,
-            Self::Down => slots.down,
-        }
+/// Slot of a matrix.
+fn slot(matrix: LayerMatrix, slots: &LayerSlots) -> usize {
+    match matrix {
+        LayerMatrix::Qkv => slots.qkv,
+        LayerMatrix::O => slots.o,
+        LayerMatrix::GateUp => slots.gate_up,
+        LayerMatrix::Down => slots.down,
     }
 }
 
@@ -80,24 +71,24 @@ impl Training {
         layer: usize,
         trace: &Trace,
     ) -> Result<(), CudaError> {
-        let (t, h, f) = (run.tokens(), on.spec.hidden_size, on.spec.intermediate_size);
+        let (t, f) = (run.tokens(), on.spec.intermediate_size);
         let at = run.model.layers[layer];
         let (act, dx16) = (self.arena.act, self.arena.dx16);
-        self.back(on, (dx16, at.down, act), (t, h, f))?;
+        let down = (layer, LayerMatrix::Down);
+        self.low_gradient(on, down, (dx16, t))?;
+        self.back(on, run, down, (dx16, act))?;
         // The gradients take the places of what they are made from.
         let gradients = [trace.gate_up, act, trace.gate_up, act];
         self.clock.enter(on.gpu, Kind::Swiglu)?;
         self.kernels.swiglu_backward(on.gpu, gradients, (t, f))?;
-        self.weight_gradient(on, layer, Matrix::Down, (dx16, act, t))?;
+        self.weight_gradient(on, down, (dx16, act, t))?;
         let normed = self.arena.h;
         let norm = (at.mlp_norm, trace.middle, trace.middle_rstd);
         self.norm_again(on, norm, t)?;
-        self.weight_gradient(on, layer, Matrix::GateUp, (trace.gate_up, normed, t))?;
-        self.back(
-            on,
-            (trace.gate_up, at.gate_up, self.arena.delta),
-            (t, 2 * f, h),
-        )?;
+        let gate_up = (layer, LayerMatrix::GateUp);
+        self.low_gradient(on, gate_up, (trace.gate_up, t))?;
+        self.weight_gradient(on, gate_up, (trace.gate_up, normed, t))?;
+        self.back(on, run, gate_up, (trace.gate_up, self.arena.delta))?;
         self.norm_backward(on, norm, self.slots.layers[layer].mlp_norm, t)
     }
 
@@ -109,10 +100,12 @@ impl Training {
         trace: &Trace,
     ) -> Result<(), CudaError> {
         let (spec, t, at) = (on.spec, run.tokens(), run.model.layers[layer]);
-        let (h, width) = (spec.hidden_size, qkv_width(spec));
+        let width = qkv_width(spec);
         let (dx16, dqkv, normed) = (self.arena.dx16, self.arena.dqkv, self.arena.h);
-        self.back(on, (dx16, at.o, self.arena.dattended), (t, h, spec.q_dim()))?;
-        self.weight_gradient(on, layer, Matrix::O, (dx16, trace.attended, t))?;
+        let (o, qkv) = ((layer, LayerMatrix::O), (layer, LayerMatrix::Qkv));
+        self.low_gradient(on, o, (dx16, t))?;
+        self.back(on, run, o, (dx16, self.arena.dattended))?;
+        self.weight_gradient(on, o, (dx16, trace.attended, t))?;
         let rotated = match spec.qk_norm {
             true => self.rotate(on, run, layer, trace)?,
             false => trace.qkv,
@@ -140,12 +133,13 @@ impl Training {
         }
         let norm = (at.input_norm, trace.before, trace.before_rstd);
         self.norm_again(on, norm, t)?;
-        self.weight_gradient(on, layer, Matrix::Qkv, (dqkv, normed, t))?;
+        self.low_gradient(on, qkv, (dqkv, t))?;
+        self.weight_gradient(on, qkv, (dqkv, normed, t))?;
         if layer == 0 && !full {
             // Below are the embeddings, which do not train.
             return Ok(());
         }
-        self.back(on, (dqkv, at.qkv, self.arena.delta), (t, width, h))?;
+        self.back(on, run, qkv, (dqkv, self.arena.delta))?;
         self.norm_backward(on, norm, slots.input_norm, t)
     }
 
@@ -215,20 +209,61 @@ impl Training {
         }
     }
 
-    /// `dx[rows, inputs] = dy[rows, outputs] · w[outputs, inputs]`.
+    /// The gradient of what lies between the adapters of a matrix, in `arena.dlow`, from that of its outputs; there until it is
+    /// asked for the next matrix.
+    fn low_gradient(
+        &mut self,
+        on: On<'_>,
+        (layer, matrix): (usize, LayerMatrix),
+        (dy, rows): (u64, usize),
+    ) -> Result<(), CudaError> {
+        let Self {
+            mode,
+            gemm,
+            arena,
+            clock,
+            ..
+        } = self;
+        match mode.adapter(layer, matrix) {
+            Some(adapter) => {
+                clock.enter(on.gpu, Kind::Adapters)?;
+                adapter.low_gradient(gemm, rows, (dy, arena.dlow))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// `dx = dy · W` of a layer's matrix, and what its adapters add where they are not merged, from [`Training::low_gradient`].
     fn back(
         &mut self,
         on: On<'_>,
-        (dy, w, dx): (u64, u64, u64),
-        (rows, outputs, inputs): (usize, usize, usize),
+        run: &Run,
+        (layer, matrix): (usize, LayerMatrix),
+        (dy, dx): (u64, u64),
     ) -> Result<(), CudaError> {
+        let ((outputs, inputs), rows) = (matrix.sizes(on.spec), run.tokens());
         self.clock.enter(on.gpu, Kind::Products)?;
+        let w = self.dense(on, matrix.of(&run.model.layers[layer]))?;
         let product = product(
             (rows, inputs, outputs),
             Factor::plain(outputs),
             Factor::plain(inputs),
         );
-        self.gemm.multiply(product, 1.0, [dy, w, dx])
+        self.gemm.multiply(product, 1.0, [dy, w, dx])?;
+        let Self {
+            mode,
+            gemm,
+            arena,
+            clock,
+            ..
+        } = self;
+        match mode.beside(layer, matrix) {
+            Some(adapter) => {
+                clock.enter(on.gpu, Kind::Adapters)?;
+                adapter.add_back(gemm, rows, (arena.dlow, dx))
+            }
+            None => Ok(()),
+        }
     }
 
     /// Adds parts of sums over rows to the gradient of a vector.
@@ -273,78 +308,45 @@ impl Training {
     fn weight_gradient(
         &mut self,
         on: On<'_>,
-        layer: usize,
-        matrix: Matrix,
+        (layer, matrix): (usize, LayerMatrix),
         (dy, x, rows): (u64, u64, usize),
     ) -> Result<(), CudaError> {
         if let Mode::Lora(lora) = &self.mode {
-            let layer = &lora.layers[layer];
-            let adapted = match matrix {
-                Matrix::Qkv => &layer.qkv,
-                Matrix::O => &layer.o,
-                Matrix::GateUp => &layer.gate_up,
-                Matrix::Down => &layer.down,
-            };
-            let (adapted, scale) = (adapted.clone(), lora.scale);
-            return match adapted {
-                Some(adapted) => self.adapter_gradient(on, &adapted, scale, (dy, x, rows)),
+            let adapted = lora.layers[layer].of(matrix).clone();
+            let at = self.mode.adapter(layer, matrix).cloned();
+            return match adapted.zip(at) {
+                Some(adapter) => self.adapter_gradient(on, &adapter, (dy, x, rows)),
                 None => Ok(()),
             };
         }
-        let spec = on.spec;
-        let (outputs, inputs) = match matrix {
-            Matrix::Qkv => (qkv_width(spec), spec.hidden_size),
-            Matrix::O => (spec.hidden_size, spec.q_dim()),
-            Matrix::GateUp => (2 * spec.intermediate_size, spec.hidden_size),
-            Matrix::Down => (spec.hidden_size, spec.intermediate_size),
-        };
+        let (outputs, inputs) = matrix.sizes(on.spec);
         let factors = (Factor::transposed(outputs), Factor::plain(inputs));
         let product = product((outputs, inputs, rows), factors.0, factors.1);
-        let slot = matrix.slot(&self.slots.layers[layer]);
+        let slot = slot(matrix, &self.slots.layers[layer]);
         self.add_gradient(on, slot, product, [dy, x])
     }
 
-    /// With `low = scale · x · Aᵀ` and `dlow = scale · dy · B` of each part: `dB = dyᵀ · low` and `dA = dlowᵀ · x`.
+    /// With `low = scale · x · Aᵀ` and `dlow` of [`Training::low_gradient`]: `dB = dyᵀ · low` of each part and
+    /// `dA = dlowᵀ · x`.
     fn adapter_gradient(
         &mut self,
         on: On<'_>,
-        adapted: &Adapted,
-        scale: f32,
+        (adapted, at): &(Adapted, AdapterAt),
         (dy, x, rows): (u64, u64, usize),
     ) -> Result<(), CudaError> {
-        let Some(optimizer) = &self.optimizer else {
-            return Ok(());
-        };
         self.clock.enter(on.gpu, Kind::Adapters)?;
-        let (rank, parts) = (self.sizes.rank, adapted.parts.len());
+        let (rank, parts) = (at.rank, adapted.parts.len());
         let (inputs, outputs, wide) = (adapted.inputs, adapted.outputs, parts * rank);
         let (low, dlow) = (self.arena.low, self.arena.dlow);
-        let a = optimizer.weight(adapted.a);
-        let down = product(
-            (rows, wide, inputs),
-            Factor::plain(inputs),
-            Factor::transposed(inputs),
-        );
-        self.gemm.multiply(down, scale, [x, a, low])?;
+        at.low(&mut self.gemm, rows, (x, low))?;
         for (index, part) in adapted.parts.iter().enumerate() {
             let (of_part, of_low) = (2 * part.rows.start as u64, (2 * index * rank) as u64);
-            let (dy, width) = (dy + of_part, part.rows.len());
             let up = product(
-                (width, rank, rows),
+                (part.rows.len(), rank, rows),
                 Factor::transposed(outputs),
                 Factor::plain(wide),
             );
-            self.add_gradient(on, part.b, up, [dy, low + of_low])?;
-            let back = Product {
-                stride: wide,
-                ..product(
-                    (rows, rank, width),
-                    Factor::plain(outputs),
-                    Factor::plain(rank),
-                )
-            };
-            let b = self.optimizer.as_ref().map_or(0, |o| o.weight(part.b));
-            self.gemm.multiply(back, scale, [dy, b, dlow + of_low])?;
+            self.add_gradient(on, part.b, up, [dy + of_part, low + of_low])?;
         }
         let across = product(
             (wide, inputs, rows),

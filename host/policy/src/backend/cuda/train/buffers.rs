@@ -15,7 +15,7 @@ impl Weights {
     /// embedding, norm, head.
     ///
     /// # Errors
-    /// [`CudaError::NotYet`] for quantised matrices.
+    /// [`CudaError::StaysQuantized`] for quantised matrices.
     pub(super) fn buffers(&self, stream: &Arc<CudaStream>) -> Result<Vec<u64>, CudaError> {
         let floats = |s: &CudaSlice<f32>| s.device_ptr(stream).0;
         let matrix = |m: &Linear| m.at(stream).dense();

@@ -10,7 +10,6 @@ use half::bf16;
 use super::{
     NOTHING_TRAINS, On, Training,
     arena::PARTS,
-    forward::product,
     head::{Lesson, Scored, Unembedding},
     layout, missing,
     operands::{Norm, NormBackward},
@@ -23,7 +22,7 @@ use crate::{
         cuda::{
             CudaBackend,
             exit::EarlyExit,
-            gemm::{Factor, Out, Product},
+            gemm::{Factor, Out, Product, product},
         },
     },
     error::PolicyError,

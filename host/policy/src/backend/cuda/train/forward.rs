@@ -4,7 +4,7 @@ use cudarc::driver::{CudaSlice, DevicePtr};
 
 use super::{
     ModelAt, On, Training,
-    arena::{Kept, Trace, qkv_width, splits},
+    arena::{Kept, Trace, splits},
     clock::Kind,
     head::Scored,
     operands::{Attention, Norm, Projection},
@@ -15,7 +15,9 @@ use crate::{
         Pass,
         cuda::{
             CudaError,
-            gemm::{Factor, Numbers, Out, Product},
+            gemm::{Factor, product},
+            lora::LayerMatrix,
+            quantized::Stored,
         },
     },
     error::PolicyError,
@@ -31,6 +33,8 @@ pub(super) struct Run {
     pub(super) model: ModelAt,
     /// Whether a backward pass follows.
     pub(super) trains: bool,
+    /// Whether adapters that are not merged take part.
+    pub(super) adapters: bool,
 }
 
 impl Run {
@@ -61,8 +65,9 @@ impl Training {
             base,
             _words: words,
             tables,
-            model: self.model(on, pass)?,
+            model: self.model(on, pass),
             trains: pass == Pass::Train && self.sizes.kept != Kept::Nothing,
+            adapters: pass != Pass::Reference,
         })
     }
 
@@ -101,7 +106,17 @@ impl Training {
         let (t, h) = (run.tokens(), on.spec.hidden_size);
         let x = self.arena.x;
         self.clock.enter(on.gpu, Kind::Embedding)?;
-        on.gpu.embed(run.at(Field::Ids), run.model.embed, x, t, h)?;
+        let (ids, table) = match run.model.embed {
+            Stored::Bf16(table) => (run.at(Field::Ids), table),
+            Stored::Quantized(blocks) => {
+                // Nothing is to be added to the stream yet.
+                let rows = self.arena.delta;
+                let from = run.at(Field::Ids);
+                on.gpu.unpack_rows(blocks, (from, rows), t, h)?;
+                (0, rows)
+            }
+        };
+        on.gpu.embed(ids, table, x, t, h)?;
         for layer in 0..layers {
             let kept = run.trains && self.sizes.kept == Kept::Activations;
             let trace = self.arena.trace(kept.then_some(layer));
@@ -130,7 +145,7 @@ impl Training {
         (trace, delta, keep): (Trace, u64, bool),
     ) -> Result<(), CudaError> {
         let (spec, at, t) = (on.spec, run.model.layers[layer], run.tokens());
-        let (h, f, width) = (spec.hidden_size, spec.intermediate_size, qkv_width(spec));
+        let (h, f) = (spec.hidden_size, spec.intermediate_size);
         let arena = &self.arena;
         let (x, normed, out, act) = (arena.x, arena.h, arena.delta, arena.act);
         let before = Norm {
@@ -147,13 +162,13 @@ impl Training {
             let bytes = t * h * size_of::<f32>();
             on.gpu.copy(x, self.arena.inputs[layer], bytes)?;
         }
-        self.project(on, (normed, at.qkv, trace.qkv), (t, width, h))?;
+        self.apply(on, run, (layer, LayerMatrix::Qkv), (normed, trace.qkv))?;
         let rotated = self.rotate(on, run, layer, &trace)?;
         let attention = self.attention(on, run, &trace, rotated);
         self.clock.enter(on.gpu, Kind::Attention)?;
         self.kernels
             .attend(on.gpu, &attention, run.tables.query_tiles)?;
-        self.project(on, (trace.attended, at.o, out), (t, h, spec.q_dim()))?;
+        self.apply(on, run, (layer, LayerMatrix::O), (trace.attended, out))?;
         let middle = Norm {
             x,
             delta: out,
@@ -164,10 +179,39 @@ impl Training {
             ..Norm::default()
         };
         self.norm(on, &middle, t)?;
-        self.project(on, (normed, at.gate_up, trace.gate_up), (t, 2 * f, h))?;
+        let to = (normed, trace.gate_up);
+        self.apply(on, run, (layer, LayerMatrix::GateUp), to)?;
         self.clock.enter(on.gpu, Kind::Swiglu)?;
         on.gpu.silu_mul(trace.gate_up, act, t, f)?;
-        self.project(on, (act, at.down, out), (t, h, f))
+        self.apply(on, run, (layer, LayerMatrix::Down), (act, out))
+    }
+
+    /// `y = x · Wᵀ` of a layer's matrix, and what its adapters add where they are not merged.
+    fn apply(
+        &mut self,
+        on: On<'_>,
+        run: &Run,
+        (layer, matrix): (usize, LayerMatrix),
+        (x, y): (u64, u64),
+    ) -> Result<(), CudaError> {
+        let (outputs, inputs) = matrix.sizes(on.spec);
+        self.clock.enter(on.gpu, Kind::Products)?;
+        let w = self.dense(on, matrix.of(&run.model.layers[layer]))?;
+        self.project(on, (x, w, y), (run.tokens(), outputs, inputs))?;
+        let Self {
+            mode,
+            gemm,
+            arena,
+            clock,
+            ..
+        } = self;
+        match mode.beside(layer, matrix).filter(|_| run.adapters) {
+            Some(adapter) => {
+                clock.enter(on.gpu, Kind::Adapters)?;
+                adapter.add(gemm, run.tokens(), (x, arena.low, y))
+            }
+            None => Ok(()),
+        }
     }
 
     pub(super) fn norm(&self, on: On<'_>, norm: &Norm, rows: usize) -> Result<(), CudaError> {
@@ -236,25 +280,6 @@ impl Training {
             splits: splits(spec, run.tokens(), on.gpu.multiprocessors) as i32,
             scale: 1.0 / (spec.head_dim as f32).sqrt(),
         }
-    }
-}
-
-/// A product of bf16 to bf16 without gaps between rows.
-pub(super) fn product(
-    (rows, columns, inner): (usize, usize, usize),
-    a: Factor,
-    b: Factor,
-) -> Product {
-    Product {
-        rows,
-        columns,
-        inner,
-        a,
-        b,
-        stride: columns,
-        numbers: Numbers::Bf16,
-        out: Out::Bf16,
-        alignment: 0,
     }
 }
 

@@ -7,7 +7,7 @@ use super::{
     On, Training,
     arena::{HeadRows, PARTS},
     clock::Kind,
-    forward::{Run, product},
+    forward::Run,
     operands::{Logits, Norm, NormBackward, Scores, Soft},
     tables::Field,
 };
@@ -15,7 +15,8 @@ use crate::{
     backend::cuda::{
         CudaError,
         device::Gpu,
-        gemm::{Factor, Out, Product},
+        gemm::{Factor, Out, Product, product},
+        quantized::Stored,
     },
     error::PolicyError,
     types::{TokenScores, TopTokens},
@@ -38,7 +39,7 @@ pub(super) struct Scored {
 #[derive(Clone, Copy)]
 pub(super) struct Unembedding {
     /// `[V, H]`.
-    pub(super) head: u64,
+    pub(super) head: Stored,
     /// `[R, H]`.
     pub(super) normed: u64,
     /// Its gradient.
@@ -165,7 +166,7 @@ impl Training {
     fn logits_of(
         &mut self,
         on: On<'_>,
-        (head, normed): (u64, u64),
+        (head, normed): (Stored, u64),
         scored: &Scored,
         chunk: usize,
     ) -> Result<Logits, CudaError> {
@@ -185,6 +186,7 @@ impl Training {
             let from = normed + (first * h * 2) as u64;
             self.logits = None;
             self.clock.enter(on.gpu, Kind::Logits)?;
+            let head = self.dense(on, head)?;
             self.gemm.multiply(product, 1.0, [from, head, at])?;
             self.logits = Some((scored.pass, chunk));
         }
@@ -231,7 +233,7 @@ impl Training {
     fn rows_backward(
         &mut self,
         on: On<'_>,
-        (head, to): (u64, u64),
+        (head, to): (Stored, u64),
         (first, rows): (usize, usize),
     ) -> Result<(), CudaError> {
         self.clock.enter(on.gpu, Kind::Logits)?;
@@ -239,6 +241,7 @@ impl Training {
         let factors = (Factor::plain(self.arena.stride), Factor::plain(h));
         let product = product((rows, h, vocab), factors.0, factors.1);
         let to = to + (first * h * 2) as u64;
+        let head = self.dense(on, head)?;
         self.gemm
             .multiply(product, 1.0, [self.arena.dlogits, head, to])
     }
@@ -324,13 +327,15 @@ impl Training {
             self.add_parts(on, self.slots.norm, PARTS, h)?;
         }
         on.gpu.zero(dx, t * h * size_of::<f32>())?;
+        // The last token of a shared prompt predicts the first one of every completion.
         let lists = [
-            run.at(Field::Predictors),
-            run.at(Field::Counting),
-            run.at(Field::Counting),
+            run.at(Field::Predicting),
+            run.at(Field::PredictingStarts),
+            run.at(Field::PredictingRows),
         ];
+        let sizes = (run.tables.predicting, h);
         self.kernels
-            .scatter_rows(on.gpu, lists, (rows, dx), (scored.rows, h), false)?;
+            .scatter_rows(on.gpu, lists, (rows, dx), sizes, false)?;
         // For its copy in bf16; what it normalises is not used.
         let copy = Norm {
             x: dx,

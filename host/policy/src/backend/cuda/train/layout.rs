@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use crate::{spec::ModelSpec, weights::LoraConfig};
+use crate::{backend::cuda::lora::LayerMatrix, spec::ModelSpec, weights::LoraConfig};
 
 /// Numbers that a buffer starts at a multiple of in the flat arrays of the optimizer: 256 bytes of bf16.
 const STEP: usize = 128;
@@ -259,6 +259,18 @@ pub(super) struct AdaptedLayer {
     pub(super) o: Option<Adapted>,
     pub(super) gate_up: Option<Adapted>,
     pub(super) down: Option<Adapted>,
+}
+
+impl AdaptedLayer {
+    /// Adapters of one matrix.
+    pub(super) fn of(&self, matrix: LayerMatrix) -> &Option<Adapted> {
+        match matrix {
+            LayerMatrix::Qkv => &self.qkv,
+            LayerMatrix::O => &self.o,
+            LayerMatrix::GateUp => &self.gate_up,
+            LayerMatrix::Down => &self.down,
+        }
+    }
 }
 
 /// Rank that adapters are stored with: whole 16 bytes a row, for the tensor cores; what is added is 0 and stays so, because

@@ -4,6 +4,8 @@
 //! With LoRA those buffers hold the base with the adapters merged in, made anew at every update, and both directions of
 //! training read them: the policy that is scored is the one that draws, to the bit. Gradients are taken at the merged
 //! weights; the base is kept beside them for the reference, in bf16 and, where that loses something, on the host in f32.
+//! Or adapters are not merged but products of their own ([`super::lora`]); the weights then are the base, and may be quantised
+//! (QLoRA, Dettmers et al. 2023, with the blocks of a GGUF file): passes make them bf16 one matrix at a time.
 
 mod adapters;
 mod arena;
@@ -20,10 +22,10 @@ mod optimizer;
 mod plan;
 mod state;
 mod tables;
+mod unpacked;
 
 use std::{collections::BTreeMap, path::Path};
 
-use candle_core::Tensor;
 use cudarc::driver::{CudaSlice, DevicePtr};
 
 pub use arena::Kept;
@@ -31,7 +33,15 @@ pub use clock::WorkTime;
 pub(super) use exit::ExitOptimizer;
 pub use plan::{TrainingPlan, training_bytes};
 
-use super::{CudaBackend, CudaError, device::Gpu, gemm::Gemm, layer::Pointers, weights::Weights};
+use super::{
+    CudaBackend, CudaError, CudaWeights,
+    device::Gpu,
+    gemm::Gemm,
+    layer::Pointers,
+    lora::{AdapterAt, Adapters, LayerMatrix},
+    quantized::Stored,
+    weights::Weights,
+};
 use crate::{
     backend::{OptimStep, Pass, check_batch, check_targets, cpu::Trainable},
     error::PolicyError,
@@ -46,6 +56,7 @@ use head::{Lesson, Scored};
 use kernels::Kernels;
 use layout::{Layout, ModelSlots};
 use optimizer::Optimizer;
+use unpacked::Unpacked;
 
 /// Most tokens of one pass: blocks of a grid's second dimension.
 pub(super) const MAX_TOKENS: usize = 65_535;
@@ -68,12 +79,30 @@ enum Mode {
     Lora(Box<Lora>),
 }
 
-/// Addresses of a model's weights.
+impl Mode {
+    /// The adapters of a matrix, if it has some that train.
+    fn adapter(&self, layer: usize, matrix: LayerMatrix) -> Option<&AdapterAt> {
+        match self {
+            Self::Lora(lora) => lora.at[layer][matrix as usize].as_ref(),
+            Self::Nothing | Self::Full { .. } => None,
+        }
+    }
+
+    /// The same where they are not merged into it.
+    fn beside(&self, layer: usize, matrix: LayerMatrix) -> Option<&AdapterAt> {
+        match self {
+            Self::Lora(lora) if lora.is_merged() => None,
+            _ => self.adapter(layer, matrix),
+        }
+    }
+}
+
+/// Where a model's weights lie.
 struct ModelAt {
-    embed: u64,
-    layers: Vec<Pointers<u64>>,
+    embed: Stored,
+    layers: Vec<Pointers<Stored>>,
     norm: u64,
-    head: u64,
+    head: Stored,
 }
 
 /// See the file header.
@@ -87,6 +116,7 @@ pub(super) struct Training {
     sizes: Sizes,
     arena: Arena,
     buffer: CudaSlice<u8>,
+    unpacked: Unpacked,
     /// What the last [`Pass::Train`] left for `backward`.
     saved: Option<(Run, Scored)>,
     /// Pass and chunk whose logits are there.
@@ -96,27 +126,24 @@ pub(super) struct Training {
 }
 
 impl ModelAt {
-    /// # Errors
-    /// [`CudaError::NotYet`] for quantised matrices.
-    fn of(weights: &Weights, gpu: &Gpu) -> Result<Self, CudaError> {
+    fn of(weights: &Weights, gpu: &Gpu) -> Self {
         let stream = &gpu.stream;
         let layers = weights.layers.iter();
-        let layers = layers.map(|layer| Pointers::of(layer, stream).dense());
-        Ok(Self {
-            embed: weights.embed.at(stream).dense()?,
-            layers: layers.collect::<Result<_, _>>()?,
+        Self {
+            embed: weights.embed.at(stream),
+            layers: layers.map(|layer| Pointers::of(layer, stream)).collect(),
             norm: weights.norm.device_ptr(stream).0,
-            head: weights.head().at(stream).dense()?,
-        })
+            head: weights.head().at(stream),
+        }
     }
 }
 
 impl Training {
-    /// For passes of up to `tokens` tokens. `tensors` are the weights that the model was made of.
+    /// For passes of up to `tokens` tokens. `given` are the weights that the model was made of.
     fn new(
         on: On<'_>,
-        tensors: &BTreeMap<String, Tensor>,
-        trainable: &Trainable,
+        given: CudaWeights<'_>,
+        (trainable, merge): (&Trainable, Option<bool>),
         (tokens, kept): (usize, Kept),
         cache: Option<&Path>,
     ) -> Result<Self, PolicyError> {
@@ -132,7 +159,8 @@ impl Training {
                 let weights = on.weights.buffers(&gpu.stream)?;
                 let optimizer = Optimizer::new(gpu, layout.clone(), weights)?;
                 for param in layout.params.iter().filter(|p| layout.slots[p.slot].matrix) {
-                    let tensor = tensors
+                    let tensor = given
+                        .tensors
                         .get(&param.name)
                         .ok_or_else(|| missing(&param.name))?;
                     let values = optimizer::numbers(&param.name, tensor, param.count())?;
@@ -142,7 +170,8 @@ impl Training {
             }
             Trainable::Lora { config, seed } => {
                 config.check_targets()?;
-                let (lora, optimizer) = Lora::new(on, tensors, &layout, config, *seed)?;
+                let merge = merges(merge, on.weights.largest_quantized() > 0)?;
+                let (lora, optimizer) = Lora::new(on, given, &layout, (config, *seed), merge)?;
                 lora.merge(on, &kernels, &mut gemm, &optimizer)?;
                 (Mode::Lora(Box::new(lora)), Some(optimizer))
             }
@@ -159,6 +188,7 @@ impl Training {
             sizes,
             arena,
             buffer,
+            unpacked: Unpacked::new(on)?,
             saved: None,
             logits: None,
             passes: 0,
@@ -186,15 +216,26 @@ impl Training {
     }
 
     /// The weights that a pass reads.
-    fn model(&self, on: On<'_>, pass: Pass) -> Result<ModelAt, CudaError> {
-        let current = ModelAt::of(on.weights, on.gpu)?;
-        Ok(match &self.mode {
+    fn model(&self, on: On<'_>, pass: Pass) -> ModelAt {
+        let current = ModelAt::of(on.weights, on.gpu);
+        match &self.mode {
             Mode::Full {
                 reference: Some(frozen),
-            } if pass == Pass::Reference => ModelAt::of(frozen, on.gpu)?,
+            } if pass == Pass::Reference => ModelAt::of(frozen, on.gpu),
             Mode::Lora(lora) if pass == Pass::Reference => lora.without(on.gpu, current),
             _ => current,
-        })
+        }
+    }
+
+    /// What rollouts in steps of up to `tokens` tokens need of adapters that are not merged.
+    fn adapters(&self, on: On<'_>, tokens: usize) -> Result<Option<Adapters>, CudaError> {
+        match &self.mode {
+            Mode::Lora(lora) if !lora.is_merged() => Ok(Some(Adapters {
+                layers: lora.at.clone(),
+                low: on.gpu.stream.alloc_zeros(3 * self.sizes.rank * tokens)?,
+            })),
+            _ => Ok(None),
+        }
     }
 
     fn trains(&self) -> Result<&Optimizer, PolicyError> {
@@ -204,6 +245,17 @@ impl Training {
 
 /// What is asked of a model that only generates.
 const NOTHING_TRAINS: PolicyError = PolicyError::Misuse("nothing of this model trains");
+
+/// Whether adapters are merged: as asked, else unless something of the model is `quantized`.
+///
+/// # Errors
+/// [`CudaError::MergeQuantized`] where that cannot be.
+fn merges(asked: Option<bool>, quantized: bool) -> Result<bool, CudaError> {
+    match asked {
+        Some(true) if quantized => Err(CudaError::MergeQuantized),
+        _ => Ok(asked.unwrap_or(!quantized)),
+    }
+}
 
 fn missing(name: &str) -> PolicyError {
     PolicyError::MissingWeight {
@@ -239,14 +291,16 @@ fn carve(on: On<'_>, sizes: &Sizes) -> Result<(Arena, CudaSlice<u8>), CudaError>
 
 impl CudaBackend {
     /// Makes room for training: masters, gradients and moments of what trains, and what passes of `tokens` tokens keep.
-    /// `tensors` are the weights that the model was made of. A longer pass is let in where the GPU has room for it.
+    /// `given` are the weights that the model was made of. A longer pass is let in where the GPU has room for it. `merge`: whether
+    /// LoRA is merged into the weights after every update, or applied beside them; by default where none is quantised.
     ///
     /// # Errors
-    /// [`PolicyError::LoraTarget`]; [`CudaError`] for everything about the GPU.
+    /// [`PolicyError::LoraTarget`]; [`CudaError::StaysQuantized`] and [`CudaError::MergeQuantized`] for weights that are;
+    /// [`CudaError::UnmergedDeterministic`]; [`CudaError`] for everything about the GPU.
     pub fn train(
         &mut self,
-        tensors: &BTreeMap<String, Tensor>,
-        trainable: &Trainable,
+        given: CudaWeights<'_>,
+        (trainable, merge): (&Trainable, Option<bool>),
         (tokens, kept): (usize, Kept),
     ) -> Result<(), PolicyError> {
         let on = On {
@@ -255,9 +309,16 @@ impl CudaBackend {
             spec: &self.spec,
         };
         let cache = self.cache.as_deref();
-        let training = Training::new(on, tensors, trainable, (tokens, kept), cache)?;
+        let what = (trainable, merge);
+        let training = Training::new(on, given, what, (tokens, kept), cache)?;
+        let adapters = training.adapters(on, self.work.max_tokens)?;
+        if adapters.is_some() && self.deterministic {
+            return Err(CudaError::UnmergedDeterministic.into());
+        }
+        self.adapters = adapters;
         self.training = Some(Box::new(training));
         self.forget_steps();
+        self.graphs.clear();
         Ok(())
     }
 
@@ -270,7 +331,8 @@ impl CudaBackend {
     fn with_training(&mut self) -> Result<(&mut Training, On<'_>), PolicyError> {
         if self.training.is_none() {
             let none = BTreeMap::new();
-            self.train(&none, &Trainable::Nothing, (0, Kept::Nothing))?;
+            let (given, nothing) = (CudaWeights::dense(&none), &Trainable::Nothing);
+            self.train(given, (nothing, None), (0, Kept::Nothing))?;
         }
         let on = On {
             gpu: &self.gpu,
@@ -369,5 +431,26 @@ impl CudaBackend {
     pub fn stop_profile(&mut self) -> Vec<WorkTime> {
         let training = self.training.as_mut();
         training.map_or_else(Vec::new, |training| training.clock.stop())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adapters_are_merged_where_that_can_be_unless_asked_otherwise() {
+        for (asked, quantized, expected) in [
+            (None, false, true),
+            (None, true, false),
+            (Some(false), false, false),
+            (Some(false), true, false),
+            (Some(true), false, true),
+        ] {
+            assert_eq!(merges(asked, quantized).unwrap(), expected);
+        }
+        let refused = merges(Some(true), true).unwrap_err();
+        assert!(matches!(refused, CudaError::MergeQuantized));
+        assert!(refused.hint().is_some() && !refused.is_of_the_device());
     }
 }

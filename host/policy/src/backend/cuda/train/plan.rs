@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use half::bf16;
 use serde::Serialize;
 
 use super::{
@@ -12,7 +13,10 @@ use super::{
 use crate::{
     backend::{
         cpu::Trainable,
-        cuda::{CudaWeights, weights::WeightSizes},
+        cuda::{
+            CudaWeights,
+            weights::{WeightSizes, fused_with},
+        },
     },
     spec::ModelSpec,
     weights::LoraConfig,
@@ -21,7 +25,8 @@ use crate::{
 /// Bytes of training beside the weights that the decoder reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct TrainingPlan {
-    /// Masters and moments, f32; the frozen base or the reference beside the policy.
+    /// Masters and moments, f32; the frozen base or the reference beside the policy, and where passes make quantised matrices
+    /// bf16.
     pub state: usize,
     /// f32.
     pub gradients: usize,
@@ -40,13 +45,15 @@ impl TrainingPlan {
     }
 }
 
-/// What passes of `tokens` tokens and the optimizer of `trainable` take on a GPU with so many multiprocessors.
+/// What passes of `tokens` tokens and the optimizer of `trainable` take on a GPU with so many multiprocessors, beside weights as
+/// they are given. `merge` is that of [`CudaBackend::train`](super::super::CudaBackend::train).
 pub fn training_bytes(
-    spec: &ModelSpec,
-    trainable: &Trainable,
+    (spec, given): (&ModelSpec, CudaWeights<'_>),
+    (trainable, merge): (&Trainable, Option<bool>),
     (tokens, kept): (usize, Kept),
     multiprocessors: usize,
 ) -> TrainingPlan {
+    let unpacked = unpacked_bytes(spec, given);
     let (numbers, beside) = match trainable {
         Trainable::Nothing => (0, 0),
         Trainable::Full { keep_reference } => {
@@ -56,11 +63,11 @@ pub fn training_bytes(
             let beside = if *keep_reference { frozen } else { 0 };
             (optimizer::bytes(&layout), beside)
         }
-        Trainable::Lora { config, .. } => lora_bytes(spec, config),
+        Trainable::Lora { config, .. } => lora_bytes(spec, config, merge.unwrap_or(unpacked == 0)),
     };
     let sizes = sizes(trainable, tokens, kept, multiprocessors);
     TrainingPlan {
-        state: numbers / 4 * 3 + beside,
+        state: numbers / 4 * 3 + beside + unpacked,
         gradients: numbers / 4,
         activations: Arena::new(spec, &sizes).bytes,
         tokens,
@@ -68,15 +75,36 @@ pub fn training_bytes(
     }
 }
 
-fn lora_bytes(spec: &ModelSpec, config: &LoraConfig) -> (usize, usize) {
+fn lora_bytes(spec: &ModelSpec, config: &LoraConfig, merge: bool) -> (usize, usize) {
     let (layout, layers) = layout::of_adapters(spec, config);
-    (optimizer::bytes(&layout), adapters::bytes(&layout, &layers))
+    let beside = adapters::bytes(&layout, &layers, merge);
+    (optimizer::bytes(&layout), beside)
+}
+
+/// Bytes of the largest matrix of the layers and the head that stays quantised, as bf16.
+fn unpacked_bytes(spec: &ModelSpec, given: CudaWeights<'_>) -> usize {
+    let shapes: BTreeMap<String, Vec<usize>> = spec.weight_shapes().into_iter().collect();
+    let count = |name: &String| shapes.get(name).map_or(0, |s| s.iter().product::<usize>());
+    let bytes = |(name, shape): (&String, &Vec<usize>)| {
+        let unread = !spec.tie_word_embeddings && name == "model.embed_tokens.weight";
+        let fused = fused_with(name);
+        let names: Vec<&str> = fused.iter().map(String::as_str).collect();
+        let kept = shape.len() > 1 && !unread && given.kept(&names).is_some();
+        let numbers: usize = fused.iter().map(count).sum();
+        if kept { numbers * size_of::<bf16>() } else { 0 }
+    };
+    shapes.iter().map(bytes).max().unwrap_or(0)
 }
 
 #[cfg(test)]
 mod tests {
+    use candle_core::{DType, Device, Tensor, quantized::GgmlDType};
+
     use super::*;
-    use crate::spec::Family;
+    use crate::{
+        spec::Family,
+        weights::{Quantized, QuantizedMatrix},
+    };
 
     fn spec() -> ModelSpec {
         ModelSpec {
@@ -103,7 +131,9 @@ mod tests {
     fn an_optimizer_is_four_numbers_a_weight() {
         let plan = |keep_reference| {
             let trainable = Trainable::Full { keep_reference };
-            training_bytes(&spec(), &trainable, (512, Kept::Activations), 132)
+            let none = BTreeMap::new();
+            let given = (&spec(), CudaWeights::dense(&none));
+            training_bytes(given, (&trainable, None), (512, Kept::Activations), 132)
         };
         // Every size is a multiple of what buffers are rounded up to.
         let weights = spec().parameters();
@@ -125,13 +155,19 @@ mod tests {
             alpha: 16.0,
             targets: vec!["q_proj".to_owned()],
         };
-        let plan =
-            |trainable: &Trainable, kept| training_bytes(&spec(), trainable, (512, kept), 132);
+        let none = BTreeMap::new();
+        let merged = |trainable: &Trainable, kept, merge| {
+            let given = (&spec(), CudaWeights::dense(&none));
+            training_bytes(given, (trainable, merge), (512, kept), 132)
+        };
+        let plan = |trainable: &Trainable, kept| merged(trainable, kept, None);
         let kept = plan(&full, Kept::Activations);
         let again = plan(&full, Kept::Inputs);
         assert!(again.recompute && !kept.recompute);
         assert!(again.activations < kept.activations);
-        let lora = plan(&Trainable::Lora { config, seed: 1 }, Kept::Inputs);
+        let lora = Trainable::Lora { config, seed: 1 };
+        let beside = merged(&lora, Kept::Inputs, Some(false));
+        let lora = plan(&lora, Kept::Inputs);
         // 8 · (256 + 256) numbers a layer; the base of qkv, [512, 256], once more; a stripe.
         let numbers = 2 * 8 * 512;
         assert_eq!(lora.gradients, 4 * numbers);
@@ -139,7 +175,49 @@ mod tests {
             lora.state,
             12 * numbers + 2 * numbers + 2 * 2 * 512 * 256 + (32 << 20)
         );
+        assert_eq!(beside.state, 12 * numbers + 2 * numbers);
+        assert_eq!(beside.activations, lora.activations);
         let nothing = plan(&Trainable::Nothing, Kept::Activations);
         assert_eq!((nothing.state, nothing.gradients), (0, 0));
+    }
+
+    /// Weights of any numbers in blocks of 32, those of which the name says `part`.
+    fn quantized(part: &str) -> Quantized {
+        let shapes = spec().weight_shapes().into_iter();
+        let named = shapes.filter(|(name, shape)| shape.len() == 2 && name.contains(part));
+        named
+            .map(|(name, shape)| {
+                let zeros = Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+                let matrix = QuantizedMatrix::quantize(&zeros, GgmlDType::Q4_0).unwrap();
+                (name, matrix)
+            })
+            .collect()
+    }
+
+    #[test]
+    fn adapters_beside_a_quantised_base_have_no_copy_of_it_but_the_largest_matrix() {
+        let config = LoraConfig {
+            r: 8,
+            alpha: 16.0,
+            targets: vec!["q_proj".to_owned()],
+        };
+        let lora = Trainable::Lora { config, seed: 1 };
+        let none = BTreeMap::new();
+        let state = |part: &str| {
+            let quantized = quantized(part);
+            let given = CudaWeights {
+                tensors: &none,
+                quantized: &quantized,
+                keep: true,
+            };
+            training_bytes((&spec(), given), (&lora, None), (512, Kept::Inputs), 132).state
+        };
+        let numbers = 2 * 8 * 512;
+        // Gate and up, [1024, 256]; the embedding, which is the head, [1024, 256]; q, k and v, [512, 256].
+        assert_eq!(state("proj"), 14 * numbers + 2 * 1024 * 256);
+        assert_eq!(state("embed"), 14 * numbers + 2 * 1024 * 256);
+        assert_eq!(state("self_attn"), 14 * numbers + 2 * 512 * 256);
+        // One of three alone becomes bf16 with the others.
+        assert!(state("q_proj") > 14 * numbers + (32 << 20));
     }
 }

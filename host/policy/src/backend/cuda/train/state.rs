@@ -12,26 +12,29 @@ use super::{
     missing,
     optimizer::numbers,
 };
-use crate::{backend::cuda::CudaBackend, error::PolicyError};
+use crate::{
+    backend::cuda::{CudaBackend, CudaError},
+    error::PolicyError,
+};
 
 type Tensors = BTreeMap<String, Tensor>;
 
-/// Address of every slot of a model.
-fn addresses(at: &ModelAt, layout: &Layout, slots: &ModelSlots) -> Vec<u64> {
-    let mut all = vec![0; layout.slots.len()];
-    all[slots.embed] = at.embed;
-    all[slots.head] = at.head;
-    all[slots.norm] = at.norm;
+/// Address of every slot of a model; `None` of a matrix that stays quantised.
+fn addresses(at: &ModelAt, layout: &Layout, slots: &ModelSlots) -> Vec<Option<u64>> {
+    let mut all = vec![None; layout.slots.len()];
+    all[slots.embed] = at.embed.address();
+    all[slots.head] = at.head.address();
+    all[slots.norm] = Some(at.norm);
     for (slots, at) in slots.layers.iter().zip(&at.layers) {
         for (slot, address) in [
-            (Some(slots.input_norm), at.input_norm),
-            (Some(slots.qkv), at.qkv),
-            (slots.qkv_bias, at.qkv_bias),
-            (slots.head_norms, at.q_norm),
-            (Some(slots.o), at.o),
-            (Some(slots.mlp_norm), at.mlp_norm),
-            (Some(slots.gate_up), at.gate_up),
-            (Some(slots.down), at.down),
+            (Some(slots.input_norm), Some(at.input_norm)),
+            (Some(slots.qkv), at.qkv.address()),
+            (slots.qkv_bias, Some(at.qkv_bias)),
+            (slots.head_norms, Some(at.q_norm)),
+            (Some(slots.o), at.o.address()),
+            (Some(slots.mlp_norm), Some(at.mlp_norm)),
+            (Some(slots.gate_up), at.gate_up.address()),
+            (Some(slots.down), at.down.address()),
         ] {
             if let Some(slot) = slot {
                 all[slot] = address;
@@ -42,7 +45,13 @@ fn addresses(at: &ModelAt, layout: &Layout, slots: &ModelSlots) -> Vec<u64> {
 }
 
 /// A weight as the decoder reads it.
-fn read(on: On<'_>, layout: &Layout, param: &Param, at: u64) -> Result<Tensor, PolicyError> {
+fn read(
+    on: On<'_>,
+    layout: &Layout,
+    param: &Param,
+    at: Option<u64>,
+) -> Result<Tensor, PolicyError> {
+    let at = at.ok_or(CudaError::StaysQuantized)?;
     let window = param.window();
     let (first, n) = (window.start as u64, window.len());
     let values: Vec<f32> = match layout.slots[param.slot].matrix {
@@ -59,9 +68,10 @@ fn read(on: On<'_>, layout: &Layout, param: &Param, at: u64) -> Result<Tensor, P
 fn write(
     on: On<'_>,
     layout: &Layout,
-    (param, at): (&Param, u64),
+    (param, at): (&Param, Option<u64>),
     values: &[f32],
 ) -> Result<(), PolicyError> {
+    let at = at.ok_or(CudaError::StaysQuantized)?;
     let window = param.window();
     let mut joined = vec![0.0; window.len()];
     param.join(values, &mut joined);
@@ -84,18 +94,19 @@ impl Training {
             Mode::Lora(lora) => Some(lora),
             Mode::Nothing => None,
         };
-        let with = ModelAt::of(on.weights, on.gpu)?;
+        let with = ModelAt::of(on.weights, on.gpu);
         let at = match lora {
             Some(lora) => lora.without(on.gpu, with),
             None => with,
         };
         let at = addresses(&at, &self.layout, &self.slots);
-        let export = |param: &Param| match lora.and_then(|l| l.exact(&param.name)) {
-            Some(exact) => Ok((param.name.clone(), exact.clone())),
-            None => Ok((
-                param.name.clone(),
-                read(on, &self.layout, param, at[param.slot])?,
-            )),
+        let export = |param: &Param| {
+            let exact = lora.map(|l| l.exact(&param.name)).transpose()?.flatten();
+            let tensor = match exact {
+                Some(exact) => exact,
+                None => read(on, &self.layout, param, at[param.slot])?,
+            };
+            Ok((param.name.clone(), tensor))
         };
         self.layout.params.iter().map(export).collect()
     }
@@ -112,7 +123,7 @@ impl Training {
             }
             let param = self.layout.find(name).ok_or_else(|| missing(name))?;
             let values = numbers(name, tensor, param.count())?;
-            let at = ModelAt::of(on.weights, on.gpu)?;
+            let at = ModelAt::of(on.weights, on.gpu);
             let at = addresses(&at, &self.layout, &self.slots)[param.slot];
             write(on, &self.layout, (param, at), &values)?;
         }
@@ -162,7 +173,7 @@ impl CudaBackend {
             spec: &self.spec,
         };
         let (layout, slots) = layout::of_model(&self.spec);
-        let at = addresses(&ModelAt::of(on.weights, on.gpu)?, &layout, &slots);
+        let at = addresses(&ModelAt::of(on.weights, on.gpu), &layout, &slots);
         let params = layout.params.iter();
         params
             .map(|p| Ok((p.name.clone(), read(on, &layout, p, at[p.slot])?)))

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::types::PackedBatch;
+use crate::types::{PackedBatch, Span};
 
 /// Tokens of a tile of attention (train_attention.cu).
 pub(super) const TILE: usize = 128;
@@ -16,15 +16,15 @@ const STEP: usize = 4;
 pub(super) enum Field {
     /// Tokens, `[T]`.
     Ids,
-    /// Of each token in its sequence, `[T]`.
+    /// Of each token in its sequence, prefix included, `[T]`.
     Positions,
-    /// `[S, 4]`: first token, tokens, and of a prefix that others share, which there is none of yet, the same.
+    /// `[S, 4]`: first token, tokens, and of the prefix that it continues the same.
     Sequences,
     /// `[query tiles, 2]`: sequence, first token within it.
     QueryTiles,
     /// `[key tiles, 4]`: first key, keys, end of the tokens that see them, 0.
     KeyTiles,
-    /// Tokens whose hidden state predicts a scored token, `[R]`.
+    /// Of each scored token the one whose hidden state predicts it, `[R]`.
     Predictors,
     /// Scored tokens, `[R]`.
     Targets,
@@ -34,9 +34,13 @@ pub(super) enum Field {
     Distinct,
     DistinctStarts,
     DistinctPlaces,
+    /// The distinct predictors, rising, `[P]`; where the rows of each begin, `[P + 1]`; and the rows, `[R]`.
+    Predicting,
+    PredictingStarts,
+    PredictingRows,
 }
 
-const FIELDS: usize = 11;
+const FIELDS: usize = 14;
 
 /// See the file header.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,40 +52,37 @@ pub(super) struct Tables {
     pub(super) query_tiles: usize,
     pub(super) key_tiles: usize,
     pub(super) distinct: usize,
+    /// Distinct predictors.
+    pub(super) predicting: usize,
 }
 
 impl Tables {
     /// Of a batch that has passed its checks.
     pub(super) fn new(batch: &PackedBatch) -> Self {
-        let sequences: Vec<(usize, usize)> = batch
-            .cu_seqlens
-            .windows(2)
-            .map(|w| (w[0], w[1] - w[0]))
-            .collect();
-        let (query, key) = (query_tiles(&sequences), key_tiles(&sequences));
-        let predictors: Vec<usize> = (0..batch.ids.len())
-            .filter(|t| batch.scored[*t])
-            .map(|t| t - 1)
-            .collect();
-        let places = places(&batch.ids);
-        let ids = |ids: &[u32]| ids.iter().map(|id| *id as i32).collect::<Vec<i32>>();
+        let spans = batch.spans();
+        let (query, key) = (query_tiles(&spans), key_tiles(&spans));
+        let predictors = batch.predictors();
+        let tokens = Lists::of(batch.ids.iter().map(|id| *id as usize));
+        let predicting = Lists::of(predictors.iter().copied());
         let numbers = |list: &mut dyn Iterator<Item = usize>| list.map(|n| n as i32).collect();
-        let starts = std::iter::once(0).chain(places.values().scan(0, |end, list| {
-            *end += list.len();
-            Some(*end)
-        }));
+        let sequences = spans.iter().flat_map(|Span { tokens, prefix }| {
+            [tokens.start, tokens.len(), prefix.start, prefix.len()]
+        });
         let fields: [Vec<i32>; FIELDS] = [
-            ids(&batch.ids),
-            numbers(&mut sequences.iter().flat_map(|(_, n)| 0..*n)),
-            numbers(&mut sequences.iter().flat_map(|(first, n)| [*first, *n, 0, 0])),
+            numbers(&mut batch.ids.iter().map(|id| *id as usize)),
+            numbers(&mut batch.positions().into_iter()),
+            numbers(&mut sequences.into_iter()),
             numbers(&mut query.iter().flatten().copied()),
             numbers(&mut key.iter().flatten().copied()),
             numbers(&mut predictors.iter().copied()),
-            numbers(&mut predictors.iter().map(|t| batch.ids[t + 1] as usize)),
+            numbers(&mut batch.targets().map(|t| batch.ids[t] as usize)),
             numbers(&mut (0..=batch.ids.len())),
-            numbers(&mut places.keys().map(|id| *id as usize)),
-            numbers(&mut starts.into_iter()),
-            numbers(&mut places.values().flatten().copied()),
+            numbers(&mut tokens.keys()),
+            numbers(&mut tokens.starts()),
+            numbers(&mut tokens.places()),
+            numbers(&mut predicting.keys()),
+            numbers(&mut predicting.starts()),
+            numbers(&mut predicting.places()),
         ];
         let (mut words, mut starts) = (Vec::new(), [0; FIELDS]);
         for (field, start) in fields.iter().zip(&mut starts) {
@@ -96,7 +97,8 @@ impl Tables {
             scored: predictors.len(),
             query_tiles: query.len(),
             key_tiles: key.len(),
-            distinct: places.len(),
+            distinct: tokens.0.len(),
+            predicting: predicting.0.len(),
         }
     }
 
@@ -107,35 +109,62 @@ impl Tables {
 }
 
 /// Those that see most first, so that no long one is left for the end.
-fn query_tiles(sequences: &[(usize, usize)]) -> Vec<[usize; 2]> {
-    let tiles = |(index, (_, n)): (usize, &(usize, usize))| {
-        (0..*n).step_by(TILE).map(move |first| [index, first])
+fn query_tiles(spans: &[Span]) -> Vec<[usize; 2]> {
+    let tiles = |(index, span): (usize, &Span)| {
+        let firsts = (0..span.tokens.len()).step_by(TILE);
+        firsts.map(move |first| [index, first])
     };
-    let mut all: Vec<[usize; 2]> = sequences.iter().enumerate().flat_map(tiles).collect();
-    all.sort_by_key(|[_, first]| std::cmp::Reverse(*first));
+    let mut all: Vec<[usize; 2]> = spans.iter().enumerate().flat_map(tiles).collect();
+    all.sort_by_key(|[index, first]| std::cmp::Reverse(spans[*index].prefix.len() + first));
     all
 }
 
-/// Those that most see first.
-fn key_tiles(sequences: &[(usize, usize)]) -> Vec<[usize; 4]> {
-    let tiles = |(start, n): &(usize, usize)| {
-        let end = start + n;
-        (*start..end)
-            .step_by(TILE)
-            .map(move |first| [first, TILE.min(end - first), end, 0])
+/// Those that most see first. The keys of a prefix are seen up to the end of the last sequence that continues it.
+fn key_tiles(spans: &[Span]) -> Vec<[usize; 4]> {
+    let mut ends: Vec<usize> = spans.iter().map(|span| span.tokens.end).collect();
+    for span in spans.iter().filter(|span| !span.prefix.is_empty()) {
+        if let Some(prefix) = spans.iter().position(|s| s.tokens == span.prefix) {
+            ends[prefix] = span.tokens.end;
+        }
+    }
+    let tiles = |(span, end): (&Span, usize)| {
+        let own = span.tokens.end;
+        let firsts = span.tokens.clone().step_by(TILE);
+        firsts.map(move |first| [first, TILE.min(own - first), end, 0])
     };
-    let mut all: Vec<[usize; 4]> = sequences.iter().flat_map(tiles).collect();
+    let mut all: Vec<[usize; 4]> = spans.iter().zip(ends).flat_map(tiles).collect();
     all.sort_by_key(|[first, _, end, _]| std::cmp::Reverse(end - first));
     all
 }
 
-/// The places of each token, rising, so that a gradient is summed in one order.
-fn places(ids: &[u32]) -> BTreeMap<u32, Vec<usize>> {
-    let mut places = BTreeMap::<u32, Vec<usize>>::new();
-    for (place, id) in ids.iter().enumerate() {
-        places.entry(*id).or_default().push(place);
+/// The places of each number of a list, rising, so that a gradient is summed in one order.
+struct Lists(BTreeMap<usize, Vec<usize>>);
+
+impl Lists {
+    fn of(list: impl Iterator<Item = usize>) -> Self {
+        let mut places = BTreeMap::<usize, Vec<usize>>::new();
+        for (place, number) in list.enumerate() {
+            places.entry(number).or_default().push(place);
+        }
+        Self(places)
     }
-    places
+
+    fn keys(&self) -> impl Iterator<Item = usize> {
+        self.0.keys().copied()
+    }
+
+    /// Where the places of each key begin, and the end.
+    fn starts(&self) -> impl Iterator<Item = usize> {
+        let ends = self.0.values().scan(0, |end, list| {
+            *end += list.len();
+            Some(*end)
+        });
+        std::iter::once(0).chain(ends)
+    }
+
+    fn places(&self) -> impl Iterator<Item = usize> {
+        self.0.values().flatten().copied()
+    }
 }
 
 #[cfg(test)]
@@ -195,5 +224,48 @@ mod tests {
         for name in [Field::Sequences, Field::KeyTiles, Field::QueryTiles] {
             assert_eq!(tables.offset(name) % 16, 0);
         }
+    }
+
+    #[test]
+    fn a_shared_prompt_is_seen_to_the_end_of_its_group_and_predicts_once_for_each_member() {
+        let mut batch = PackedBatch::default();
+        batch.push(&[7, 5, 7], 2);
+        let prompt: Vec<u32> = (0..200).collect();
+        batch.push_group(&prompt, [&[1, 2][..], &[3], &[4, 5, 6]]);
+        let tables = Tables::new(&batch);
+        assert_eq!((tables.tokens, tables.scored), (209, 7));
+        let sequences = field(&tables, Field::Sequences, 20);
+        assert_eq!(sequences[..8], [0, 3, 0, 0, 3, 200, 0, 0]);
+        assert_eq!(
+            sequences[8..],
+            [203, 2, 3, 200, 205, 1, 3, 200, 206, 3, 3, 200]
+        );
+        assert_eq!(
+            field(&tables, Field::Positions, 209)[203..],
+            [200, 201, 200, 200, 201, 202]
+        );
+        let key = field(&tables, Field::KeyTiles, 4 * tables.key_tiles);
+        assert_eq!(key[..8], [3, 128, 209, 0, 131, 72, 209, 0]);
+        assert!(key.chunks(4).any(|tile| tile == [203, 2, 205, 0]));
+        let query = field(&tables, Field::QueryTiles, 2 * tables.query_tiles);
+        assert_eq!(query, [2, 0, 3, 0, 4, 0, 1, 128, 0, 0, 1, 0]);
+        assert_eq!(
+            field(&tables, Field::Predictors, 7),
+            [1, 202, 203, 202, 202, 206, 207]
+        );
+        assert_eq!(field(&tables, Field::Targets, 7), [7, 1, 2, 3, 4, 5, 6]);
+        assert_eq!(tables.predicting, 5);
+        assert_eq!(
+            field(&tables, Field::Predicting, 5),
+            [1, 202, 203, 206, 207]
+        );
+        assert_eq!(
+            field(&tables, Field::PredictingStarts, 6),
+            [0, 1, 4, 5, 6, 7]
+        );
+        assert_eq!(
+            field(&tables, Field::PredictingRows, 7),
+            [0, 1, 3, 4, 2, 5, 6]
+        );
     }
 }
