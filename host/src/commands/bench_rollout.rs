@@ -13,9 +13,9 @@ use super::{
     bench_model::{Measured, best, check_fits, timed},
 };
 use crate::{
-    cli::{BenchRolloutArgs, Environment},
+    cli::{BenchRolloutArgs, Environment, GpuArgs},
     config::Device,
-    placement::{Capacity, Passes, Place},
+    placement::{Capacity, Passes},
     policy::{Mode, Policy},
     rollout::mix,
 };
@@ -40,7 +40,7 @@ struct Workload {
 pub(super) fn run(args: &BenchRolloutArgs, environment: &Environment) -> anyhow::Result<()> {
     let measured = Measured::load(
         "bench rollout",
-        &args.model,
+        (&args.model, GpuArgs::default()),
         &args.shape,
         args.output,
         environment,
@@ -60,7 +60,7 @@ pub(super) fn run(args: &BenchRolloutArgs, environment: &Environment) -> anyhow:
         max_model_len: work.prompt_tokens + work.new_tokens,
         kv_tokens: None,
     };
-    let place = Place::of(&config, environment);
+    let place = super::one_device(&config, environment);
     let mut policy = Policy::new(
         model,
         &name,

@@ -14,7 +14,7 @@ use crate::{
     cli::{BenchSpecArgs, Environment},
     config::{DraftKind, RunConfig},
     draft,
-    placement::{Capacity, Passes, Place},
+    placement::{Capacity, Passes},
     policy::{Mode, Policy},
     rollout::{Job, mix, roll},
     setup,
@@ -150,7 +150,7 @@ fn policy(
         Mode::Inference,
         Passes::default(),
         capacity,
-        &Place::of(config, environment),
+        &super::one_device(config, environment),
     )
 }
 

@@ -36,6 +36,7 @@ use crate::{
     config::{ConfigError, DraftKind, RawConfig, RunConfig},
     defaults,
     draft::{self, Untrained},
+    placement::Place,
     policy::Policy,
 };
 
@@ -87,6 +88,14 @@ fn config_without_draft(
     config_over_defaults(over)
 }
 
+/// The place of a command that has no use for several GPUs, of which it tells.
+fn one_device(config: &RunConfig, environment: &Environment) -> Place {
+    if config.hardware.gpus > 1 {
+        warn("gpus has no effect here: one is used");
+    }
+    Place::of_one(config, environment)
+}
+
 /// Sizes the thread pool that all tensor work runs on.
 fn set_threads(threads: Option<u32>) -> anyhow::Result<()> {
     let Some(threads) = threads else {
@@ -125,7 +134,7 @@ fn tell_of_device(policy: &Policy, quiet: bool) {
         let hint = hint.unwrap_or_default();
         warn(&format!("running on the CPU: {reason}{hint}"));
     }
-    if let Some(plan) = policy.memory_plan().filter(|_| !quiet) {
+    for plan in policy.memory_plans().filter(|_| !quiet) {
         eprintln!("{plan}");
     }
 }

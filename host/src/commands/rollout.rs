@@ -6,7 +6,7 @@ use serde_json::json;
 use super::progress::downloads;
 use crate::{
     cli::{Environment, RolloutArgs},
-    placement::{Passes, Place},
+    placement::Passes,
     policy::{Mode, Policy},
     setup,
     speculation::Speculation,
@@ -20,7 +20,7 @@ pub(super) fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Resu
     let model = setup::model(&config, environment, &mut downloads(args.output.quiet))?;
     let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
     let name = setup::model_name(&config);
-    let place = Place::of(&config, environment);
+    let place = super::one_device(&config, environment);
     let mut policy = Policy::new(
         model,
         name,

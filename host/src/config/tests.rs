@@ -306,6 +306,15 @@ fn ranges_name_key_value_and_what_is_allowed() {
             "world_size: 2",
             "run.yaml:1: `world_size` is 2; allowed: 1 (training over several processes is not built yet)",
         ),
+        ("gpus: 0", "run.yaml:1: `gpus` is 0; allowed: 1 to 64"),
+        (
+            "device: cpu\ngpus: 2",
+            "run.yaml:2: `gpus` is 2; allowed: 1 with device cpu",
+        ),
+        (
+            "gpus: 2\ndraft: suffix",
+            "run.yaml:2: `draft` is suffix; allowed: none, ngram, model:PATH or layers:K with several gpus",
+        ),
         (
             "threads: 0",
             "run.yaml:1: `threads` is 0; allowed: 1 or more",
