@@ -132,17 +132,8 @@ impl Place {
         }
     }
 
-    /// The same for work that has no use for a second GPU.
-    pub fn of_one(config: &RunConfig, environment: &Environment) -> Self {
-        let replicas = 1;
-        Self {
-            replicas,
-            ..Self::of(config, environment)
-        }
-    }
-
-    /// Puts a model onto its devices, a copy on each. On a CPU everything is f32, and what trains is dense everywhere: matrices that are quantised
-    /// in `model` are not any more.
+    /// Puts a model onto its devices, a copy on each. On a CPU everything is f32, and what trains is dense everywhere: matrices
+    /// that are quantised in `model` are not any more.
     ///
     /// # Errors
     /// Those of the backends; with [`Device::Auto`] what is wrong with a GPU is none.

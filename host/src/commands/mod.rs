@@ -93,7 +93,10 @@ fn one_device(config: &RunConfig, environment: &Environment) -> Place {
     if config.hardware.gpus > 1 {
         warn("gpus has no effect here: one is used");
     }
-    Place::of_one(config, environment)
+    Place {
+        replicas: 1,
+        ..Place::of(config, environment)
+    }
 }
 
 /// Sizes the thread pool that all tensor work runs on.

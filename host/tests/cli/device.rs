@@ -127,7 +127,7 @@ fn several_gpus_want_nccl_for_training() {
     let lab = lab_with(Driver { gpus: 2, ..OLD });
     // Hides one that is installed.
     for name in ["libnccl.so.2", "libnccl.so"] {
-        lab.write(name, "no library".to_owned());
+        lab.write(name, "no library");
     }
     let ended = run(&lab, "train --config run.yaml --out out --gpus 2");
     assert_eq!(

@@ -30,18 +30,17 @@ pub(in super::super) struct Reducer {
 /// What a backward pass completes: behind the layers, each layer from the last to the first, the embeddings. Adapters are
 /// small, and go in one.
 fn buckets(layout: &Layout, slots: Option<&ModelSlots>) -> Vec<Range<usize>> {
-    let whole = layout.total();
-    let Some(slots) = slots else {
-        return vec![0..whole];
+    let mut end = layout.total();
+    let mut buckets = Vec::new();
+    let mut cut = |slot: usize| {
+        let first = layout.slots[slot].offset;
+        buckets.push(first..std::mem::replace(&mut end, first));
     };
-    let start = |slot: usize| layout.slots[slot].offset;
-    let mut end = start(slots.norm);
-    let behind = end..whole;
-    let layers = slots.layers.iter().rev().map(|layer| {
-        let first = start(layer.input_norm);
-        first..std::mem::replace(&mut end, first)
-    });
-    let mut buckets: Vec<Range<usize>> = std::iter::once(behind).chain(layers).collect();
+    if let Some(slots) = slots {
+        cut(slots.norm);
+        let layers = slots.layers.iter().rev();
+        layers.for_each(|layer| cut(layer.input_norm));
+    }
     buckets.push(0..end);
     buckets
 }
@@ -254,6 +253,7 @@ mod tests {
     #[test]
     fn adapters_are_one_bucket() {
         let layout = Layout::of_matrices(&[("a", 8, 64), ("b", 32, 8)]);
-        assert_eq!(buckets(&layout, None), [0..layout.total()]);
+        let whole = 0..layout.total();
+        assert_eq!(buckets(&layout, None), std::slice::from_ref(&whole));
     }
 }
