@@ -275,14 +275,16 @@ pub fn take_fault(policy: &mut Policy, config: &RunConfig) -> Option<String> {
 
 /// The policy's early exit with the head in `file`, else an untrained one.
 fn add_early_exit(policy: &mut Policy, layers: usize, file: Option<PathBuf>) -> anyhow::Result<()> {
-    let Some(file) = file else {
-        let mut replicas = policy.replicas.iter_mut();
-        return Ok(replicas.try_for_each(|replica| replica.backend.add_early_exit(layers, None))?);
+    let mut add = |head: Option<&Weights>| {
+        policy.replicas.iter_mut().try_for_each(|replica| {
+            replica.backend.bind()?;
+            replica.backend.add_early_exit(layers, head)
+        })
     };
-    let added = weights::read_safetensors(&file).and_then(|head| {
-        let mut replicas = policy.replicas.iter_mut();
-        replicas.try_for_each(|replica| replica.backend.add_early_exit(layers, Some(&head)))
-    });
+    let Some(file) = file else {
+        return Ok(add(None)?);
+    };
+    let added = weights::read_safetensors(&file).and_then(|head| add(Some(&head)));
     Ok(added.map_err(|reason| DraftError::Head { file, reason })?)
 }
 

@@ -1,5 +1,5 @@
 //! The policy once on every GPU of the run (data parallelism): each replica has an engine and a draft of its own, and works on a
-//! thread of its own while the others do. Prompts are dealt to them in whole groups, sequences of an update by their tokens.
+//! thread of its own while the others do. Prompts are divided among them in whole groups, sequences of an update by their tokens.
 //!
 //! Threads live as long as a call: a step makes three calls, and starting a thread takes microseconds. Threads that wait for
 //! commands were rejected, since they can own what they work on only as copies, and outlive an error.
@@ -7,7 +7,7 @@
 //! What is done on one GPU and on several is the same but for rounding: completions are drawn by request and position, losses
 //! are divided by what all replicas have together, and gradients are summed before they are clipped.
 
-use std::{sync::mpsc, thread};
+use std::{ops::Range, sync::mpsc, thread};
 
 use anyhow::Context;
 use grpo_policy::{
@@ -284,7 +284,7 @@ impl Replicas {
         all(results)
     }
 
-    /// Runs all requests to their end, a group on one replica. Completions come in the order of the requests, whose ids differ,
+    /// Runs all requests to their end, a group on one replica. Completions come in the order of the requests,
     /// then by index; progress is that of whichever replica has made a step.
     pub(crate) fn generate(
         &mut self,
@@ -296,8 +296,8 @@ impl Replicas {
             return self.first.generate(tokenizer, requests, on_progress);
         }
         let weights: Vec<usize> = requests.iter().map(|r| r.n as usize).collect();
-        let shares = balance(&weights, self.count());
-        let share = |rank: usize| shares[rank].iter().map(|i| requests[*i].clone()).collect();
+        let shares = divide(&weights, self.count());
+        let share = |rank: usize| requests[shares[rank].clone()].to_vec();
         let (tell, told) = mpsc::channel();
         let completions = self.each_beside(
             |first| {
@@ -316,10 +316,7 @@ impl Replicas {
             },
         )?;
         self.give_up_together();
-        let mut completions = completions.concat();
-        let place = |request: u64| requests.iter().position(|r| r.id == request);
-        completions.sort_by_cached_key(|completion| place(completion.request));
-        Ok(completions)
+        Ok(completions.concat())
     }
 
     /// A draft that one replica has given up is given up by all: they learn together.
@@ -345,23 +342,27 @@ fn join(mut backends: Vec<&mut AnyBackend>) -> Result<Option<Group>, PolicyError
     }
 }
 
-/// Deals what weighs `weights` to `ranks`: the heaviest first, each to whoever has least so far (longest processing time, Graham
-/// 1969). A share has the places of what is in it, rising.
-pub(crate) fn balance(weights: &[usize], ranks: usize) -> Vec<Vec<usize>> {
-    let mut heaviest: Vec<usize> = (0..weights.len()).collect();
-    heaviest.sort_by_key(|place| std::cmp::Reverse(weights[*place]));
-    let mut shares = vec![(0, Vec::new()); ranks];
-    for place in heaviest {
-        if let Some((load, share)) = shares.iter_mut().min_by_key(|(load, _)| *load) {
-            *load += weights[place];
-            share.push(place);
-        }
-    }
-    let sorted = shares.into_iter().map(|(_, mut share)| {
-        share.sort_unstable();
-        share
+/// Divides what weighs `weights` into `ranks` runs of about the same weight: a run ends where the sum so far is nearest to its part
+/// of the whole. Neighbours stay together, so that the completions of a prompt are on one device, but for those at an end.
+pub(crate) fn divide(weights: &[usize], ranks: usize) -> Vec<Range<usize>> {
+    let mut sums = vec![0];
+    sums.extend(weights.iter().scan(0, |sum, weight| {
+        *sum += weight;
+        Some(*sum)
+    }));
+    let whole = sums[weights.len()];
+    let end = |rank: usize| {
+        let wanted = whole * (rank + 1);
+        let places = 0..=weights.len();
+        places.min_by_key(|place| (sums[*place] * ranks).abs_diff(wanted))
+    };
+    let mut first = 0;
+    let runs = (0..ranks).map(|rank| {
+        let end = end(rank).filter(|_| rank + 1 < ranks);
+        let end = end.unwrap_or(weights.len());
+        std::mem::replace(&mut first, end)..end
     });
-    sorted.collect()
+    runs.collect()
 }
 
 #[cfg(test)]
@@ -369,16 +370,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_has_everything_in_its_order() {
-        assert_eq!(balance(&[3, 9, 1], 1), [[0, 1, 2]]);
-        assert_eq!(balance(&[], 2), [[0usize; 0]; 2]);
+    fn one_has_everything() {
+        assert_eq!(divide(&[3, 9, 1], 1), std::slice::from_ref(&(0..3)));
+        assert_eq!(divide(&[], 2), [0..0, 0..0]);
     }
 
     #[test]
-    fn equal_weights_go_round_and_others_to_whoever_has_least() {
-        assert_eq!(balance(&[4; 5], 2), [vec![0, 2, 4], vec![1, 3]]);
-        // 7 | 5, 4 | 3 and 2 follow where there is least: 7 + 3 and 5 + 4 + 2.
-        assert_eq!(balance(&[2, 7, 4, 3, 5], 2), [vec![1, 3], vec![0, 2, 4]]);
+    fn runs_are_as_even_as_their_ends_allow() {
+        assert_eq!(divide(&[4; 6], 3), [0..2, 2..4, 4..6]);
+        assert_eq!(divide(&[100, 1, 1], 2), [0..1, 1..3]);
+        // Half of 21 is nearest to 2 + 7 + 1.
+        assert_eq!(divide(&[2, 7, 1, 3, 8], 2), [0..3, 3..5]);
+        // One alone is at an end of its own.
+        assert_eq!(divide(&[5], 3), [0..0, 0..1, 1..1]);
     }
 
     #[test]

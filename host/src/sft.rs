@@ -11,7 +11,7 @@ use crate::{
     config::RunConfig,
     plugin::{FormatterPlugin, RowText},
     policy::Policy,
-    replicas::{Replicas, balance},
+    replicas::{Replicas, divide},
     rollout::mix,
     types::Row,
 };
@@ -149,10 +149,10 @@ pub fn step(
     let weight = 1.0 / answers as f64;
     let limit = config.training.micro_batch_tokens as usize;
     let sizes: Vec<usize> = batch.iter().map(|e| e.ids.len()).collect();
-    let shares = balance(&sizes, replicas.count());
+    let shares = divide(&sizes, replicas.count());
     let reports = replicas.each(|rank, replica| {
-        let share: Vec<&Example> = shares[rank].iter().map(|i| batch[*i]).collect();
-        step_share(&mut replica.backend, (&share, weight), limit, optimizer)
+        let share = &batch[shares[rank].clone()];
+        step_share(&mut replica.backend, (share, weight), limit, optimizer)
     })?;
     let sum = reports.into_iter().reduce(|all, part| SftReport {
         loss: all.loss + part.loss,

@@ -12,7 +12,7 @@ use crate::{
         loss::{LossInput, Normalisers, loss, loss_mask},
         stats::LossStats,
     },
-    replicas::{Replicas, balance},
+    replicas::{Replicas, divide},
     types::Completion,
 };
 
@@ -103,11 +103,11 @@ pub fn update(
         return Ok(UpdateReport::default());
     }
     let sizes: Vec<usize> = taught.iter().map(Sequence::tokens).collect();
-    let shares = balance(&sizes, replicas.count());
+    let shares = divide(&sizes, replicas.count());
     let reports = replicas.each(|rank, replica| {
-        let share: Vec<Sequence<'_>> = shares[rank].iter().map(|i| taught[*i]).collect();
+        let share = &taught[shares[rank].clone()];
         let backend = &mut replica.backend;
-        update_share(backend, (&share, &normalisers), config, optimizer)
+        update_share(backend, (share, &normalisers), config, optimizer)
     })?;
     Ok(reports
         .into_iter()

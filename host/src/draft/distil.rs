@@ -10,7 +10,7 @@ use grpo_policy::{
 use crate::{
     config::RunConfig,
     policy::Policy,
-    replicas::balance,
+    replicas::divide,
     update::{Sequence, split},
 };
 
@@ -46,13 +46,13 @@ pub fn distil(
     let tokens: usize = taught.iter().map(|s| fit(s, context)).sum();
     let weight = 1.0 / tokens as f64;
     let sizes: Vec<usize> = taught.iter().map(Sequence::tokens).collect();
-    let shares = balance(&sizes, replicas.count());
+    let shares = divide(&sizes, replicas.count());
     let taught = replicas.each(|rank, replica| {
-        let share: Vec<Sequence<'_>> = shares[rank].iter().map(|i| taught[*i]).collect();
+        let share = &taught[shares[rank].clone()];
         let Some((model, exit)) = replica.learning_draft() else {
             return Ok(None);
         };
-        match teach(model, exit, (&share, weight), config) {
+        match teach(model, exit, (share, weight), config) {
             Ok(lesson) => Ok(Some(lesson)),
             // It is the gradient of all replicas, and no other has another.
             Err(PolicyError::NonFiniteGradient { .. }) => Ok(None),
