@@ -15,7 +15,7 @@ use super::{
 use crate::{
     cli::{BenchRolloutArgs, Environment, GpuArgs},
     config::Device,
-    placement::{Capacity, Passes},
+    placement::{Capacity, Passes, Place},
     policy::{Mode, Policy},
     rollout::mix,
 };
@@ -38,13 +38,14 @@ struct Workload {
 
 /// Measures, and prints a table or one JSON object.
 pub(super) fn run(args: &BenchRolloutArgs, environment: &Environment) -> anyhow::Result<()> {
-    let measured = Measured::load(
+    let mut measured = Measured::load(
         "bench rollout",
         (&args.model, GpuArgs::default()),
         &args.shape,
         args.output,
         environment,
     )?;
+    super::use_one_gpu(&mut measured.config);
     let work = workload(args, &measured)?;
     if args.profile && measured.config.hardware.device == Device::Cpu {
         return Err(NothingToProfile.into());
@@ -60,7 +61,7 @@ pub(super) fn run(args: &BenchRolloutArgs, environment: &Environment) -> anyhow:
         max_model_len: work.prompt_tokens + work.new_tokens,
         kv_tokens: None,
     };
-    let place = super::one_device(&config, environment);
+    let place = Place::of(&config, environment);
     let mut policy = Policy::new(
         model,
         &name,

@@ -36,7 +36,6 @@ use crate::{
     config::{ConfigError, DraftKind, RawConfig, RunConfig},
     defaults,
     draft::{self, Untrained},
-    placement::Place,
     policy::Policy,
 };
 
@@ -88,14 +87,11 @@ fn config_without_draft(
     config_over_defaults(over)
 }
 
-/// The place of a command that has no use for several GPUs, of which it tells.
-fn one_device(config: &RunConfig, environment: &Environment) -> Place {
+/// For a command that has no use for several GPUs: it says so, and uses one.
+fn use_one_gpu(config: &mut RunConfig) {
     if config.hardware.gpus > 1 {
         warn("gpus has no effect here: one is used");
-    }
-    Place {
-        replicas: 1,
-        ..Place::of(config, environment)
+        config.hardware.gpus = 1;
     }
 }
 

@@ -6,7 +6,7 @@ use serde_json::json;
 use super::progress::downloads;
 use crate::{
     cli::{Environment, RolloutArgs},
-    placement::Passes,
+    placement::{Passes, Place},
     policy::{Mode, Policy},
     setup,
     speculation::Speculation,
@@ -15,12 +15,13 @@ use crate::{
 
 /// Generates and prints the completions, each with its telemetry.
 pub(super) fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Result<()> {
-    let config = super::config_over_defaults(|base| args.over(base))?;
+    let mut config = super::config_over_defaults(|base| args.over(base))?;
+    super::use_one_gpu(&mut config);
     super::set_threads(config.hardware.threads)?;
     let model = setup::model(&config, environment, &mut downloads(args.output.quiet))?;
     let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);
     let name = setup::model_name(&config);
-    let place = super::one_device(&config, environment);
+    let place = Place::of(&config, environment);
     let mut policy = Policy::new(
         model,
         name,
