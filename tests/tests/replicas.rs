@@ -346,46 +346,61 @@ fn drafts_of_two_gpus_learn_what_that_of_one_does() {
     lessons_agree(Device::Auto, 0.05);
 }
 
-/// The first replica has its gradients and waits for those of the other, which never come.
-fn a_failure_ends_all(device: Device, fails: impl Fn() -> anyhow::Result<f64> + Sync) -> String {
+/// After so many updates that both have made, the first replica has its gradients and waits for those of the other, which never
+/// come.
+fn a_failure_ends_all(
+    device: Device,
+    updates: usize,
+    fails: impl Fn() -> anyhow::Result<f64> + Sync,
+) -> String {
     let (requests, completions) = completions(device);
     let mut policy = policy(device, 2, full());
     let mut packed = PackedBatch::default();
     let ids = [&requests[1].prompt[..], &completions[3].tokens].concat();
     packed.push(&ids, requests[1].prompt.len());
     let summing = Barrier::new(2);
-    let step = |rank: usize, replica: &mut Replica| {
+    let step = |failing: Option<usize>, rank: usize, replica: &mut Replica| {
         let backend = &mut replica.backend;
         let scores = backend.score(&packed, 1.0, Pass::Train)?;
-        if rank == 1 {
+        if failing == Some(rank) {
             summing.wait();
             return fails();
         }
         backend.expect_update();
         backend.backward(&vec![-0.1; scores.logprobs.len()])?;
-        summing.wait();
+        if failing.is_some() {
+            summing.wait();
+        }
         Ok(backend.optimizer_step(&STEP, Exit::Final)?)
     };
-    let error = policy.replicas.each(step).unwrap_err();
+    for _ in 0..updates {
+        let norms = policy.replicas.each(|rank, r| step(None, rank, r)).unwrap();
+        assert!(norms[0] > 0.0 && norms[0] == norms[1]);
+    }
+    let error = policy.replicas.each(|rank, r| step(Some(1), rank, r));
+    let error = error.unwrap_err();
     let again = policy.replicas.each(|_, replica| {
         let backend = &mut replica.backend;
         Ok(backend.optimizer_step(&STEP, Exit::Final)?)
     });
     assert!(again.is_err());
+    println!("after {updates} updates: {error:#}");
     format!("{error:#}")
 }
 
 fn failures_end_all(device: Device) {
-    let broken = || anyhow::bail!("the reward of rank 1 is broken");
-    assert_eq!(
-        a_failure_ends_all(device, broken),
-        "replica 1: the reward of rank 1 is broken"
-    );
-    let panics = || -> anyhow::Result<f64> { std::panic::panic_any("killed") };
-    assert_eq!(
-        a_failure_ends_all(device, panics),
-        "replica 1: its thread ended with a panic"
-    );
+    for updates in [0, 2] {
+        let broken = || anyhow::bail!("the reward of rank 1 is broken");
+        assert_eq!(
+            a_failure_ends_all(device, updates, broken),
+            "replica 1: the reward of rank 1 is broken"
+        );
+        let panics = || -> anyhow::Result<f64> { std::panic::panic_any("killed") };
+        assert_eq!(
+            a_failure_ends_all(device, updates, panics),
+            "replica 1: its thread ended with a panic"
+        );
+    }
 }
 
 #[test]

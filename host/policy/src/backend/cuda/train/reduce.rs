@@ -25,6 +25,9 @@ pub(in super::super) struct Reducer {
     begun: usize,
     /// The next backward pass is the last one before the update.
     pub(super) last: bool,
+    /// An update has been made. The driver loads a kernel when it is first launched, and may wait for all that runs on the GPU to do
+    /// so: for a sum that is under way, until the other ranks come. So the first pass has none beside it.
+    warm: bool,
 }
 
 /// What a backward pass completes: behind the layers, each layer from the last to the first, the embeddings. Adapters are
@@ -64,7 +67,7 @@ impl Reducer {
     /// Waits for the sums.
     fn wait(&mut self) -> Result<(), PolicyError> {
         let done = self.stream.synchronize();
-        self.begun = 0;
+        (self.begun, self.warm) = (0, true);
         self.group.check()?;
         Ok(done.map_err(CudaError::from)?)
     }
@@ -109,7 +112,7 @@ impl Training {
             return Ok(());
         };
         let per_layer = reducer.buckets.len() > 1;
-        match reducer.last && per_layer {
+        match reducer.last && reducer.warm && per_layer {
             true => reducer.through(gpu, optimizer.gradients(gpu).0, complete),
             false => Ok(()),
         }
@@ -151,6 +154,7 @@ impl CudaBackend {
                 stream,
                 begun: 0,
                 last: false,
+                warm: false,
             });
         }
         let parts = ranks.first().map_or(0, |first| first.buckets().len());
