@@ -115,21 +115,21 @@ pub fn attach(
 ) -> anyhow::Result<Attached> {
     let learns = trains && config.generation.draft_learning_rate > 0.0;
     let mut attached = Attached::default();
-    let source = match &config.generation.draft {
+    let sources = match &config.generation.draft {
         DraftKind::None => return Ok(attached),
-        DraftKind::Ngram => Source::Ngram,
-        DraftKind::Suffix => Source::Suffix(Suffix::default()),
+        DraftKind::Ngram => sources(policy, || Source::Ngram),
+        DraftKind::Suffix => sources(policy, || Source::Suffix(Suffix::default())),
         DraftKind::Layers(wanted) => {
-            let (wanted, layers) = (*wanted, policy.backend.spec().num_hidden_layers);
+            let (wanted, layers) = (*wanted, policy.backend().spec().num_hidden_layers);
             if wanted >= layers {
                 return Err(DraftError::Layers { wanted, layers }.into());
             }
             add_early_exit(policy, wanted, setup::draft_head(config, wanted))?;
             if trains {
-                let head = policy.backend.export_trainable(Exit::Early)?;
+                let head = policy.backend().export_trainable(Exit::Early)?;
                 attached.digest = Some(digest(&head)?);
             }
-            Source::EarlyExit
+            sources(policy, || Source::EarlyExit)
         }
         DraftKind::Model(name) => {
             let mut model = load(name, environment, on_download)?;
@@ -146,23 +146,36 @@ pub fn attach(
                 false => Trainable::Nothing,
             };
             let passes = Passes::of(config);
-            let draft = policy
-                .place_draft(model, &Learning { trainable, passes })
+            let drafts = policy
+                .place_drafts(model, &Learning { trainable, passes })
                 .with_context(|| format!("draft `{name}`"))?;
-            attached.odd = oddities(name, &draft, policy);
-            Source::Model(Box::new(Model::new(draft, policy.backend.spec())?))
+            if let Some(first) = drafts.first() {
+                attached.odd = oddities(name, first, policy);
+            }
+            let spec = policy.backend().spec();
+            let source = |draft| Ok(Source::Model(Box::new(Model::new(draft, spec)?)));
+            let sources = drafts.into_iter().map(source);
+            sources.collect::<Result<_, PolicyError>>()?
         }
     };
     let length = match config.generation.draft_tokens {
         DraftTokens::Auto => Length::Adaptive(DraftTokens::MOST),
         DraftTokens::Fixed(tokens) => Length::Fixed(tokens),
     };
-    let mut draft = Draft::new(source, length)?;
-    if learns {
-        draft.learn_from(TOP);
-    }
-    policy.set_draft(draft)?;
+    let drafts = sources.into_iter().map(|source| {
+        let mut draft = Draft::new(source, length)?;
+        if learns {
+            draft.learn_from(TOP);
+        }
+        Ok(draft)
+    });
+    policy.set_drafts(drafts.collect::<Result<_, PolicyError>>()?, learns)?;
     Ok(attached)
+}
+
+/// One for each replica.
+fn sources(policy: &Policy, source: impl Fn() -> Source<AnyBackend>) -> Vec<Source<AnyBackend>> {
+    (0..policy.replicas.count()).map(|_| source()).collect()
 }
 
 fn load(
@@ -195,7 +208,7 @@ fn digest(weights: &Weights) -> Result<String, PolicyError> {
 
 fn oddities(name: &str, draft: &AnyBackend, policy: &Policy) -> Vec<String> {
     let mut odd = Vec::new();
-    let (size, policy_size) = (draft.parameters(), policy.backend.parameters());
+    let (size, policy_size) = (draft.parameters(), policy.backend().parameters());
     if size >= policy_size {
         odd.push(format!(
             "draft `{name}` has {size} parameters and the policy {policy_size}: it will not pay"
@@ -227,7 +240,7 @@ pub fn untrained_head(policy: &Policy, config: &RunConfig, trains: bool) -> Opti
     if policy.has_trained_head() {
         return None;
     }
-    let others: Vec<String> = setup::draft_heads(config, policy.backend.spec().num_hidden_layers)
+    let others: Vec<String> = setup::draft_heads(config, policy.backend().spec().num_hidden_layers)
         .iter()
         .map(|layers| DraftKind::Layers(*layers).to_string())
         .collect();
@@ -262,11 +275,16 @@ pub fn take_fault(policy: &mut Policy, config: &RunConfig) -> Option<String> {
 
 /// The policy's early exit with the head in `file`, else an untrained one.
 fn add_early_exit(policy: &mut Policy, layers: usize, file: Option<PathBuf>) -> anyhow::Result<()> {
-    let Some(file) = file else {
-        return Ok(policy.backend.add_early_exit(layers, None)?);
+    let mut add = |head: Option<&Weights>| {
+        policy.replicas.iter_mut().try_for_each(|replica| {
+            replica.backend.bind()?;
+            replica.backend.add_early_exit(layers, head)
+        })
     };
-    let trained = weights::read_safetensors(&file);
-    let added = trained.and_then(|head| policy.backend.add_early_exit(layers, Some(&head)));
+    let Some(file) = file else {
+        return Ok(add(None)?);
+    };
+    let added = weights::read_safetensors(&file).and_then(|head| add(Some(&head)));
     Ok(added.map_err(|reason| DraftError::Head { file, reason })?)
 }
 

@@ -17,6 +17,7 @@ pub mod plugin;
 pub mod policy;
 pub mod record;
 pub mod replay;
+pub mod replicas;
 pub mod rollout;
 pub mod run;
 pub mod setup;

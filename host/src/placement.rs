@@ -1,7 +1,7 @@
 //! Where a policy runs: the device that was asked for or, with `auto`, the first GPU that can be used, else the CPU; and
 //! the engine's sizes there. Nothing else in the host asks which device it is.
 
-use std::path::PathBuf;
+use std::{panic::resume_unwind, path::PathBuf, thread};
 
 use grpo_policy::{
     backend::{
@@ -55,6 +55,9 @@ pub struct Capacity {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Place {
     pub device: Device,
+    /// Copies of the policy that share the work, ≥ 1. Each has a GPU of its own, from the device on; on the CPU, where they
+    /// share the cores and only tests want them, there may be several too.
+    pub replicas: usize,
     /// Of a GPU's memory, what this process may use: above 0, up to 1.
     pub gpu_memory_utilization: f64,
     /// Folder in which compiled kernels are kept.
@@ -131,6 +134,7 @@ impl Place {
     pub fn of(config: &RunConfig, environment: &Environment) -> Self {
         Self {
             device: config.hardware.device,
+            replicas: config.hardware.gpus as usize,
             gpu_memory_utilization: config.hardware.gpu_memory_utilization,
             cache: environment.cache.clone(),
             deterministic: config.hardware.deterministic,
@@ -138,8 +142,8 @@ impl Place {
         }
     }
 
-    /// Puts a model onto its device. On a CPU everything is f32, and what trains is dense everywhere, unless weights are to stay
-    /// quantised on a GPU beside adapters: else matrices that are quantised in `model` are not any more.
+    /// Puts a model onto its devices, a copy on each. On a CPU everything is f32, and what trains is dense everywhere, unless
+    /// weights are to stay quantised on a GPU beside adapters: else matrices that are quantised in `model` are not any more.
     ///
     /// # Errors
     /// Those of the backends; with [`Device::Auto`] what is wrong with a GPU is none.
@@ -148,7 +152,7 @@ impl Place {
         model: &mut LoadedModel,
         learning: &Learning,
         capacity: Capacity,
-    ) -> Result<Placed, PolicyError> {
+    ) -> Result<Vec<Placed>, PolicyError> {
         let context = model.spec.max_position_embeddings;
         let max_model_len = capacity.max_model_len.min(context);
         let capacity = Capacity {
@@ -165,6 +169,9 @@ impl Place {
                 model.dequantize()?;
             }
         }
+        if self.replicas > 1 {
+            return self.put_several(model, learning, capacity);
+        }
         let on_gpu = |ordinal| self.on_gpu(ordinal, model, learning, capacity);
         let chosen = match self.device {
             Device::Cpu => Chosen::Cpu(None),
@@ -172,12 +179,52 @@ impl Place {
             Device::Auto => first_usable(cuda::count(), on_gpu)?,
         };
         match chosen {
-            Chosen::Gpu(placed) => Ok(placed),
-            Chosen::Cpu(passed_over) => Ok(Placed {
+            Chosen::Gpu(placed) => Ok(vec![placed]),
+            Chosen::Cpu(passed_over) => Ok(vec![Placed {
                 passed_over,
                 ..on_cpu(model, learning, capacity)?
-            }),
+            }]),
         }
+    }
+
+    /// Several copies, on GPUs all at once.
+    fn put_several(
+        &self,
+        model: &mut LoadedModel,
+        learning: &Learning,
+        capacity: Capacity,
+    ) -> Result<Vec<Placed>, PolicyError> {
+        let asked = self.replicas;
+        let first = match self.device {
+            Device::Cpu => {
+                let copies = (0..asked).map(|_| on_cpu(model, learning, capacity));
+                return copies.collect();
+            }
+            Device::Auto => 0,
+            Device::Cuda(first) => first,
+        };
+        let found = cuda::count()?.saturating_sub(first);
+        if found < asked {
+            return Err(CudaError::TooFewGpus {
+                asked,
+                first,
+                found,
+            }
+            .into());
+        }
+        if learning.trainable != Trainable::Nothing && !cuda::has_nccl() {
+            return Err(CudaError::Library("nccl").into());
+        }
+        let model = &*model;
+        let on_gpu = |rank: usize| self.on_gpu(first + rank, model, learning, capacity);
+        thread::scope(|scope| {
+            let start = |rank| scope.spawn(move || on_gpu(rank));
+            let others: Vec<_> = (1..asked).map(start).collect();
+            let mut placed = vec![on_gpu(0)];
+            let ended = others.into_iter().map(thread::ScopedJoinHandle::join);
+            placed.extend(ended.map(|placed| placed.unwrap_or_else(|panic| resume_unwind(panic))));
+            placed.into_iter().collect()
+        })
     }
 
     fn on_gpu(
@@ -340,19 +387,15 @@ fn on_cpu(
 }
 
 impl Share {
-    /// Puts a draft model beside the policy.
+    /// Puts a draft model beside the policy; one that learns has no quantised matrices.
     ///
     /// # Errors
     /// As for the policy itself.
     pub(crate) fn draft(
         &self,
-        model: &mut LoadedModel,
+        model: &LoadedModel,
         learning: &Learning,
     ) -> Result<AnyBackend, PolicyError> {
-        let learns = learning.trainable != Trainable::Nothing;
-        if learns {
-            model.dequantize()?;
-        }
         let (spec, weights) = (&model.spec, cuda_weights(model, self.keep));
         // Its context may be shorter, but it is given the policy's block tables.
         self.budget.admit(spec, weights, &self.sizes)?;

@@ -8,8 +8,8 @@ use grpo_policy::{
     backend::{AnyBackend, Backend, Exit, cpu::Trainable, cuda::MemoryPlan},
     chat::{ChatOptions, ChatTemplate},
     engine::{
-        Engine, Progress,
-        draft::{Draft, DraftFault},
+        Progress,
+        draft::{Draft, DraftFault, Suffix},
     },
     error::PolicyError,
     tokenizer::Tokenizer,
@@ -19,7 +19,8 @@ use grpo_policy::{
 
 use crate::{
     config::RunConfig,
-    placement::{Capacity, Learning, Passes, Place, Placed, Share},
+    placement::{Capacity, Learning, Passes, Place, Share},
+    replicas::{Replica, Replicas},
     types::{Message, PromptBody},
 };
 
@@ -77,13 +78,10 @@ impl Mode {
     }
 }
 
-/// Weights, tokenizer and engine that belong together.
+/// Weights, tokenizer and engine that belong together, once on every device of the run.
 pub struct Policy {
-    pub backend: AnyBackend,
+    pub replicas: Replicas,
     pub tokenizer: Tokenizer,
-    engine: Engine,
-    draft: Option<Draft<AnyBackend>>,
-    gpu: Option<Share>,
     passed_over: Option<PolicyError>,
     fault_told: bool,
     chat: Option<ChatTemplate>,
@@ -93,7 +91,7 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Puts a loaded model onto its device and sizes the engine for it.
+    /// Puts a loaded model onto its devices and sizes an engine for each.
     ///
     /// # Errors
     /// Weights that are not the spec's, a device that cannot be used, memory that does not suffice.
@@ -107,23 +105,19 @@ impl Policy {
     ) -> anyhow::Result<Self> {
         let trainable = mode.trainable();
         let learning = Learning { trainable, passes };
-        let Placed {
-            backend,
-            engine,
-            gpu,
-            passed_over,
-        } = place.put(&mut model, &learning, capacity)?;
+        let trains = learning.trainable != Trainable::Nothing;
+        let mut placed = place.put(&mut model, &learning, capacity)?;
+        let passed_over = placed
+            .first_mut()
+            .and_then(|first| first.passed_over.take());
         let tokenizer = model.tokenizer;
         let chat = match tokenizer.chat_template_source() {
             Some(_) => Some(tokenizer.chat_template()?),
             None => None,
         };
         Ok(Self {
-            backend,
+            replicas: Replicas::new(placed, trains)?,
             tokenizer,
-            engine: Engine::new(engine)?,
-            draft: None,
-            gpu,
             passed_over,
             fault_told: false,
             chat,
@@ -134,7 +128,7 @@ impl Policy {
 
     /// Longest sequence the engine takes, prompt included.
     pub fn max_model_len(&self) -> usize {
-        self.engine.config().max_model_len
+        self.replicas.first().engine().config().max_model_len
     }
 
     /// The prompt as the model sees it: text as is, messages through the model's chat template.
@@ -159,14 +153,33 @@ impl Policy {
         Ok(chat.render(messages, &options)?)
     }
 
-    /// `cpu`, or a GPU as `cuda:0 NVIDIA H200`.
+    /// The weights as files get them; those of all replicas are equal.
+    pub fn backend(&self) -> &AnyBackend {
+        &self.replicas.first().backend
+    }
+
+    /// `cpu`, or a GPU as `cuda:0 NVIDIA H200`, of several the first.
     pub fn device(&self) -> &str {
         self.memory_plan().map_or("cpu", |plan| &plan.device)
     }
 
-    /// How the memory of its GPU is used; `None` on a CPU.
+    /// The same of all, for people: `cuda:0 NVIDIA H200 and 1 more`.
+    pub fn devices(&self) -> String {
+        match self.replicas.count() {
+            1 => self.device().to_owned(),
+            n => format!("{} and {} more", self.device(), n - 1),
+        }
+    }
+
+    /// How the memory of its first GPU is used; `None` on a CPU.
     pub fn memory_plan(&self) -> Option<&MemoryPlan> {
-        self.gpu.as_ref().map(|share| &share.plan)
+        self.memory_plans().next()
+    }
+
+    /// The same of all its GPUs.
+    pub fn memory_plans(&self) -> impl Iterator<Item = &MemoryPlan> {
+        let shares = self.replicas.iter().filter_map(Replica::share);
+        shares.map(|share: &Share| &share.plan)
     }
 
     /// Why it is on the CPU although a GPU is there and any device was allowed.
@@ -174,70 +187,67 @@ impl Policy {
         self.passed_over.as_ref()
     }
 
-    /// A draft model on the policy's device.
+    /// A draft model on each of the policy's devices.
     ///
     /// # Errors
     /// As for the policy itself.
-    pub fn place_draft(
-        &self,
+    pub fn place_drafts(
+        &mut self,
         mut model: LoadedModel,
         learning: &Learning,
-    ) -> Result<AnyBackend, PolicyError> {
-        if let Some(share) = &self.gpu {
-            return share.draft(&mut model, learning);
+    ) -> anyhow::Result<Vec<AnyBackend>> {
+        if learning.trainable != Trainable::Nothing || self.memory_plan().is_none() {
+            model.dequantize()?;
         }
-        model.dequantize()?;
-        let LoadedModel { spec, tensors, .. } = model;
-        let checkpointing = learning.passes.gradient_checkpointing;
-        AnyBackend::cpu(spec, &tensors, &learning.trainable, checkpointing)
+        self.replicas
+            .each(|_, replica| Ok(replica.place_draft(&model, learning)?))
     }
 
-    /// Speculates with this draft from now on; nothing may have been generated yet.
+    /// Has each replica speculate with its draft from now on; nothing may have been generated yet.
     ///
     /// # Errors
-    /// A GPU without room for the draft's keys and values.
-    pub fn set_draft(&mut self, draft: Draft<AnyBackend>) -> Result<(), PolicyError> {
-        let token_bytes = draft.kv_bytes_per_token();
-        self.draft = Some(draft);
-        if let Some(share) = &mut self.gpu {
-            self.engine = Engine::new(share.divide_with_draft(token_bytes)?)?;
-        }
-        Ok(())
+    /// A GPU without room for the draft's keys and values; those of replicas that learn together.
+    pub fn set_drafts(
+        &mut self,
+        drafts: Vec<Draft<AnyBackend>>,
+        learns: bool,
+    ) -> Result<(), PolicyError> {
+        self.replicas.set_drafts(drafts, learns)
     }
 
-    /// What is distilled: a draft model, or an early exit of this one.
-    pub fn learning_draft(&mut self) -> Option<(&mut AnyBackend, Exit)> {
-        self.draft.as_mut()?.learner_mut(&mut self.backend)
+    fn draft(&self) -> Option<&Draft<AnyBackend>> {
+        self.replicas.first().draft()
     }
 
     /// Generates without what the draft remembers of earlier completions, and without leaving anything in it: an
     /// evaluation must not profit from the one before, nor training from an evaluation.
     pub fn generate_apart<T>(&mut self, generate: impl FnOnce(&mut Self) -> T) -> T {
-        let learnt = self.draft.as_mut().map(Draft::take_learnt);
+        let drafts = self.replicas.iter_mut().filter_map(Replica::draft_mut);
+        let learnt: Vec<Suffix> = drafts.map(Draft::take_learnt).collect();
         let generated = generate(self);
-        if let Some((draft, learnt)) = self.draft.as_mut().zip(learnt) {
-            draft.put_back(learnt);
-        }
+        let drafts = self.replicas.iter_mut().filter_map(Replica::draft_mut);
+        drafts
+            .zip(learnt)
+            .for_each(|(draft, learnt)| draft.put_back(learnt));
         generated
     }
 
     /// Goes on without the draft.
     pub fn give_up_draft(&mut self, fault: DraftFault) {
-        if let Some(draft) = &mut self.draft {
-            draft.give_up(fault);
-        }
+        self.replicas.give_up_drafts(fault);
     }
 
     /// Why the draft was given up, for the user to read: once.
     pub fn take_draft_fault(&mut self) -> Option<DraftFault> {
-        let fault = self.draft.as_ref()?.fault();
+        let fault = self.draft()?.fault();
         let told = std::mem::replace(&mut self.fault_told, fault.is_some());
         fault.filter(|_| !told)
     }
 
-    /// Time the draft has taken so far.
+    /// Time the draft has taken so far; of several that work side by side, the longest.
     pub fn drafting_seconds(&self) -> f64 {
-        self.draft.as_ref().map_or(0.0, |d| d.spent().as_secs_f64())
+        let drafts = self.replicas.iter().filter_map(Replica::draft);
+        drafts.map(|d| d.spent().as_secs_f64()).fold(0.0, f64::max)
     }
 
     /// Runs all requests to their end.
@@ -246,19 +256,13 @@ impl Policy {
         requests: Vec<Request>,
         on_progress: &mut dyn FnMut(Progress),
     ) -> anyhow::Result<Vec<Completion>> {
-        let completions = self.engine.generate(
-            &mut self.backend,
-            self.draft.as_mut(),
-            &self.tokenizer,
-            requests,
-            on_progress,
-        )?;
-        Ok(completions)
+        self.replicas
+            .generate(&self.tokenizer, requests, on_progress)
     }
 
     /// Drops cached keys and values. Must follow every optimizer step: they belong to the old weights.
     pub fn forget_kv(&mut self) {
-        self.engine.invalidate_prefix_cache();
+        self.replicas.iter_mut().for_each(Replica::forget_kv);
     }
 
     /// Writes what trains and the optimizer into a checkpoint folder: a Hugging Face model folder
@@ -267,7 +271,7 @@ impl Policy {
         match &self.mode {
             Mode::Lora { config, .. } => {
                 let adapter = make_folder(folder, "adapter")?;
-                let tensors = self.backend.export_adapter()?;
+                let tensors = self.backend().export_adapter()?;
                 weights::save_adapter(&adapter, config, &self.source, &tensors)?;
             }
             Mode::Full { .. } | Mode::Inference => {
@@ -276,23 +280,23 @@ impl Policy {
                 self.save_draft_head(&model)?;
             }
         }
-        let optimizer = self.backend.export_optimizer(Exit::Final)?;
+        let optimizer = self.backend().export_optimizer(Exit::Final)?;
         weights::write_safetensors(
             &folder.join("optimizer.safetensors"),
             &optimizer,
             SaveType::F32,
         )?;
-        let learnt = self.draft.as_ref().map(Draft::export).unwrap_or_default();
+        let learnt = self.draft().map(Draft::export).unwrap_or_default();
         if !learnt.is_empty() {
             write_numbers(&folder.join(DRAFT_FILE), &learnt)?;
         }
-        let draft = self.draft.as_ref();
+        let draft = self.draft();
         if let Some(fault) = draft.and_then(Draft::fault) {
             let path = folder.join(DRAFT_FAULT);
             std::fs::write(&path, serde_json::to_vec(&fault)?)
                 .with_context(|| format!("cannot write {}", path.display()))?;
         }
-        if let Some((model, exit)) = draft.and_then(|draft| draft.learner(&self.backend)) {
+        if let Some((model, exit)) = draft.and_then(|draft| draft.learner(self.backend())) {
             let write = |name: &str, tensors: &_| {
                 weights::write_safetensors(&folder.join(name), tensors, SaveType::F32)
             };
@@ -308,12 +312,16 @@ impl Policy {
             Mode::Lora { .. } => weights::load_adapter(&folder.join("adapter"))?.tensors,
             Mode::Full { .. } | Mode::Inference => weights::load(&folder.join("model"))?.tensors,
         };
-        self.backend.import(&trained, Exit::Final)?;
         let optimizer = weights::read_safetensors(&folder.join("optimizer.safetensors"))?;
-        self.backend.import_optimizer(&optimizer, Exit::Final)?;
+        self.replicas.each(|_, Replica { backend, .. }| {
+            backend.import(&trained, Exit::Final)?;
+            Ok(backend.import_optimizer(&optimizer, Exit::Final)?)
+        })?;
         let learnt = folder.join(DRAFT_FILE);
-        if let Some(draft) = self.draft.as_mut().filter(|_| learnt.exists()) {
-            draft.import(&read_numbers(&learnt)?)?;
+        if self.draft().is_some() && learnt.exists() {
+            let learnt = read_numbers(&learnt)?;
+            let mut drafts = self.replicas.iter_mut().filter_map(Replica::draft_mut);
+            drafts.try_for_each(|draft| draft.import(&learnt))?;
         }
         let fault = folder.join(DRAFT_FAULT);
         if fault.exists() {
@@ -323,10 +331,16 @@ impl Policy {
                 .with_context(|| format!("{} is damaged", fault.display()))?;
             self.give_up_draft(fault);
         }
-        if let Some((model, exit)) = self.learning_draft() {
+        if self.replicas.first_mut().learning_draft().is_some() {
             let read = |name: &str| weights::read_safetensors(&folder.join(name));
-            model.import(&read(DRAFT_WEIGHTS)?, exit)?;
-            model.import_optimizer(&read(DRAFT_OPTIMIZER)?, exit)?;
+            let (trained, optimizer) = (read(DRAFT_WEIGHTS)?, read(DRAFT_OPTIMIZER)?);
+            self.replicas.each(|_, replica| {
+                if let Some((model, exit)) = replica.learning_draft() {
+                    model.import(&trained, exit)?;
+                    model.import_optimizer(&optimizer, exit)?;
+                }
+                Ok(())
+            })?;
         }
         self.forget_kv();
         Ok(())
@@ -338,14 +352,14 @@ impl Policy {
     pub fn export(&self, folder: &Path) -> anyhow::Result<()> {
         if let Mode::Lora { config, .. } = &self.mode {
             let adapter = make_folder(folder, "adapter")?;
-            let tensors = self.backend.export_adapter()?;
+            let tensors = self.backend().export_adapter()?;
             weights::save_adapter(&adapter, config, &self.source, &tensors)?;
         }
         let model = make_folder(folder, "model")?;
         self.save_model(&model)?;
         self.save_draft_head(&model)?;
-        let draft = self.draft.as_ref();
-        if let Some((draft, Exit::Final)) = draft.and_then(|draft| draft.learner(&self.backend)) {
+        let draft = self.draft();
+        if let Some((draft, Exit::Final)) = draft.and_then(|draft| draft.learner(self.backend())) {
             let (to, tensors) = (make_folder(folder, "draft")?, draft.export_weights()?);
             weights::save_model(&to, draft.spec(), &tensors, &self.tokenizer, SaveType::F32)?;
         }
@@ -355,27 +369,27 @@ impl Policy {
     /// The head of the early exit into a model folder, where [`draft_head_file`] looks for it. One that is
     /// untrained is nothing to keep, and one that was given up nothing to use.
     fn save_draft_head(&self, model: &Path) -> anyhow::Result<()> {
-        let given_up = self.draft.as_ref().is_some_and(|d| d.fault().is_some());
+        let given_up = self.draft().is_some_and(|d| d.fault().is_some());
         if given_up || !self.has_trained_head() {
             return Ok(());
         }
         make_folder(model, "draft_head")?;
-        let to = draft_head_file(model, self.backend.early_exit_layers()?);
-        let head = self.backend.export_trainable(Exit::Early)?;
+        let to = draft_head_file(model, self.backend().early_exit_layers()?);
+        let head = self.backend().export_trainable(Exit::Early)?;
         Ok(weights::write_safetensors(&to, &head, SaveType::F32)?)
     }
 
     /// Whether there is an early exit whose head has learnt something, here or in an earlier run.
     pub fn has_trained_head(&self) -> bool {
-        self.backend.has_trained_exit()
+        self.backend().has_trained_exit()
     }
 
     fn save_model(&self, folder: &Path) -> anyhow::Result<()> {
-        let mut tensors = self.backend.export_weights()?;
+        let mut tensors = self.backend().export_weights()?;
         if let Mode::Lora { config, .. } = &self.mode {
-            tensors = weights::merge(&tensors, &self.backend.export_adapter()?, config)?;
+            tensors = weights::merge(&tensors, &self.backend().export_adapter()?, config)?;
         }
-        let spec = self.backend.spec();
+        let spec = self.backend().spec();
         weights::save_model(folder, spec, &tensors, &self.tokenizer, SaveType::F32)?;
         Ok(())
     }

@@ -3,7 +3,7 @@
 
 use anyhow::Context;
 use grpo_policy::{
-    backend::{Backend, Exit, OptimStep, Pass},
+    backend::{AnyBackend, Backend, Exit, OptimStep, Pass},
     types::PackedBatch,
 };
 
@@ -11,6 +11,7 @@ use crate::{
     config::RunConfig,
     plugin::{FormatterPlugin, RowText},
     policy::Policy,
+    replicas::{Replicas, divide},
     rollout::mix,
     types::Row,
 };
@@ -134,28 +135,55 @@ pub struct SftReport {
     pub tokens: usize,
 }
 
-/// One optimizer step on a batch, in micro-batches.
+/// One optimizer step on a batch, in micro-batches; replicas have a share of it each.
+///
+/// # Errors
+/// Those of the passes and of the optimizer.
 pub fn step(
-    backend: &mut impl Backend,
+    replicas: &mut Replicas,
     batch: &[&Example],
     config: &RunConfig,
     optimizer: &OptimStep,
 ) -> anyhow::Result<SftReport> {
     let answers: usize = batch.iter().map(|e| e.ids.len() - e.prompt).sum();
     let weight = 1.0 / answers as f64;
+    let limit = config.training.micro_batch_tokens as usize;
+    let sizes: Vec<usize> = batch.iter().map(|e| e.ids.len()).collect();
+    let shares = divide(&sizes, replicas.count());
+    let reports = replicas.each(|rank, replica| {
+        let share = &batch[shares[rank].clone()];
+        step_share(&mut replica.backend, (share, weight), limit, optimizer)
+    })?;
+    let sum = reports.into_iter().reduce(|all, part| SftReport {
+        loss: all.loss + part.loss,
+        tokens: all.tokens + part.tokens,
+        ..all
+    });
+    sum.context("a step without a device")
+}
+
+/// A replica's part in a step. Without examples it has no gradients but those of the others.
+fn step_share(
+    backend: &mut AnyBackend,
+    (share, weight): (&[&Example], f64),
+    limit: usize,
+    optimizer: &OptimStep,
+) -> anyhow::Result<SftReport> {
     let mut report = SftReport {
         loss: 0.0,
         grad_norm: 0.0,
         tokens: 0,
     };
     let mut packed = PackedBatch::default();
-    for (i, example) in batch.iter().enumerate() {
+    for (i, example) in share.iter().enumerate() {
         packed.push(&example.ids, example.prompt);
-        let next = batch.get(i + 1).map(|e| e.ids.len());
-        let limit = config.training.micro_batch_tokens as usize;
+        let next = share.get(i + 1).map(|e| e.ids.len());
         if next.is_none_or(|n| packed.ids.len() + n > limit) {
             let scores = backend.score(&packed, 1.0, Pass::Train)?;
             let sum: f64 = scores.logprobs.iter().map(|l| f64::from(*l)).sum();
+            if next.is_none() {
+                backend.expect_update();
+            }
             backend.backward(&vec![-weight as f32; scores.logprobs.len()])?;
             report.loss -= weight * sum;
             report.tokens += packed.ids.len();

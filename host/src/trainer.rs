@@ -58,7 +58,7 @@ impl Trainer<'_> {
             update_config(self.config),
             self.config.optimizer.step(learning_rate),
         );
-        let update = update(&mut self.policy.backend, &sequences, &settings, &optimizer)?;
+        let update = update(&mut self.policy.replicas, &sequences, &settings, &optimizer)?;
         let draft = draft::distil(&mut self.policy, &sequences, self.config)?;
         self.policy.forget_kv();
         collected.seconds.update = update_started.elapsed().as_secs_f64();

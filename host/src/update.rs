@@ -2,7 +2,7 @@
 //! propagate, step the optimizer. Knows tokens and advantages, not texts or rewards.
 
 use grpo_policy::{
-    backend::{Backend, Exit, OptimStep, Pass},
+    backend::{AnyBackend, Backend, Exit, OptimStep, Pass},
     types::{Finish, PackedBatch},
 };
 
@@ -12,6 +12,7 @@ use crate::{
         loss::{LossInput, Normalisers, loss, loss_mask},
         stats::LossStats,
     },
+    replicas::{Replicas, divide},
     types::Completion,
 };
 
@@ -27,6 +28,11 @@ impl<'a> Sequence<'a> {
     /// Tokens of the prompt and of the completion.
     fn ids(&self) -> (&'a [u32], &'a [u32]) {
         (self.prompt_ids, &self.completion.tokens)
+    }
+
+    /// How many they are together.
+    pub(crate) fn tokens(&self) -> usize {
+        self.prompt_ids.len() + self.completion.tokens.len()
     }
 }
 
@@ -59,6 +65,16 @@ pub struct UpdateReport {
     pub tokens: usize,
 }
 
+impl UpdateReport {
+    /// Together with that of another replica, whose gradients are the same.
+    fn with(mut self, other: Self) -> Self {
+        self.loss += other.loss;
+        self.stats.merge(&other.stats);
+        self.tokens += other.tokens;
+        self
+    }
+}
+
 /// A run of sequences that are scored together, with the per-token inputs of the loss.
 struct MicroBatch {
     packed: PackedBatch,
@@ -76,10 +92,13 @@ struct MicroBatch {
 /// the normalisers but is not run, which is what makes late training, when most groups are solved, cheap.
 /// Without anything to run the weights stay as they are.
 ///
+/// Replicas have a share of the sequences each, about as many tokens; what divides the loss is counted over all of them, also
+/// for `bnpo`, which by its definition is a mean over each rank's own tokens: the result does not depend on their number.
+///
 /// # Errors
 /// A loss or gradient that is not finite; the weights are then as before the failing step.
 pub fn update(
-    backend: &mut impl Backend,
+    replicas: &mut Replicas,
     sequences: &[Sequence<'_>],
     config: &UpdateConfig,
     optimizer: &OptimStep,
@@ -87,22 +106,43 @@ pub fn update(
     let normalisers = normalisers(sequences, config);
     let teaches = |s: &&Sequence<'_>| s.advantage != 0.0 || config.loss.beta > 0.0;
     let taught: Vec<Sequence<'_>> = sequences.iter().filter(teaches).copied().collect();
+    if !counts(&taught, &config.loss).contains(&true) {
+        return Ok(UpdateReport::default());
+    }
+    let sizes: Vec<usize> = taught.iter().map(Sequence::tokens).collect();
+    let shares = divide(&sizes, replicas.count());
+    let reports = replicas.each(|rank, replica| {
+        let share = &taught[shares[rank].clone()];
+        let backend = &mut replica.backend;
+        update_share(backend, (share, &normalisers), config, optimizer)
+    })?;
+    Ok(reports
+        .into_iter()
+        .reduce(UpdateReport::with)
+        .unwrap_or_default())
+}
+
+/// A replica's part in an update. Without sequences it has no gradients but those of the others.
+fn update_share(
+    backend: &mut AnyBackend,
+    (ours, normalisers): (&[Sequence<'_>], &Normalisers),
+    config: &UpdateConfig,
+    optimizer: &OptimStep,
+) -> anyhow::Result<UpdateReport> {
     let (limit, share) = (config.micro_batch_tokens, config.share_prompts);
-    let mut batches: Vec<MicroBatch> = split(&taught, limit, share)
+    let mut batches: Vec<MicroBatch> = split(ours, limit, share)
         .map(|part| MicroBatch::new(part, &config.loss, share))
         .filter(|batch| batch.mask.contains(&true))
         .collect();
     let mut report = UpdateReport::default();
-    if batches.is_empty() {
-        return Ok(report);
-    }
     for batch in &mut batches {
         batch.score_fixed(backend, config)?;
     }
     for _ in 0..config.num_iterations {
         report.loss = 0.0;
-        for batch in &batches {
-            let (value, stats) = batch.accumulate(backend, config, &normalisers)?;
+        for (index, batch) in batches.iter().enumerate() {
+            let is_last = index + 1 == batches.len();
+            let (value, stats) = batch.accumulate(backend, config, (normalisers, is_last))?;
             report.loss += value;
             report.stats.merge(&stats);
             report.tokens += batch.packed.ids.len();
@@ -112,7 +152,8 @@ pub fn update(
     Ok(report)
 }
 
-fn normalisers(sequences: &[Sequence<'_>], config: &UpdateConfig) -> Normalisers {
+/// Which completion tokens count, of all sequences one after the other.
+fn counts(sequences: &[Sequence<'_>], config: &LossConfig) -> Vec<bool> {
     let lengths = sequences.iter().map(|s| s.completion.tokens.len());
     let offsets: Vec<usize> = std::iter::once(0)
         .chain(lengths.scan(0, |end, n| {
@@ -120,7 +161,11 @@ fn normalisers(sequences: &[Sequence<'_>], config: &UpdateConfig) -> Normalisers
             Some(*end)
         }))
         .collect();
-    let mask = loss_mask(&offsets, &truncated(sequences), &config.loss);
+    loss_mask(&offsets, &truncated(sequences), config)
+}
+
+fn normalisers(sequences: &[Sequence<'_>], config: &UpdateConfig) -> Normalisers {
+    let mask = counts(sequences, &config.loss);
     Normalisers::single_rank(sequences.len(), &mask, config.max_completion_length)
 }
 
@@ -214,7 +259,7 @@ impl MicroBatch {
         &self,
         backend: &mut impl Backend,
         config: &UpdateConfig,
-        normalisers: &Normalisers,
+        (normalisers, is_last): (&Normalisers, bool),
     ) -> anyhow::Result<(f64, LossStats)> {
         let scores = backend.score(&self.packed, config.temperature, Pass::Train)?;
         let input = LossInput {
@@ -228,6 +273,9 @@ impl MicroBatch {
             mask: &self.mask,
         };
         let out = loss(&input, &config.loss, normalisers)?;
+        if is_last {
+            backend.expect_update();
+        }
         backend.backward(&out.dlogp)?;
         Ok((out.value, out.stats))
     }

@@ -27,6 +27,7 @@ use grpo_policy::{
 fn place(device: Device) -> Place {
     Place {
         device,
+        replicas: 1,
         gpu_memory_utilization: 0.5,
         cache: Some(env!("CARGO_TARGET_TMPDIR").into()),
         deterministic: false,
@@ -101,7 +102,12 @@ fn alike(cpu: &mut Policy, a: &[Completion], b: &[Completion]) -> usize {
             let text = [&request.prompt[..], &tokens[..=at]].concat();
             batch.push(&text, text.len() - 1);
         }
-        let scores = cpu.backend.score(&batch, 1.0, Pass::Score).unwrap();
+        let scores = cpu
+            .replicas
+            .first_mut()
+            .backend
+            .score(&batch, 1.0, Pass::Score)
+            .unwrap();
         apart.push((scores.logprobs[0] - scores.logprobs[1]).abs());
     }
     println!("parted at tokens that are apart by {apart:.3?}");

@@ -101,6 +101,9 @@ pub enum PolicyError {
     },
     #[error("the draft's vocabulary has {draft} tokens and the policy's {policy}")]
     DraftVocabulary { draft: usize, policy: usize },
+    /// This rank of a group is whole, and cannot go on without the one that is not.
+    #[error("another rank of the run has failed")]
+    RankFailed,
     #[error("{0}")]
     Misuse(&'static str),
     #[error(transparent)]

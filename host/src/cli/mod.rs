@@ -169,6 +169,22 @@ impl ModelArgs {
     }
 }
 
+/// Several GPUs, for the commands that divide their work among them.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct GpuArgs {
+    /// GPUs of this machine that share the work, from --device on [default: 1]
+    #[arg(long, value_name = "N")]
+    pub gpus: Option<u32>,
+}
+
+impl GpuArgs {
+    /// These flags over `base`.
+    pub fn over(self, mut base: RawConfig) -> Result<RawConfig, ConfigError> {
+        set(&mut base, "gpus", "--gpus", self.gpus)?;
+        Ok(base)
+    }
+}
+
 /// Speculative decoding, for the commands that generate. The others must not take the flags and ignore
 /// them.
 #[derive(Args, Debug, Default)]

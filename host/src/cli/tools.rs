@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Subcommand};
 use serde_json::{Map, Value};
 
-use super::{ModelArgs, OutputArgs, PluginArg, set, set_plugins};
+use super::{GpuArgs, ModelArgs, OutputArgs, PluginArg, set, set_plugins};
 use crate::config::{ConfigError, DraftKind, DraftTokens, RawConfig};
 
 #[derive(Args, Debug)]
@@ -164,6 +164,8 @@ impl BenchSpecArgs {
 pub struct BenchTrainArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub gpus: GpuArgs,
     /// Sequences of a step
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     pub batch: u32,
@@ -186,6 +188,8 @@ pub struct BenchTrainArgs {
 pub struct BenchStepArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub gpus: GpuArgs,
     /// Prompts of a step
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub prompts: u32,

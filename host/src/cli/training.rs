@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{DraftArgs, ModelArgs, OutputArgs, PluginArg, set, set_plugins};
+use super::{DraftArgs, GpuArgs, ModelArgs, OutputArgs, PluginArg, set, set_plugins};
 use crate::config::{ConfigError, RawConfig};
 
 #[derive(Args, Debug, Default)]
@@ -14,6 +14,8 @@ pub struct TrainArgs {
     pub plugins: Vec<PluginArg>,
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub gpus: GpuArgs,
     #[command(flatten)]
     pub draft: DraftArgs,
     /// Training rows: JSONL, Parquet or a hub id [default: the built-in rows]
@@ -35,7 +37,8 @@ pub struct TrainArgs {
 impl TrainArgs {
     /// `base` (the embedded run, or the `config.yaml` of a resumed one), then the file, then the flags.
     pub fn over(&self, base: RawConfig) -> Result<RawConfig, ConfigError> {
-        let mut raw = self.draft.over(self.model.over(base)?)?;
+        let base = self.gpus.over(self.model.over(base)?)?;
+        let mut raw = self.draft.over(base)?;
         set_plugins(&mut raw, &self.plugins)?;
         set(&mut raw, "data", "--data", self.data.as_ref())?;
         set(&mut raw, "max_steps", "--steps", self.steps)?;
@@ -48,6 +51,8 @@ impl TrainArgs {
 pub struct EvalArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub gpus: GpuArgs,
     #[command(flatten)]
     pub draft: DraftArgs,
     /// Rows to evaluate on [default: held-out built-in rows]
@@ -74,7 +79,8 @@ pub struct EvalArgs {
 impl EvalArgs {
     /// `base`, then the file, then the flags.
     pub fn over(&self, base: RawConfig) -> Result<RawConfig, ConfigError> {
-        let base = self.draft.over(self.model.over(base)?)?;
+        let base = self.gpus.over(self.model.over(base)?)?;
+        let base = self.draft.over(base)?;
         let mut raw = self.sampling.over(base)?;
         set_plugins(&mut raw, &self.plugins)?;
         set(&mut raw, "eval_data", "--data", self.data.as_ref())?;
@@ -90,6 +96,8 @@ impl EvalArgs {
 pub struct SftArgs {
     #[command(flatten)]
     pub model: ModelArgs,
+    #[command(flatten)]
+    pub gpus: GpuArgs,
     /// Train a new model of this shape (a `config.json`) from random weights instead of `--model`.
     #[arg(
         long,
@@ -135,7 +143,7 @@ pub struct SftArgs {
 impl SftArgs {
     /// The config these flags lay over `base`.
     pub fn over(&self, base: RawConfig) -> Result<RawConfig, ConfigError> {
-        let mut raw = self.model.over(base)?;
+        let mut raw = self.gpus.over(self.model.over(base)?)?;
         set_plugins(&mut raw, &self.plugins)?;
         set(&mut raw, "data", "--data", Some(&self.data))?;
         set(&mut raw, "data_split", "--split", Some(&self.split))?;

@@ -8,7 +8,7 @@ use grpo_policy::backend::{
 use serde_json::{Value, json};
 
 use super::table;
-use crate::{policy::Policy, types::Table};
+use crate::{policy::Policy, replicas::Replicas, types::Table};
 
 /// `--profile` where nothing can be profiled.
 #[derive(Debug, thiserror::Error)]
@@ -73,7 +73,7 @@ impl Limit {
 /// # Errors
 /// What the driver says.
 pub(super) fn limit(policy: &Policy, shape: &DecodeShape) -> anyhow::Result<Option<Limit>> {
-    let AnyBackend::Cuda(gpu) = &policy.backend else {
+    let AnyBackend::Cuda(gpu) = policy.backend() else {
         return Ok(None);
     };
     let bytes = gpu.step_bytes(shape.prompts * shape.n * shape.context);
@@ -89,26 +89,27 @@ pub(super) fn limit(policy: &Policy, shape: &DecodeShape) -> anyhow::Result<Opti
 /// [`NothingToProfile`] on a CPU; what the driver says.
 pub(super) fn profile(policy: &mut Policy, shape: &DecodeShape) -> anyhow::Result<Profile> {
     policy.forget_kv();
-    match &mut policy.backend {
+    match &mut policy.replicas.first_mut().backend {
         AnyBackend::Cuda(gpu) => Ok(gpu.profile(shape)?),
         AnyBackend::Cpu(_) => Err(NothingToProfile.into()),
     }
 }
 
-/// Times the parts of a training step.
+/// Times the parts of a training step, of several GPUs on the first.
 ///
 /// # Errors
 /// [`NothingToProfile`] on a CPU; those of the step.
 pub(super) fn profile_training(
     policy: &mut Policy,
-    step: impl FnOnce(&mut AnyBackend) -> anyhow::Result<()>,
+    step: impl FnOnce(&mut Replicas) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<WorkTime>> {
-    let AnyBackend::Cuda(gpu) = &mut policy.backend else {
+    let replicas = &mut policy.replicas;
+    let AnyBackend::Cuda(gpu) = &mut replicas.first_mut().backend else {
         return Err(NothingToProfile.into());
     };
     gpu.start_profile();
-    step(&mut policy.backend)?;
-    match &mut policy.backend {
+    step(replicas)?;
+    match &mut replicas.first_mut().backend {
         AnyBackend::Cuda(gpu) => Ok(gpu.stop_profile()),
         AnyBackend::Cpu(_) => Err(NothingToProfile.into()),
     }

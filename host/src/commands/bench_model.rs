@@ -11,7 +11,7 @@ use grpo_policy::{
 
 use super::progress::downloads;
 use crate::{
-    cli::{Environment, ModelArgs, OutputArgs, ShapeArgs},
+    cli::{Environment, GpuArgs, ModelArgs, OutputArgs, ShapeArgs},
     config::RunConfig,
     defaults,
     rollout::mix,
@@ -33,12 +33,12 @@ impl Measured {
     /// The model that the flags name, or random weights in a shape, for `command`.
     pub(super) fn load(
         command: &str,
-        args: &ModelArgs,
+        (args, gpus): (&ModelArgs, GpuArgs),
         shape: &ShapeArgs,
         output: OutputArgs,
         environment: &Environment,
     ) -> anyhow::Result<Self> {
-        let config = super::config_without_draft(command, |base| args.over(base))?;
+        let config = super::config_without_draft(command, |base| gpus.over(args.over(base)?))?;
         super::set_threads(config.hardware.threads)?;
         let cores = std::thread::available_parallelism()?.get();
         let (name, model) = match &shape.shape {

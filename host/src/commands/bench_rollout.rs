@@ -13,7 +13,7 @@ use super::{
     bench_model::{Measured, best, check_fits, timed},
 };
 use crate::{
-    cli::{BenchRolloutArgs, Environment},
+    cli::{BenchRolloutArgs, Environment, GpuArgs},
     config::Device,
     placement::{Capacity, Passes, Place},
     policy::{Mode, Policy},
@@ -38,13 +38,14 @@ struct Workload {
 
 /// Measures, and prints a table or one JSON object.
 pub(super) fn run(args: &BenchRolloutArgs, environment: &Environment) -> anyhow::Result<()> {
-    let measured = Measured::load(
+    let mut measured = Measured::load(
         "bench rollout",
-        &args.model,
+        (&args.model, GpuArgs::default()),
         &args.shape,
         args.output,
         environment,
     )?;
+    super::use_one_gpu(&mut measured.config);
     let work = workload(args, &measured)?;
     if args.profile && measured.config.hardware.device == Device::Cpu {
         return Err(NothingToProfile.into());

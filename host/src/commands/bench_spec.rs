@@ -50,6 +50,7 @@ pub(super) fn run(args: &BenchSpecArgs, environment: &Environment) -> anyhow::Re
     // Nothing is evaluated here, so a small file need not give up its rows.
     config.eval.eval_rows = 1;
     super::set_threads(config.hardware.threads)?;
+    super::use_one_gpu(&mut config);
     let rows = setup::rows(&config, environment, &mut downloads(args.output.quiet))?;
     let largest = largest(args);
     anyhow::ensure!(

@@ -58,7 +58,7 @@ struct Step<'a> {
 
 /// Measures, and prints a table or one JSON object.
 pub(super) fn run(args: &BenchStepArgs, environment: &Environment) -> anyhow::Result<()> {
-    let (model, shape) = (&args.model, &args.shape);
+    let (model, shape) = ((&args.model, args.gpus), &args.shape);
     let mut measured = Measured::load("bench step", model, shape, args.output, environment)?;
     let context = measured.context();
     let tokens = |asked: Option<u32>, usual: usize| asked.map_or(usual, |n| n as usize);
@@ -103,6 +103,7 @@ pub(super) fn run(args: &BenchStepArgs, environment: &Environment) -> anyhow::Re
         object["model"] = json!(name);
         object["plugin"] = json!(source);
         object["device"] = json!(policy.device());
+        object["gpus"] = json!(policy.replicas.count());
         object["memory"] = json!(policy.memory_plan());
         object["threads"] = json!(threads);
         object["prompts"] = json!(args.prompts);
@@ -112,7 +113,8 @@ pub(super) fn run(args: &BenchStepArgs, environment: &Environment) -> anyhow::Re
         outln!("{object}");
         return Ok(());
     }
-    outln!("    model  {name}, {}, {threads} threads", policy.device());
+    let devices = policy.devices();
+    outln!("    model  {name}, {devices}, {threads} threads");
     outln!(
         "     work  {} prompts × {} completions × ({prompt_tokens} prompt + {new_tokens} new tokens), best of {} steps",
         args.prompts,
@@ -271,7 +273,7 @@ impl Step<'_> {
             .optimizer
             .step(self.config.optimizer.learning_rate);
         let settings = update_config(self.config);
-        update(&mut policy.backend, &sequences, &settings, &optimizer)?;
+        update(&mut policy.replicas, &sequences, &settings, &optimizer)?;
         Ok(())
     }
 }

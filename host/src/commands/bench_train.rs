@@ -3,7 +3,7 @@
 //! The loss is the mean negative log-likelihood of every token but the first, as in
 //! `xtask/bench/peer_cpu.py`; GRPO's costs no measurable time beside the passes.
 
-use grpo_policy::backend::{AnyBackend, Backend, cuda::WorkTime};
+use grpo_policy::backend::{Backend, cuda::WorkTime};
 use serde_json::{Value, json};
 
 use super::{
@@ -16,6 +16,7 @@ use crate::{
     config::RunConfig,
     placement::{Capacity, Passes, Place},
     policy::{Mode, Policy},
+    replicas::Replicas,
     sft::{Example, step},
 };
 
@@ -32,7 +33,7 @@ struct Steps {
 
 /// Measures, and prints a table or one JSON object.
 pub(super) fn run(args: &BenchTrainArgs, environment: &Environment) -> anyhow::Result<()> {
-    let (model, shape) = (&args.model, &args.shape);
+    let (model, shape) = ((&args.model, args.gpus), &args.shape);
     let measured = Measured::load("bench train", model, shape, args.output, environment)?;
     let context = measured.context();
     let tokens = args.tokens.map_or(TOKENS.min(context), |n| n as usize);
@@ -62,7 +63,8 @@ pub(super) fn run(args: &BenchTrainArgs, environment: &Environment) -> anyhow::R
         outln!("{object}");
         return Ok(());
     }
-    outln!("    model  {name}, {}, {threads} threads", policy.device());
+    let devices = policy.devices();
+    outln!("    model  {name}, {devices}, {threads} threads");
     print(&lines, args.steps);
     for line in steps.profile.iter().flat_map(|times| training_lines(times)) {
         outln!("{line}");
@@ -83,12 +85,12 @@ fn measure(
     let optimizer = config.optimizer.step(config.optimizer.learning_rate);
     let mut losses = Vec::new();
     let seconds = timed(args.steps, || {
-        let report = step(&mut policy.backend, &batch, config, &optimizer)?;
+        let report = step(&mut policy.replicas, &batch, config, &optimizer)?;
         losses.push(report.loss);
         Ok(())
     })?;
-    let once = |backend: &mut AnyBackend| {
-        step(backend, &batch, config, &optimizer)?;
+    let once = |replicas: &mut Replicas| {
+        step(replicas, &batch, config, &optimizer)?;
         Ok(())
     };
     let profile = match args.profile {
@@ -110,12 +112,13 @@ fn report(
     (steps, tokens): (&Steps, usize),
 ) -> Value {
     let seconds = best(&steps.seconds);
-    let trainable = policy.backend.trainable_parameters();
+    let trainable = policy.backend().trainable_parameters();
     let lora = config.training.lora.as_ref();
     let trains = lora.map_or_else(|| "full".to_owned(), |lora| format!("LoRA r={}", lora.r));
     let sizes = (args.batch as usize, tokens);
-    let spec = policy.backend.spec();
+    let spec = policy.backend().spec();
     let flops = step_flops(spec, lora.map(|_| trainable), sizes) / seconds;
+    let gpus = policy.replicas.count();
     // A GPU decides by what fits.
     let training = policy.memory_plan().and_then(|plan| plan.training);
     let checkpointing = config.training.gradient_checkpointing;
@@ -127,8 +130,8 @@ fn report(
         "gradient_checkpointing": training.map_or(checkpointing, |plan| plan.recompute),
         "trains": trains, "trainable_parameters": trainable,
         "steps": args.steps, "seconds": steps.seconds, "losses": steps.losses,
-        "flops_per_second": flops, "mfu": peak(policy.device()).map(|peak| flops / peak),
-        "device": policy.device(), "memory": policy.memory_plan(), "profile": steps.profile,
+        "flops_per_second": flops, "mfu": peak(policy.device()).map(|peak| flops / peak / gpus as f64),
+        "device": policy.device(), "gpus": gpus, "memory": policy.memory_plan(), "profile": steps.profile,
     })
 }
 

@@ -87,6 +87,14 @@ fn config_without_draft(
     config_over_defaults(over)
 }
 
+/// For a command that has no use for several GPUs: it says so, and uses one.
+fn use_one_gpu(config: &mut RunConfig) {
+    if config.hardware.gpus > 1 {
+        warn("gpus has no effect here: one is used");
+        config.hardware.gpus = 1;
+    }
+}
+
 /// Sizes the thread pool that all tensor work runs on.
 fn set_threads(threads: Option<u32>) -> anyhow::Result<()> {
     let Some(threads) = threads else {
@@ -125,7 +133,7 @@ fn tell_of_device(policy: &Policy, quiet: bool) {
         let hint = hint.unwrap_or_default();
         warn(&format!("running on the CPU: {reason}{hint}"));
     }
-    if let Some(plan) = policy.memory_plan().filter(|_| !quiet) {
+    for plan in policy.memory_plans().filter(|_| !quiet) {
         eprintln!("{plan}");
     }
 }

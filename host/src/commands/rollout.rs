@@ -15,7 +15,8 @@ use crate::{
 
 /// Generates and prints the completions, each with its telemetry.
 pub(super) fn run(args: &RolloutArgs, environment: &Environment) -> anyhow::Result<()> {
-    let config = super::config_over_defaults(|base| args.over(base))?;
+    let mut config = super::config_over_defaults(|base| args.over(base))?;
+    super::use_one_gpu(&mut config);
     super::set_threads(config.hardware.threads)?;
     let model = setup::model(&config, environment, &mut downloads(args.output.quiet))?;
     let capacity = setup::capacity(&config.generation, model.spec.max_position_embeddings);

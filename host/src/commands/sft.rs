@@ -52,7 +52,7 @@ pub(super) fn run(args: &SftArgs, environment: &Environment) -> anyhow::Result<(
     for number in 0..args.steps {
         let batch = batches.batch(number, args.batch as usize);
         let optimizer = optimizer(&config, number);
-        let report = step(&mut policy.backend, &batch, &config, &optimizer)?;
+        let report = step(&mut policy.replicas, &batch, &config, &optimizer)?;
         bar.step(number + 1, &report);
         first = first.or(Some(report.loss));
         last = Some(report.loss);

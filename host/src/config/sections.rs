@@ -395,6 +395,8 @@ impl Default for OutputConfig {
 #[serde(default)]
 pub struct HardwareConfig {
     pub device: Device,
+    /// GPUs that share the work, from `device` on. Above 1 there must be so many.
+    pub gpus: u32,
     /// Of a GPU's memory, what this process may use, above 0 and up to 1.
     pub gpu_memory_utilization: f64,
     /// On a GPU, make logits independent of what else is computed beside them. On a CPU they always are.
@@ -413,6 +415,7 @@ impl Default for HardwareConfig {
     fn default() -> Self {
         Self {
             device: Device::default(),
+            gpus: 1,
             gpu_memory_utilization: 0.9,
             deterministic: false,
             quantized_weights: QuantizedWeights::default(),

@@ -251,6 +251,23 @@ fn wrong_types_name_key_and_line() {
 }
 
 #[test]
+fn several_gpus_are_refused_where_they_cannot_be() {
+    for (yaml, message) in [
+        ("gpus: 0", "run.yaml:1: `gpus` is 0; allowed: 1 to 64"),
+        (
+            "device: cpu\ngpus: 2",
+            "run.yaml:2: `gpus` is 2; allowed: 1 with device cpu",
+        ),
+        (
+            "gpus: 2\ndraft: suffix",
+            "run.yaml:2: `draft` is suffix; allowed: none, ngram, model:PATH or layers:K with several gpus",
+        ),
+    ] {
+        assert_eq!(refusal(yaml).0, message);
+    }
+}
+
+#[test]
 fn ranges_name_key_value_and_what_is_allowed() {
     for (yaml, message) in [
         (

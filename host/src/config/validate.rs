@@ -4,8 +4,8 @@ use serde::Serialize;
 use serde_norway::{Mapping, Value};
 
 use super::{
-    ConfigError, Origin, RawConfig, RunConfig,
-    choices::DynamicSampling,
+    ConfigError, DraftKind, Origin, RawConfig, RunConfig,
+    choices::{Device, DynamicSampling},
     sections::{
         GenerationConfig, ImportanceCorrection, LoraConfig, LossConfig, OptimizerConfig,
         PluginConfig,
@@ -31,6 +31,9 @@ const FOREIGN_KEYS: [(&str, &str); 10] = [
         "importance_correction: {max: …}",
     ),
 ];
+
+/// GPUs of one host, generously.
+const MOST_GPUS: u32 = 64;
 
 /// Least Jaro-Winkler similarity of a suggestion: `lerning_rate` passes, `foo` does not.
 const SIMILAR: f64 = 0.8;
@@ -346,6 +349,25 @@ fn optimizer(ranges: &Ranges<'_>, config: &OptimizerConfig) -> Result<(), Config
     ranges.not_negative("max_grad_norm", config.max_grad_norm)
 }
 
+fn gpus(ranges: &Ranges<'_>, config: &RunConfig) -> Result<(), ConfigError> {
+    let gpus = config.hardware.gpus;
+    ranges.within("gpus", gpus, MOST_GPUS, "1 to 64")?;
+    ranges.check(
+        "gpus",
+        gpus,
+        "1 with device cpu",
+        gpus == 1 || config.hardware.device != Device::Cpu,
+    )?;
+    // It remembers completions of all prompts, and each GPU sees those of its own.
+    let draft = &config.generation.draft;
+    ranges.check(
+        "draft",
+        draft,
+        "none, ngram, model:PATH or layers:K with several gpus",
+        gpus == 1 || *draft != DraftKind::Suffix,
+    )
+}
+
 fn run(ranges: &Ranges<'_>, config: &RunConfig) -> Result<(), ConfigError> {
     let training = &config.training;
     ranges.check(
@@ -371,6 +393,7 @@ fn run(ranges: &Ranges<'_>, config: &RunConfig) -> Result<(), ConfigError> {
         ranges.at_least_one("early_stopping_patience", patience)?;
     }
     ranges.at_least_one("save_total_limit", config.output.save_total_limit)?;
+    gpus(ranges, config)?;
     let hardware = &config.hardware;
     let share = hardware.gpu_memory_utilization;
     ranges.check(

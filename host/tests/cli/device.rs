@@ -91,6 +91,60 @@ fn auto_passes_over_a_gpu_with_an_old_driver_and_says_so() {
 }
 
 #[test]
+fn several_gpus_that_are_not_there_are_refused() {
+    let lab = lab_with(OLD);
+    let few = (
+        "gpus is 2, and from cuda:0 on there are 1",
+        "use --gpus 1 or fewer",
+    );
+    for command in [
+        "train --config run.yaml --out out",
+        "eval --config run.yaml --data rows.jsonl",
+        "sft --config run.yaml --data rows.jsonl --out out",
+        "bench train --config run.yaml",
+        "bench step --config run.yaml",
+    ] {
+        let ended = run(&lab, &format!("{command} --gpus 2"));
+        assert_eq!(ended.refused(FAILURE), few, "{command}");
+        assert!(!lab.path("out").exists(), "{command}");
+        let ended = run(&lab, &format!("{command} --gpus 2 --device cpu"));
+        let (error, _) = ended.refused(USAGE);
+        assert_eq!(error, "--gpus: `gpus` is 2; allowed: 1 with device cpu");
+    }
+    let ended = run(&lab, "train --config run.yaml --gpus 2 --device cuda:1");
+    let none = "gpus is 2, and from cuda:1 on there are 0";
+    assert_eq!(ended.refused(FAILURE).0, none);
+    let ended = run(&lab, &format!("{ROLLOUT} --set gpus=2 --device auto")).fine();
+    assert!(
+        ended
+            .stderr
+            .starts_with("warning: gpus has no effect here: one is used\n")
+    );
+}
+
+#[test]
+fn several_gpus_want_nccl_for_training() {
+    let lab = lab_with(Driver { gpus: 2, ..OLD });
+    // Hides one that is installed.
+    for name in ["libnccl.so.2", "libnccl.so"] {
+        lab.write(name, "no library");
+    }
+    let ended = run(&lab, "train --config run.yaml --out out --gpus 2");
+    assert_eq!(
+        ended.refused(FAILURE),
+        (
+            "CUDA library `nccl` was not found",
+            "several GPUs need NCCL: install it (also from PyPI: nvidia-nccl-cu13 with its lib folder on LD_LIBRARY_PATH), or use --gpus 1"
+        )
+    );
+    let lab = lab_with(Driver { gpus: 0, ..OLD });
+    let doctor = run(&lab, "doctor --json").fine().json();
+    let libraries = doctor["cuda"]["libraries"].as_array().unwrap();
+    let nccl = libraries.iter().find(|library| library["name"] == "nccl");
+    assert_eq!(nccl.unwrap()["package"], "nvidia-nccl-cu13");
+}
+
+#[test]
 fn a_gpu_that_is_named_is_not_passed_over() {
     let lab = lab_with(OLD);
     for command in [

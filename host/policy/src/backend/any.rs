@@ -47,6 +47,17 @@ impl AnyBackend {
         Ok(Self::Cpu(Box::new(cpu)))
     }
 
+    /// Makes its GPU the one that the calling thread talks to. A thread calls this before anything else when others have GPUs too.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn bind(&self) -> Result<(), PolicyError> {
+        match self {
+            Self::Cpu(_) => Ok(()),
+            Self::Cuda(gpu) => gpu.bind(),
+        }
+    }
+
     /// Number of all weights, adapters included.
     pub fn parameters(&self) -> usize {
         on_device!(self, backend => backend.parameters())
@@ -212,6 +223,10 @@ impl Backend for AnyBackend {
         exit: Exit,
     ) -> Result<f64, PolicyError> {
         on_device!(self, backend => backend.distill(batch, targets, temperature, weight, exit))
+    }
+
+    fn expect_update(&mut self) {
+        on_device!(self, backend => backend.expect_update());
     }
 
     fn optimizer_step(&mut self, step: &OptimStep, exit: Exit) -> Result<f64, PolicyError> {

@@ -6,8 +6,10 @@
 mod any;
 pub mod cpu;
 pub mod cuda;
+mod group;
 
 pub use any::AnyBackend;
+pub use group::Group;
 
 use crate::{
     engine::sampler::{Distribution, Proposal},
@@ -161,8 +163,13 @@ pub trait Backend {
         exit: Exit,
     ) -> Result<f64, PolicyError>;
 
+    /// Says that the next [`Backend::backward`] is the last one before [`Backend::optimizer_step`], so that a rank of a
+    /// [`Group`] may begin to sum gradients in it. It is never needed: what is not summed by then is in the update.
+    fn expect_update(&mut self) {}
+
     /// Clips, applies AdamW and clears gradients, of the model or of its early exit; returns the gradient norm
-    /// before clipping.
+    /// before clipping. The gradients of a [`Group`]'s rank are those of all ranks together, and each must call it; one that
+    /// had no batch adds nothing.
     fn optimizer_step(&mut self, step: &OptimStep, exit: Exit) -> Result<f64, PolicyError>;
 }
 

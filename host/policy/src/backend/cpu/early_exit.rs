@@ -16,7 +16,10 @@ use super::{
     ops,
     params::{AdamW, Grads, ParamId, Params},
 };
-use crate::{backend::OptimStep, error::PolicyError};
+use crate::{
+    backend::{OptimStep, group::Seat},
+    error::PolicyError,
+};
 
 /// See the file header.
 #[derive(Debug)]
@@ -95,7 +98,14 @@ impl EarlyExit {
         self.optimizer.import(&self.params, tensors)
     }
 
-    pub(super) fn optimizer_step(&mut self, step: &OptimStep) -> Result<f64, PolicyError> {
+    pub(super) fn optimizer_step(
+        &mut self,
+        step: &OptimStep,
+        seat: Option<&Seat>,
+    ) -> Result<f64, PolicyError> {
+        if let Some(seat) = seat {
+            self.grads.sum_over(seat, &self.params)?;
+        }
         let norm = self
             .optimizer
             .step(&mut self.params, &mut self.grads, step)?;

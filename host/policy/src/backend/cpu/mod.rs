@@ -33,7 +33,7 @@ use self::{
     training::Saved,
 };
 use crate::{
-    backend::{Backend, BlockId, Drafted, Exit, OptimStep, Pass, Sampled, StepRow},
+    backend::{Backend, BlockId, Drafted, Exit, OptimStep, Pass, Sampled, StepRow, group::Seat},
     engine::sampler,
     error::PolicyError,
     spec::ModelSpec,
@@ -77,6 +77,8 @@ pub struct CpuBackend {
     saved: Option<Saved>,
     scratch: sampler::Scratch,
     gradient_checkpointing: bool,
+    /// With others that train the same model.
+    pub(super) seat: Option<Seat>,
 }
 
 impl CpuBackend {
@@ -109,6 +111,7 @@ impl CpuBackend {
             decoder,
             params,
             gradient_checkpointing,
+            seat: None,
         })
     }
 
@@ -398,8 +401,16 @@ impl Backend for CpuBackend {
 
     fn optimizer_step(&mut self, step: &OptimStep, exit: Exit) -> Result<f64, PolicyError> {
         match exit {
-            Exit::Final => self.optimizer.step(&mut self.params, &mut self.grads, step),
-            Exit::Early => self.early_exit_mut()?.optimizer_step(step),
+            Exit::Final => {
+                if let Some(seat) = &self.seat {
+                    self.grads.sum_over(seat, &self.params)?;
+                }
+                self.optimizer.step(&mut self.params, &mut self.grads, step)
+            }
+            Exit::Early => {
+                let exit = self.early_exit.as_mut().ok_or(NO_EARLY_EXIT)?;
+                exit.optimizer_step(step, self.seat.as_ref())
+            }
         }
     }
 }

@@ -9,7 +9,10 @@ use super::{
     mat::{Mat, View},
     simd::{dispatch, sum_of_squares},
 };
-use crate::{backend::OptimStep, error::PolicyError};
+use crate::{
+    backend::{OptimStep, group::Seat},
+    error::PolicyError,
+};
 
 /// Index into [`Params`].
 pub(crate) type ParamId = usize;
@@ -162,6 +165,28 @@ impl Grads {
                 name: p.name.clone(),
             })
         })
+    }
+
+    /// Makes them those of all ranks together. A rank without any had no batch, and adds nothing.
+    ///
+    /// # Errors
+    /// [`PolicyError::MissingGradient`] where some are missing; [`PolicyError::RankFailed`].
+    pub(crate) fn sum_over(&mut self, seat: &Seat, params: &Params) -> Result<(), PolicyError> {
+        if self.0.iter().any(Option::is_some) {
+            self.check_complete(params)?;
+        }
+        let trained = params.iter().enumerate().filter(|(_, p)| p.trainable);
+        let ids: Vec<ParamId> = trained.map(|(id, _)| id).collect();
+        let mine = ids.iter().map(|id| self.slot(*id, params).data().to_vec());
+        let sum = seat.sum(mine.collect::<Vec<_>>().concat())?;
+        let mut rest = sum.as_slice();
+        for id in ids {
+            let to = self.slot(id, params).data_mut();
+            let (part, later) = rest.split_at(to.len());
+            to.copy_from_slice(part);
+            rest = later;
+        }
+        Ok(())
     }
 
     /// Global 2-norm; names the weight whose gradient is not finite.

@@ -126,7 +126,9 @@ pub(super) fn cached(
     if let Some(file) = file {
         // A cache that cannot be written costs a second at the next start, nothing else.
         let parent = file.parent().map(std::fs::create_dir_all);
-        let partial = file.with_extension(format!("{}.partial", std::process::id()));
+        // Threads with a GPU each compile the same files at the same time.
+        let (process, thread) = (std::process::id(), std::thread::current().id());
+        let partial = file.with_extension(format!("{process}-{thread:?}.partial"));
         if parent.is_some_and(|made| made.is_ok()) && std::fs::write(&partial, &ptx).is_ok() {
             _ = std::fs::rename(&partial, &file);
         }

@@ -95,6 +95,15 @@ pub enum CudaError {
     UnmergedDeterministic,
     #[error("CUDA driver: {0}")]
     Driver(#[source] DriverError),
+    #[error("gpus is {asked}, and from cuda:{first} on there are {found}")]
+    TooFewGpus {
+        asked: usize,
+        /// Index of the first one asked for.
+        first: usize,
+        found: usize,
+    },
+    #[error("NCCL: {0}")]
+    Nccl(String),
     #[error("cublasLt: {0}")]
     Blas(#[source] CublasError),
 }
@@ -136,6 +145,10 @@ impl CudaError {
             Self::Library("cuda") => {
                 "install the NVIDIA driver, or use --device cpu".to_owned()
             }
+            Self::Library("nccl") => "several GPUs need NCCL: install it (also from PyPI: nvidia-nccl-cu13 with its lib folder on LD_LIBRARY_PATH), or use --gpus 1".to_owned(),
+            Self::TooFewGpus { found: 0, .. } => "leave --gpus out, or use another --device".to_owned(),
+            Self::TooFewGpus { found, .. } => format!("use --gpus {found} or fewer"),
+            Self::Nccl(_) => "NCCL_DEBUG=WARN in the environment has it say more; --gpus 1 needs none of it".to_owned(),
             Self::Library(_) => "install CUDA 12.4 or later (its libraries nvrtc and cublas are enough, also from PyPI: nvidia-cuda-nvrtc and nvidia-cublas with their lib folders on LD_LIBRARY_PATH)".to_owned(),
             Self::NoDevice { count: 0, .. } | Self::TooOld { .. } | Self::Shape(_) | Self::NotYet(_) => "use --device cpu".to_owned(),
             Self::OldDriver { .. } => {

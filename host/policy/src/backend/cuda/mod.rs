@@ -23,6 +23,7 @@ mod layer;
 mod lora;
 mod maps;
 mod memory;
+mod nccl;
 mod parts;
 mod product;
 mod propose;
@@ -49,6 +50,8 @@ pub use device::count;
 pub use error::CudaError;
 pub use graph::{DecodeShape, KernelTime, Profile};
 pub use memory::{Budget, MemoryPlan, PoolNeeds};
+pub(crate) use nccl::Communicators;
+pub use nccl::has_nccl;
 pub use propose::DeviceRow;
 pub use survey::{GpuFacts, Survey, survey};
 pub use train::{Kept, TrainingPlan, WorkTime, training_bytes};
@@ -160,6 +163,10 @@ pub struct CudaBackend {
     /// Folder of compiled kernels.
     cache: Option<PathBuf>,
 }
+
+// SAFETY: graphs and the handles of cublasLt belong to a context and to no thread; whoever has the backend is the only one who
+// calls with them, since every call that does takes it by `&mut`.
+unsafe impl Send for CudaBackend {}
 
 /// What decides whether a model runs here, as [`CudaError::Shape`].
 fn check(spec: &ModelSpec) -> Result<(), CudaError> {
@@ -327,6 +334,15 @@ impl CudaBackend {
         self.gpu.memory_bandwidth()
     }
 
+    /// [`super::AnyBackend::bind`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn bind(&self) -> Result<(), PolicyError> {
+        let bound = self.gpu.stream.context().bind_to_thread();
+        Ok(bound.map_err(CudaError::from)?)
+    }
+
     /// Bytes of the weights on the device.
     pub fn weight_bytes(&self) -> usize {
         self.weights.bytes()
@@ -423,6 +439,10 @@ impl Backend for CudaBackend {
             Exit::Final => self.distill_packed(batch, targets, temperature, weight),
             Exit::Early => self.distill_exit(batch, targets, temperature, weight),
         }
+    }
+
+    fn expect_update(&mut self) {
+        self.reduce_with_next_backward();
     }
 
     fn optimizer_step(&mut self, step: &OptimStep, exit: Exit) -> Result<f64, PolicyError> {

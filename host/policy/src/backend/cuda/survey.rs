@@ -2,12 +2,16 @@
 
 use cudarc::driver::CudaContext;
 
-use super::{CudaError, device};
+use super::{CudaError, device, has_nccl};
+
+/// The library that only several GPUs need.
+const ONLY_FOR_SEVERAL: &str = "nccl";
 
 /// Libraries found, and GPUs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Survey {
     /// Each library this backend loads, whether it was found, and the PyPI package that brings it (none for the driver's).
+    /// [`ONLY_FOR_SEVERAL`] is not needed for one GPU.
     pub libraries: Vec<(&'static str, bool, Option<&'static str>)>,
     /// CUDA version of the driver, as 1000·major + 10·minor.
     pub driver: Option<i32>,
@@ -27,7 +31,8 @@ pub struct GpuFacts {
 impl Survey {
     /// Indices of the GPUs that a model can run on here.
     pub fn usable(&self) -> Vec<usize> {
-        let complete = self.libraries.iter().all(|(_, found, _)| *found);
+        let mut needed = self.libraries.iter().filter(|l| l.0 != ONLY_FOR_SEVERAL);
+        let complete = needed.all(|(_, found, _)| *found);
         let usable = |(ordinal, gpu): (usize, &GpuFacts)| {
             let driver = self.driver.filter(|_| complete)?;
             device::is_supported(driver, gpu.capability).then_some(ordinal)
@@ -54,6 +59,7 @@ pub fn survey() -> Result<Survey, CudaError> {
             ("cuda", driver.is_some(), None),
             ("nvrtc", nvrtc, Some("nvidia-cuda-nvrtc")),
             ("cublasLt", blas, Some("nvidia-cublas")),
+            (ONLY_FOR_SEVERAL, has_nccl(), Some("nvidia-nccl-cu13")),
         ],
         driver,
         gpus: Vec::new(),
@@ -76,7 +82,7 @@ mod tests {
     #[test]
     fn a_machine_without_a_driver_has_no_gpu() {
         let found = survey().unwrap();
-        assert_eq!(found.libraries.len(), 3);
+        assert_eq!(found.libraries.len(), 4);
         if !found.libraries[0].1 {
             assert_eq!((found.driver, found.gpus.len()), (None, 0));
         }
@@ -90,7 +96,11 @@ mod tests {
             memory: (1, 2),
         };
         let survey = Survey {
-            libraries: vec![("cuda", true, None), ("cublasLt", true, None)],
+            libraries: vec![
+                ("cuda", true, None),
+                ("cublasLt", true, None),
+                (ONLY_FOR_SEVERAL, false, None),
+            ],
             driver: Some(12_040),
             gpus: vec![gpu((7, 5)), gpu((8, 0)), gpu((9, 0))],
         };

@@ -38,8 +38,10 @@ impl Training {
         scored: &Scored,
         lesson: &Lesson,
     ) -> Result<(), PolicyError> {
+        self.check_not_reducing()?;
         self.clock.turn(true);
         self.head_backward(on, run, scored, lesson)?;
+        self.reduce(on.gpu, 1)?;
         for layer in (0..on.spec.num_hidden_layers).rev() {
             let trace = match self.sizes.kept {
                 Kept::Activations => self.arena.trace(Some(layer)),
@@ -47,9 +49,11 @@ impl Training {
             };
             self.mlp_backward(on, run, layer, &trace)?;
             self.attention_backward(on, run, layer, &trace)?;
+            self.reduce(on.gpu, 1 + on.spec.num_hidden_layers - layer)?;
         }
         if matches!(self.mode, Mode::Full { .. }) {
             self.embedding_backward(on, run)?;
+            self.reduce(on.gpu, 2 + on.spec.num_hidden_layers)?;
         }
         self.clock.pause(on.gpu)?;
         self.trains()?.check_complete()

@@ -200,6 +200,9 @@ impl CudaBackend {
         let norm = self.with_exit(|backend, exit| {
             let (training, on) = backend.with_training()?;
             let optimizer = exit.optimizer.as_mut().ok_or(NOTHING_TRAINS)?;
+            if let Some(reducer) = &mut training.reducer {
+                reducer.finish_beside(on.gpu, &mut optimizer.optimizer)?;
+            }
             optimizer.optimizer.step(on.gpu, &training.kernels, step)
         })?;
         self.exit_has_learnt();

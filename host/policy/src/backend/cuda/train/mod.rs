@@ -20,6 +20,7 @@ mod layout;
 mod operands;
 mod optimizer;
 mod plan;
+mod reduce;
 mod state;
 mod tables;
 mod unpacked;
@@ -56,6 +57,7 @@ use head::{Lesson, Scored};
 use kernels::Kernels;
 use layout::{Layout, ModelSlots};
 use optimizer::Optimizer;
+use reduce::Reducer;
 use unpacked::Unpacked;
 
 /// Most tokens of one pass: blocks of a grid's second dimension.
@@ -123,6 +125,8 @@ pub(super) struct Training {
     logits: Option<(u64, usize)>,
     passes: u64,
     clock: Clock,
+    /// With the GPUs that train the same model.
+    reducer: Option<Reducer>,
 }
 
 impl ModelAt {
@@ -193,6 +197,7 @@ impl Training {
             logits: None,
             passes: 0,
             clock: Clock::default(),
+            reducer: None,
         })
     }
 
@@ -404,10 +409,14 @@ impl CudaBackend {
             optimizer,
             logits,
             clock,
+            reducer,
             ..
         } = training;
         let optimizer = optimizer.as_mut().ok_or(NOTHING_TRAINS)?;
         clock.change(on.gpu, Work::Optimizer)?;
+        if let Some(reducer) = reducer {
+            reducer.finish(on.gpu, optimizer)?;
+        }
         let norm = optimizer.step(on.gpu, kernels, step)?;
         if let Mode::Lora(lora) = mode {
             clock.change(on.gpu, Work::Merging)?;

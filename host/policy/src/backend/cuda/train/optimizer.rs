@@ -128,6 +128,22 @@ impl Optimizer {
         (self.flat(gpu, &self.gradients, slot), add)
     }
 
+    /// Address of all gradients and how many there are.
+    pub(super) fn gradients(&self, gpu: &Gpu) -> (u64, usize) {
+        let at = self.gradients.device_ptr(&gpu.stream).0;
+        (at, self.gradients.len())
+    }
+
+    /// Makes all gradients 0 where there are none.
+    pub(super) fn fill_with_zeros(&mut self, gpu: &Gpu) -> Result<(), CudaError> {
+        if self.filled.contains(&true) {
+            return Ok(());
+        }
+        let (at, len) = self.gradients(gpu);
+        self.filled.fill(true);
+        gpu.zero(at, len * size_of::<f32>())
+    }
+
     /// Sets a weight: master, and what the decoder reads.
     pub(super) fn set(&self, gpu: &Gpu, param: &Param, values: &[f32]) -> Result<(), CudaError> {
         let window = param.window();

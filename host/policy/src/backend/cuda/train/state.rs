@@ -135,7 +135,7 @@ impl Training {
 }
 
 impl CudaBackend {
-    fn trained(&self) -> Result<(&Training, On<'_>), PolicyError> {
+    pub(super) fn trained(&self) -> Result<(&Training, On<'_>), PolicyError> {
         let on = On {
             gpu: &self.gpu,
             weights: &self.weights,
