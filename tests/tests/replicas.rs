@@ -6,8 +6,13 @@
     reason = "clippy counts only functions marked as tests as tests"
 )]
 
-use std::{collections::BTreeMap, sync::Barrier};
+use std::{
+    collections::BTreeMap,
+    sync::{Mutex, mpsc},
+    time::Duration,
+};
 
+use anyhow::Context;
 use candle_core::Tensor;
 use grpo_host::{
     cli::Environment,
@@ -358,18 +363,21 @@ fn a_failure_ends_all(
     let mut packed = PackedBatch::default();
     let ids = [&requests[1].prompt[..], &completions[3].tokens].concat();
     packed.push(&ids, requests[1].prompt.len());
-    let summing = Barrier::new(2);
+    let (arrive, arrived) = mpsc::channel();
+    let arrived = Mutex::new(arrived);
     let step = |failing: Option<usize>, rank: usize, replica: &mut Replica| {
         let backend = &mut replica.backend;
         let scores = backend.score(&packed, 1.0, Pass::Train)?;
         if failing == Some(rank) {
-            summing.wait();
+            let other = arrived.lock().unwrap();
+            let waited = other.recv_timeout(Duration::from_secs(20));
+            waited.context("rank 0 does not come to its sums")?;
             return fails();
         }
         backend.expect_update();
         backend.backward(&vec![-0.1; scores.logprobs.len()])?;
         if failing.is_some() {
-            summing.wait();
+            arrive.send(()).unwrap();
         }
         Ok(backend.optimizer_step(&STEP, Exit::Final)?)
     };
