@@ -33,7 +33,10 @@ impl FormatterPlugin {
             exports,
         };
         let wall = plugin.loaded.wall();
-        plugin.pool.lease(|stays| plugin.open(wall, stays))?.keep();
+        plugin
+            .pool
+            .lease(|stays| plugin.open(wall, stays))?
+            .put_back();
         Ok(plugin)
     }
 

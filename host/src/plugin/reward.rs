@@ -55,7 +55,10 @@ impl RewardPlugin {
             parts: check::Names::default(),
         };
         let wall = plugin.loaded.wall();
-        plugin.pool.lease(|stays| plugin.open(wall, stays))?.keep();
+        plugin
+            .pool
+            .lease(|stays| plugin.open(wall, stays))?
+            .put_back();
         Ok(plugin)
     }
 

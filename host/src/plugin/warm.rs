@@ -170,11 +170,15 @@ impl<G> Lease<'_, G> {
         &mut self.open
     }
 
-    /// Puts the instance back for the next request, unless it has served its time. For instances that met no
-    /// failure.
-    pub(super) fn keep(self) {
-        let Self { mut open, place } = self;
-        open.served += 1;
+    /// Puts the instance back after a request without a failure, unless it has served its time.
+    pub(super) fn keep(mut self) {
+        self.open.served += 1;
+        self.put_back();
+    }
+
+    /// Puts the instance back without a request.
+    pub(super) fn put_back(self) {
+        let Self { open, place } = self;
         let Some(place) = place else {
             return;
         };
