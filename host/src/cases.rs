@@ -426,7 +426,7 @@ mod tests {
     #[test]
     fn every_difference_is_told() {
         let lines = r#"
-            {"row": {"answer": "4"}, "completion": "4", "expect": {"total": 1, "parts": {"strict": 1, "flexible": 1}}}
+            {"row": {"answer": "4"}, "completion": "4", "expect": {"total": 1, "parts": {"strict": 0, "flexible": 1}}}
             {"row": {"answer": "4"}, "completion": "5", "expect": {"total": 0.5, "parts": {"strict": 0, "other": 2}}}
             {"row": {"answer": "4"}, "completion": "5", "expect": {"skip": "why"}}
             {"row": {"answer": "x"}, "completion": "5", "expect": {"skip": "column `answer` holds no number"}}
