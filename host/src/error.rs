@@ -9,7 +9,12 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use grpo_policy::error::PolicyError;
 
 use crate::{
-    commands::{Interrupted, NothingToProfile, PluginBenchError, PluginChanged, ResumeChanges},
+    authoring::AuthoringError,
+    cases::CasesError,
+    commands::{
+        CasesFailed, Interrupted, NotBuilt, NothingToProfile, PluginBenchError, PluginChanged,
+        ResumeChanges,
+    },
     config::ConfigError,
     data::DataError,
     draft::DraftError,
@@ -36,6 +41,10 @@ const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
     |link| hint_of(link, PluginError::hint),
     |link| hint_of(link, WeightError::hint),
     |link| hint_of(link, MissingPlugin::hint),
+    |link| hint_of(link, AuthoringError::hint),
+    |link| hint_of(link, CasesError::hint),
+    |link| hint_of(link, CasesFailed::hint),
+    |link| hint_of(link, NotBuilt::hint),
     |link| hint_of(link, DataError::hint),
     |link| hint_of(link, DraftError::hint),
     |link| hint_of(link, HubError::hint),
@@ -56,6 +65,8 @@ const USAGE: &[fn(Link<'_>) -> bool] = &[
     |link| link.is::<WeightError>(),
     |link| link.is::<ResumeChanges>(),
     |link| link.is::<MissingPlugin>(),
+    |link| link.is::<CasesError>() || link.is::<NotBuilt>(),
+    |link| link.downcast_ref().is_some_and(AuthoringError::is_usage),
     |link| matches!(link.downcast_ref(), Some(LossError::Config { .. })),
     |link| matches!(link.downcast_ref(), Some(ReplayError::NoReward { .. })),
     |link| {

@@ -1,6 +1,8 @@
 //! The host: plugins, data, the GRPO mathematics, the run directory and the loop that joins them to
 //! `grpo-policy`. ARCHITECTURE.md has the map.
 
+pub mod authoring;
+pub mod cases;
 pub mod cli;
 pub mod commands;
 pub mod config;

@@ -19,7 +19,7 @@ use crate::{
     placement::Capacity,
     plugin::{
         CurriculumPlugin, FormatterPlugin, Limits, LogSink, MAX_COMPONENT_BYTES, Plugin,
-        PluginHost, RewardPlugin, RewardSet, RowText, Weighted, try_compile,
+        PluginHost, RewardPlugin, RewardSet, RowText, Warm, Weighted, try_compile,
     },
     policy::draft_head_file,
     run::LockedPlugin,
@@ -326,9 +326,16 @@ impl Slots {
 pub fn load_plugin(host: &PluginHost, config: &PluginConfig) -> anyhow::Result<Plugin> {
     let limits: Limits = serde_json::from_value(Value::Object(config.limits.clone()))
         .with_context(|| format!("limits of plugin `{}`", config.source))?;
+    let warm = config.warm.clone().map(|warm| {
+        serde_json::from_value::<Warm>(Value::Object(warm))
+            .with_context(|| format!("warm pool of plugin `{}`", config.source))
+    });
+    let warm = warm.transpose()?;
     let (name, bytes) = component(&config.source, &limits)?;
     let settings = Value::Object(config.config.clone());
-    Ok(host.load(&name, &bytes, &settings, &limits)?)
+    Ok(host
+        .prepare(&name, &bytes, &limits)?
+        .configure(&settings, warm)?)
 }
 
 /// Name and bytes of a component. A file, unlike a shipped one, has been compiled on trial in a child

@@ -2,6 +2,7 @@
 
 mod bench;
 mod kernels;
+mod languages;
 mod plugins;
 mod test;
 
@@ -15,6 +16,7 @@ usage: cargo xtask <command>
   plugins [--check] build the shipped plugins into plugins/dist, or check that dist is up to date
   component IN OUT  make a component of a guest's core module, as `plugins` does for ours
   compose WRAPPER INNER OUT  make one component of two: INNER answers what WRAPPER imports
+  languages [--write]  build and test a plugin of every template of `plugin new`; --write: into plugins/dist
   kernels           compile every CUDA kernel for every GPU; needs none
   tidy              the layering, size and naming rules alone";
 
@@ -39,6 +41,8 @@ fn run() -> anyhow::Result<()> {
         ["compose", wrapper, inner, out] => {
             plugins::compose(wrapper.as_ref(), inner.as_ref(), out.as_ref())
         }
+        ["languages"] => languages::run(false),
+        ["languages", "--write"] => languages::run(true),
         ["kernels"] => kernels::run(),
         ["tidy"] => tidy(),
         ["bench", ref rest @ ..] => bench::run(rest),

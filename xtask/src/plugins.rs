@@ -80,8 +80,16 @@ pub(crate) fn run(check_only: bool) -> Result<()> {
             [made.wrapper, made.inner, made.name].map(|name| dist_file(&root, name));
         compose(&wrapper, &inner, &out)?;
     }
-    fs::write(dist.join("SOURCES"), sources(&root)?)?;
+    write_sources(&root)?;
     check(&root)
+}
+
+/// Writes down what the components in `dist` were made of.
+pub(crate) fn write_sources(root: &Path) -> Result<()> {
+    Ok(fs::write(
+        root.join("plugins/dist/SOURCES"),
+        sources(root)?,
+    )?)
 }
 
 /// Makes the component `out` of a core module built with wit-bindgen.
@@ -95,7 +103,7 @@ pub(crate) fn compose(wrapper: &Path, inner: &Path, out: &Path) -> Result<()> {
     fs::write(out, composed).with_context(|| format!("cannot write {}", out.display()))
 }
 
-fn read(path: &Path) -> Result<Vec<u8>> {
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
@@ -166,7 +174,7 @@ fn path_flags() -> String {
     flags.collect::<Vec<_>>().join(" ")
 }
 
-fn rustup_target_installed() -> bool {
+pub(crate) fn rustup_target_installed() -> bool {
     sysroot("rustc").is_some_and(|root| root.join("lib/rustlib").join(TARGET).exists())
 }
 
@@ -197,7 +205,8 @@ fn check(root: &Path) -> Result<()> {
         let name = new.split(' ').next().unwrap_or_default();
         ensure!(
             old == new,
-            "plugins/dist/{name}.wasm is not what its sources give; run `cargo xtask plugins`\n\
+            "plugins/dist/{name} is not what its sources give; run `cargo xtask plugins` (for last-number-*: \
+             `cargo xtask languages --write`)\n\
              committed: {old}\n  current: {new}"
         );
     }
@@ -223,6 +232,7 @@ fn sources(root: &Path) -> Result<String> {
         }
         line(&mut text, root, made.name, &hex(&hash.finalize()))?;
     }
+    text.push_str(&crate::languages::sources(root)?);
     Ok(text)
 }
 
@@ -244,6 +254,11 @@ fn hash_inputs(root: &Path, guest: &str, libraries: &[&str]) -> Result<String> {
         files.extend(files_in(&crate_dir.join("src"), "rs")?);
     }
     files.extend(files_in(&root.join("wit/v0.1"), "wit")?);
+    hash_files(root, files)
+}
+
+/// Hash over names and contents of files.
+pub(crate) fn hash_files(root: &Path, mut files: Vec<PathBuf>) -> Result<String> {
     files.sort();
     let mut hash = Sha256::new();
     for file in files {
@@ -255,7 +270,7 @@ fn hash_inputs(root: &Path, guest: &str, libraries: &[&str]) -> Result<String> {
     Ok(hex(&hash.finalize()))
 }
 
-fn files_in(dir: &Path, extension: &str) -> Result<Vec<PathBuf>> {
+pub(crate) fn files_in(dir: &Path, extension: &str) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
     let mut files = Vec::new();
     for entry in entries {
@@ -267,7 +282,7 @@ fn files_in(dir: &Path, extension: &str) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

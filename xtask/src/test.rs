@@ -1,6 +1,6 @@
 //! `cargo xtask test`: what CI runs, step by step, in the one release profile.
 //!
-//! Installs nothing. A missing tool ends the run with the command that installs it; without nextest
+//! Installs nothing, but for the compilers of `languages` into target/. A missing tool ends the run with the command that installs it; without nextest
 //! the tests run under `cargo test`. The last line is always `N passed, N failed`.
 
 use std::{
@@ -91,6 +91,7 @@ fn steps(tally: &mut Tally) -> anyhow::Result<()> {
         step("tests", &[&all[..], &["--no-fail-fast"]].concat())?;
     }
     timed("kernels", crate::kernels::run)?;
+    timed("languages", || crate::languages::run(false))?;
     step("doc tests", &["test", "--release", "--workspace", "--doc"])?;
     if guests {
         step(

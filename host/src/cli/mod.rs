@@ -20,8 +20,8 @@ pub use environment::Environment;
 pub use plugin_arg::PluginArg;
 pub use tools::{
     BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchSpecArgs, BenchStepArgs, BenchTrainArgs,
-    COMPILE_TRIAL, DoctorArgs, PluginCheckArgs, PluginCommand, PluginFileArgs, ReplayArgs,
-    ResultsArgs, ShapeArgs,
+    COMPILE_TRIAL, DoctorArgs, PluginBuildArgs, PluginCheckArgs, PluginCommand, PluginFileArgs,
+    PluginNewArgs, PluginTestArgs, ReplayArgs, ResultsArgs, ShapeArgs,
 };
 pub use training::{EvalArgs, RolloutArgs, SftArgs, TrainArgs};
 
@@ -63,7 +63,7 @@ pub enum Command {
     Bench(BenchCommand),
     /// Show what this build and machine can do
     Doctor(DoctorArgs),
-    /// Look at plugin components
+    /// Make, build, test and look at plugins
     #[command(subcommand, arg_required_else_help = false)]
     Plugin(PluginCommand),
 }
@@ -84,6 +84,9 @@ impl Command {
             Self::Bench(BenchCommand::Spec(args)) => args.output,
             Self::Bench(BenchCommand::Step(args)) => args.output,
             Self::Doctor(args) => args.output,
+            Self::Plugin(PluginCommand::New(args)) => args.output,
+            Self::Plugin(PluginCommand::Build(args)) => args.output,
+            Self::Plugin(PluginCommand::Test(args)) => args.output,
             Self::Plugin(PluginCommand::Inspect(args)) => args.output,
             Self::Plugin(PluginCommand::Check(args)) => args.output,
             Self::Plugin(PluginCommand::CompileTrial { .. }) => OutputArgs::default(),

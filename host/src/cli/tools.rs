@@ -6,6 +6,7 @@ use clap::{ArgGroup, Args, Subcommand};
 use serde_json::{Map, Value};
 
 use super::{GpuArgs, ModelArgs, OutputArgs, PluginArg, set, set_plugins};
+use crate::authoring::Language;
 use crate::config::{ConfigError, DraftKind, DraftTokens, RawConfig};
 
 #[derive(Args, Debug)]
@@ -240,6 +241,12 @@ pub struct DoctorArgs {
 
 #[derive(Debug, Subcommand)]
 pub enum PluginCommand {
+    /// Write a new project for a reward plugin: source, WIT, README, test cases
+    New(PluginNewArgs),
+    /// Compile a project with its language's own tool
+    Build(PluginBuildArgs),
+    /// Score the cases of a file and compare with the rewards that are expected
+    Test(PluginTestArgs),
     /// Print a component's role, digest, imports and exports
     Inspect(PluginFileArgs),
     /// Load a component as a run would: limits, a trial instance, its `configure`
@@ -253,6 +260,42 @@ pub enum PluginCommand {
         /// Milliseconds for it
         ms: u64,
     },
+}
+
+#[derive(Args, Debug)]
+pub struct PluginNewArgs {
+    /// Language of the project
+    #[arg(value_name = "LANGUAGE")]
+    pub language: Language,
+    /// Folder to be made; its last part is the plugin's name
+    #[arg(value_name = "NAME")]
+    pub name: PathBuf,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct PluginBuildArgs {
+    /// Folder of the project
+    #[arg(value_name = "DIR", default_value = ".")]
+    pub dir: PathBuf,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct PluginTestArgs {
+    /// Component file, folder of a project that is built, or the name of a built-in plugin
+    #[arg(value_name = "FILE|DIR|REF")]
+    pub plugin: String,
+    /// Cases, one JSON object a line [default: cases.jsonl beside the component]
+    #[arg(long, value_name = "FILE")]
+    pub cases: Option<PathBuf>,
+    /// JSON object with limits other than the default, as under `limits` in a config
+    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
+    pub limits: Map<String, Value>,
+    #[command(flatten)]
+    pub output: OutputArgs,
 }
 
 #[derive(Args, Debug)]

@@ -1,8 +1,10 @@
 //! `bench plugin`: what a call into a reward costs: warm, with a fresh instance each time, and as a
-//! training step makes it. Host-side lowering and result checks are included.
+//! training step makes it, without and with a warm pool. Host-side lowering and result checks are included.
 
 use crate::cli::BenchPluginArgs;
-use crate::plugin::{Limits, Plugin, PluginError, PluginHost, RewardPlugin, RewardSet, Weighted};
+use crate::plugin::{
+    Limits, Plugin, PluginError, PluginHost, Prepared, RewardPlugin, RewardSet, Warm, Weighted,
+};
 use crate::setup;
 use crate::types::{Finish, Parsed, Sample, Telemetry};
 use serde::Serialize;
@@ -111,10 +113,12 @@ fn object(bench: &PluginBench, measures: &[PluginMeasure]) -> anyhow::Result<ser
     })?)
 }
 
-/// Median and 99th percentile of a warm call, of one into a fresh instance, and of a step's scoring
-/// (a fresh instance, with weights and names on top): `plugin_warm_p50` to `plugin_step_p99`.
+/// Median and 99th percentile of a warm call, of one into a fresh instance, of a step's scoring
+/// (a fresh instance, with weights and names on top), and of that with a warm pool of one:
+/// `plugin_warm_p50` to `plugin_pool_p99`.
 fn measure(bench: &PluginBench) -> anyhow::Result<Vec<PluginMeasure>> {
-    let plugin = load_reward(&bench.plugin, &bench.config)?;
+    let prepared = prepare(&bench.plugin)?;
+    let plugin = reward(&prepared, &bench.config, None)?;
     let texts = texts(bench);
     let parsed = Parsed::default();
     let batch: Vec<Sample<'_>> = texts
@@ -126,11 +130,19 @@ fn measure(bench: &PluginBench) -> anyhow::Result<Vec<PluginMeasure>> {
     let warm = micros(bench.calls, || instance.score(&batch).map(drop))?;
     drop(instance);
     let fresh = micros(bench.calls, || plugin.score(&batch).map(drop))?;
-    let (reward, weight) = (plugin, 1.0);
-    let set = RewardSet::new(vec![Weighted { reward, weight }])?;
-    let step = micros(bench.calls, || set.score(&batch).map(drop))?;
+    let (reward_alone, weight) = (plugin, 1.0);
+    let set = |reward| RewardSet::new(vec![Weighted { reward, weight }]);
+    let stepping = set(reward_alone)?;
+    let step = micros(bench.calls, || stepping.score(&batch).map(drop))?;
+    let pooled = set(reward(&prepared, &bench.config, Some(Warm::default()))?)?;
+    let pool = micros(bench.calls, || pooled.score(&batch).map(drop))?;
     let mut measures = Vec::new();
-    for (kind, times) in [("warm", &warm), ("fresh", &fresh), ("step", &step)] {
+    for (kind, times) in [
+        ("warm", &warm),
+        ("fresh", &fresh),
+        ("step", &step),
+        ("pool", &pool),
+    ] {
         for quantile in [0.5, 0.99] {
             measures.push(PluginMeasure {
                 name: format!("plugin_{kind}_p{:.0}", quantile * 100.0),
@@ -150,14 +162,27 @@ pub(super) fn load_reward(
     source: &str,
     config: &serde_json::Value,
 ) -> anyhow::Result<RewardPlugin> {
+    reward(&prepare(source)?, config, None)
+}
+
+fn prepare(source: &str) -> anyhow::Result<Prepared> {
     let limits = Limits::default();
     let (name, bytes) = setup::component(source, &limits)?;
     // Printing the guest's lines would be measured with it.
     let host = PluginHost::new(Arc::new(|_| {}))?;
-    match host.load(&name, &bytes, config, &limits)? {
+    Ok(host.prepare(&name, &bytes, &limits)?)
+}
+
+fn reward(
+    prepared: &Prepared,
+    config: &serde_json::Value,
+    warm: Option<Warm>,
+) -> anyhow::Result<RewardPlugin> {
+    match prepared.configure(config, warm)? {
         Plugin::Reward(plugin) => Ok(plugin),
-        Plugin::Formatter(_) | Plugin::Curriculum(_) => {
-            Err(PluginBenchError { plugin: name }.into())
+        other @ (Plugin::Formatter(_) | Plugin::Curriculum(_)) => {
+            let plugin = other.id().name.clone();
+            Err(PluginBenchError { plugin }.into())
         }
     }
 }
@@ -273,6 +298,8 @@ mod tests {
             "plugin_fresh_p99",
             "plugin_step_p50",
             "plugin_step_p99",
+            "plugin_pool_p50",
+            "plugin_pool_p99",
         ];
         assert_eq!(names, expected);
         assert!(measures.iter().all(|m| m.value > 0.0 && m.value < 1e6));

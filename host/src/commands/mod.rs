@@ -23,6 +23,7 @@ mod eval;
 mod guest_log;
 mod output;
 mod plugin;
+mod plugin_project;
 mod progress;
 mod replay;
 mod results;
@@ -41,6 +42,7 @@ use crate::{
 
 pub use bench_gpu::NothingToProfile;
 pub use bench_plugin::PluginBenchError;
+pub use plugin_project::{CasesFailed, NotBuilt};
 pub use train::{Interrupted, PluginChanged, ResumeChanges};
 
 /// Runs a command to its end. Results go to stdout, progress to stderr.

@@ -1,4 +1,5 @@
-//! `grpo-host plugin inspect|check`: what a component is, and whether this host can run it.
+//! `grpo-host plugin inspect|check`: what a component is, and whether this host can run it. The other
+//! `plugin` commands are in `plugin_project.rs`.
 
 use serde_json::json;
 
@@ -9,10 +10,13 @@ use crate::{
     setup,
 };
 
-use super::guest_log::guest_log;
+use super::{guest_log::guest_log, plugin_project};
 
 pub(super) fn run(command: &PluginCommand) -> anyhow::Result<()> {
     match command {
+        PluginCommand::New(args) => plugin_project::new(args),
+        PluginCommand::Build(args) => plugin_project::build(args),
+        PluginCommand::Test(args) => plugin_project::test(args),
         PluginCommand::Inspect(args) => inspect(args),
         PluginCommand::Check(args) => check(args),
         PluginCommand::CompileTrial { mib, ms } => {

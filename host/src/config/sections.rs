@@ -69,6 +69,9 @@ pub struct PluginConfig {
     pub config: Map<String, Value>,
     /// Limits of one call, by the names of the plugin host's `Limits`; the host checks them.
     pub limits: Map<String, Value>,
+    /// Keeps instances for further requests, by the names of the plugin host's `Warm`; `null`: every request gets a
+    /// fresh one.
+    pub warm: Option<Map<String, Value>>,
 }
 
 impl Default for PluginConfig {
@@ -78,6 +81,7 @@ impl Default for PluginConfig {
             weight: 1.0,
             config: Map::new(),
             limits: Map::new(),
+            warm: None,
         }
     }
 }

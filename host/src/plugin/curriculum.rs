@@ -62,7 +62,7 @@ impl CurriculumPlugin {
     }
 
     fn open(&self, wall: Wall) -> Result<(Session, planning::Guest), PluginError> {
-        let mut session = self.loaded.start(wall)?;
+        let mut session = self.loaded.start(wall, false)?;
         let guest = self
             .loaded
             .call(&mut session, Call::Configure, |store, instance| {

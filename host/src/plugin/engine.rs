@@ -4,6 +4,7 @@
 
 use super::error::Fault;
 use super::limits::{MAX_CORE_INSTANCES, MAX_MEMORIES, MAX_TABLE_ELEMENTS, MAX_TABLES};
+use super::warm::WARM_SLOTS;
 use std::collections::VecDeque;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,8 +15,10 @@ use wasmtime::{
 
 /// Granularity of deadlines.
 pub(super) const TICK: Duration = Duration::from_millis(10);
-/// Instances that may live at the same time; further callers wait for one to end.
-const SLOTS: u32 = 16;
+/// Instances of one request that may live at the same time; further callers wait for one to end.
+pub(super) const SLOTS: u32 = 16;
+/// Those of warm pools have places of their own, so that idle ones keep nobody waiting.
+const PLACES: u32 = SLOTS + WARM_SLOTS;
 /// Memories or tables beyond which wasmtime itself refuses to compile a component.
 const DECLARABLE: u32 = 1000;
 /// Bytes of each memory that stay mapped for the next instance.
@@ -81,10 +84,10 @@ fn config(fuel: bool) -> Config {
 fn pool() -> PoolingAllocationConfig {
     let count = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
     let mut pool = PoolingAllocationConfig::new();
-    pool.total_component_instances(SLOTS)
-        .total_core_instances(SLOTS * count(MAX_CORE_INSTANCES))
-        .total_memories(SLOTS * count(MAX_MEMORIES))
-        .total_tables(SLOTS * count(MAX_TABLES))
+    pool.total_component_instances(PLACES)
+        .total_core_instances(PLACES * count(MAX_CORE_INSTANCES))
+        .total_memories(PLACES * count(MAX_MEMORIES))
+        .total_tables(PLACES * count(MAX_TABLES))
         .max_core_instances_per_component(count(MAX_CORE_INSTANCES))
         // The real limits are checked by `inspect`, which can say what was declared. No larger,
         // since wasmtime walks as many slots when a module is dropped.
@@ -122,9 +125,9 @@ struct Places {
 pub(super) struct Slot(Option<Arc<Slots>>);
 
 impl Slots {
-    pub(super) fn new() -> Self {
+    pub(super) fn new(count: u32) -> Self {
         Self(Mutex::new(Places {
-            free: SLOTS,
+            free: count,
             waiting: VecDeque::new(),
         }))
     }
@@ -179,7 +182,7 @@ mod tests {
 
     #[test]
     fn places_go_to_whoever_waits_longest() {
-        let slots = Arc::new(Slots::new());
+        let slots = Arc::new(Slots::new(SLOTS));
         let now = Instant::now();
         let far = now + Duration::from_secs(60);
         let mut held: Vec<_> = (0..SLOTS).map(|_| slots.take(far).unwrap()).collect();

@@ -136,6 +136,18 @@ pub enum Fault {
         min: u64,
         max: u64,
     },
+    #[error("warm.{key} is {value}, outside 1 to {max}")]
+    WarmRange {
+        key: &'static str,
+        value: u32,
+        max: u32,
+    },
+    #[error(
+        "the warm pools of all plugins have {wanted} instances, more than the limit of {limit}"
+    )]
+    WarmSlots { wanted: u32, limit: u32 },
+    #[error("cannot have a warm pool: {why}")]
+    NotWarm { why: &'static str },
     #[error("ran past its deadline of {limit_ms} ms")]
     Deadline { limit_ms: u64 },
     #[error("the request took longer than its wall-clock limit of {limit_ms} ms")]
@@ -186,12 +198,42 @@ fn list(names: &[String]) -> String {
     }
 }
 
+impl Fault {
+    /// The kind of a failed call in one word, as `plugin test` compares it: `config`, `input` and `internal` for the
+    /// guest's own errors, `trap`, `deadline`, `wall`, `fuel`, `memory`, `table` for the walls, `abi` and `result` for what it
+    /// returned; `load` for all that comes before a call.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Guest { kind, .. } => match kind {
+                GuestErrorKind::Config => "config",
+                GuestErrorKind::Input => "input",
+                GuestErrorKind::Internal => "internal",
+            },
+            Self::Trap { .. } => "trap",
+            Self::Deadline { .. } => "deadline",
+            Self::Wall { .. } => "wall",
+            Self::Fuel { .. } => "fuel",
+            Self::Memory { .. } => "memory",
+            Self::Table { .. } => "table",
+            Self::Abi { .. } => "abi",
+            Self::Length { .. }
+            | Self::Number { .. }
+            | Self::Size { .. }
+            | Self::BadResult { .. } => "result",
+            _ => "load",
+        }
+    }
+}
+
 impl PluginError {
     /// Whether the config asks for what the plugin or the host refuses.
     pub fn is_of_the_config(&self) -> bool {
         matches!(
             self.fault,
             Fault::LimitRange { .. }
+                | Fault::WarmRange { .. }
+                | Fault::WarmSlots { .. }
+                | Fault::NotWarm { .. }
                 | Fault::ConfigSize { .. }
                 | Fault::Guest {
                     kind: GuestErrorKind::Config,

@@ -18,6 +18,7 @@ mod reward_set;
 mod sandbox;
 mod trial;
 mod v0_1;
+mod warm;
 
 pub use curriculum::CurriculumPlugin;
 pub use error::{Call, Fault, GuestErrorKind, PluginError};
@@ -28,15 +29,17 @@ pub use log::{LogLevel, LogLine, LogSink, printable};
 pub use reward::{RewardPlugin, Scoring, WarmReward};
 pub use reward_set::{RewardSet, SetScoring, WeightError, Weighted};
 pub use trial::{compile_stdin, try_compile};
+pub use warm::Warm;
 
 use crate::types::{PluginId, Role};
-use engine::Slots;
+use engine::{SLOTS, Slots};
 use sandbox::{CallState, Loaded};
 use sha2::{Digest, Sha256};
 use std::sync::{Arc, OnceLock};
 use v0_1::EveryRole;
+use warm::{Share, Taken, WARM_SLOTS};
 use wasmtime::Engine;
-use wasmtime::component::{HasSelf, Linker};
+use wasmtime::component::{HasSelf, InstancePre, Linker};
 
 /// The engines that plugins run on. One per process is enough; it is cheap until the first load.
 pub struct PluginHost {
@@ -51,13 +54,18 @@ pub struct PluginHost {
 struct Running {
     engine: Engine,
     slots: Arc<Slots>,
+    warm_slots: Arc<Slots>,
+    /// What the warm pools of loaded plugins have of `warm_slots`.
+    taken: Taken,
 }
 
 impl Running {
     fn start(fuel: bool) -> Result<Self, Fault> {
         Ok(Self {
             engine: engine::start(fuel)?,
-            slots: Arc::new(Slots::new()),
+            slots: Arc::new(Slots::new(SLOTS)),
+            warm_slots: Arc::new(Slots::new(WARM_SLOTS)),
+            taken: Taken::default(),
         })
     }
 }
@@ -113,11 +121,22 @@ impl PluginHost {
         config: &serde_json::Value,
         limits: &Limits,
     ) -> Result<Plugin, PluginError> {
+        self.prepare(name, bytes, limits)?.configure(config, None)
+    }
+
+    /// Compiles a component and reads its role, without running any of it.
+    ///
+    /// # Errors
+    /// A name or limits that cannot be, and bytes that are no component of one role, or import what there is not.
+    pub fn prepare(
+        &self,
+        name: &str,
+        bytes: &[u8],
+        limits: &Limits,
+    ) -> Result<Prepared, PluginError> {
         let attribute = |fault| attributed(name, bytes, Call::Load, fault);
         limits.check().map_err(attribute)?;
-        let config = inspect::check_name(name)
-            .and_then(|()| inspect::check_config(config))
-            .map_err(attribute)?;
+        inspect::check_name(name).map_err(attribute)?;
         let (name, digest): (Arc<str>, Arc<str>) = (name.into(), digest(bytes).into());
         let running = self.running(limits).map_err(attribute)?;
         let (role, pre) = link(&running.engine, bytes).map_err(attribute)?;
@@ -127,20 +146,18 @@ impl PluginHost {
                 name: name.to_string(),
                 digest: digest.to_string(),
             },
-            config,
+            config: String::new(),
             limits: limits.clone(),
             pre,
             slots: running.slots,
+            warm_slots: running.warm_slots,
             sink: Arc::clone(&self.sink),
             flood: Arc::default(),
             name: Arc::clone(&name),
             digest: Arc::clone(&digest),
         };
-        Ok(match role {
-            Role::Reward => Plugin::Reward(RewardPlugin::new(loaded)?),
-            Role::Formatter => Plugin::Formatter(FormatterPlugin::new(loaded)?),
-            Role::Curriculum => Plugin::Curriculum(CurriculumPlugin::new(loaded)?),
-        })
+        let taken = running.taken;
+        Ok(Prepared { loaded, taken })
     }
 
     /// Compiles a component and reads its types, without running any of it.
@@ -167,6 +184,43 @@ impl PluginHost {
     }
 }
 
+/// A component that is compiled and known to have one role; [`Prepared::configure`] makes plugins of it.
+pub struct Prepared {
+    loaded: Loaded,
+    taken: Taken,
+}
+
+impl Prepared {
+    /// Makes a first instance with `config` (a JSON object for its `configure`), so that a plugin that loads is one
+    /// that works. With `warm`, instances stay for further requests.
+    ///
+    /// # Errors
+    /// A config that is too large or that the guest refuses; whatever else a call may meet; a warm pool that is out
+    /// of range, not to be had for this role, or too large beside those of other plugins.
+    pub fn configure(
+        &self,
+        config: &serde_json::Value,
+        warm: Option<Warm>,
+    ) -> Result<Plugin, PluginError> {
+        let attribute = |fault| self.loaded.error(Call::Load, fault);
+        let loaded = Loaded {
+            config: inspect::check_config(config).map_err(attribute)?,
+            ..self.loaded.clone()
+        };
+        let share = warm.map(|warm| Share::take(warm, &self.taken));
+        let share = share.transpose().map_err(attribute)?;
+        Ok(match loaded.id.role {
+            Role::Reward => Plugin::Reward(RewardPlugin::new(loaded, share)?),
+            Role::Formatter => Plugin::Formatter(FormatterPlugin::new(loaded, share)?),
+            Role::Curriculum if share.is_some() => {
+                let why = "a curriculum is called once a step";
+                return Err(attribute(Fault::NotWarm { why }));
+            }
+            Role::Curriculum => Plugin::Curriculum(CurriculumPlugin::new(loaded)?),
+        })
+    }
+}
+
 /// A fault of a component that is not loaded. The name may be the fault, so it is escaped.
 fn attributed(name: &str, bytes: &[u8], call: Call, fault: Fault) -> PluginError {
     PluginError {
@@ -185,10 +239,7 @@ pub fn digest(bytes: &[u8]) -> String {
     format!("sha256:{hex}")
 }
 
-fn link(
-    engine: &Engine,
-    bytes: &[u8],
-) -> Result<(Role, wasmtime::component::InstancePre<CallState>), Fault> {
+fn link(engine: &Engine, bytes: &[u8]) -> Result<(Role, InstancePre<CallState>), Fault> {
     let component = inspect::compile(engine, bytes)?;
     let role = inspect::role(&component)?;
     let imports = inspect::unknown_imports(&component);

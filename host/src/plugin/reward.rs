@@ -6,11 +6,14 @@ use super::error::{Call, Fault, PluginError};
 use super::limits::{Isolation, OnFailure};
 use super::sandbox::{Loaded, Session, Wall};
 use super::v0_1::{scoring, wit};
+use super::warm::{Open, Pool, Share};
 use crate::types::{Finish, PluginId, Sample, Score};
 use std::ptr;
 
 /// A loaded reward. Calls from several threads run side by side, each in an instance of its own.
 pub struct RewardPlugin {
+    // Before `loaded`, so that instances go before what they are made of.
+    pool: Pool<scoring::Guest>,
     loaded: Loaded,
     exports: scoring::GuestIndices,
     breaker: Breaker,
@@ -34,20 +37,28 @@ type Outcome = Result<Score, PluginError>;
 /// batch to the next, so training does not use it.
 pub struct WarmReward<'a> {
     plugin: &'a RewardPlugin,
-    session: Session,
-    guest: scoring::Guest,
+    open: Open<scoring::Guest>,
 }
 
 impl RewardPlugin {
-    pub(super) fn new(loaded: Loaded) -> Result<Self, PluginError> {
+    pub(super) fn new(loaded: Loaded, share: Option<Share>) -> Result<Self, PluginError> {
+        if share.is_some() && loaded.limits.isolation == Isolation::Sample {
+            let why = "`isolation: sample` asks for a fresh instance for each sample";
+            return Err(loaded.error(Call::Load, Fault::NotWarm { why }));
+        }
         let exports = scoring::GuestIndices::new(&loaded.pre).map_err(|e| loaded.misfit(&e))?;
         let plugin = Self {
+            pool: Pool::new(share),
             loaded,
             exports,
             breaker: Breaker::new(),
             parts: check::Names::default(),
         };
-        plugin.open(plugin.loaded.wall())?;
+        let wall = plugin.loaded.wall();
+        plugin
+            .pool
+            .lease(|stays| plugin.open(wall, stays))?
+            .put_back();
         Ok(plugin)
     }
 
@@ -56,7 +67,7 @@ impl RewardPlugin {
         &self.loaded.id
     }
 
-    /// Scores a batch in fresh instances, as `isolation` says. Where a batch fails, its samples are
+    /// Scores a batch in fresh instances, as `isolation` says, or in those of a warm pool. Where a batch fails, its samples are
     /// scored one by one to find the guilty ones, and `on_failure` is applied to those alone. Never
     /// makes up a score. Under `skip`, a plugin of which several requests in a row yielded no score is
     /// left alone for some ([`Fault::Resting`]).
@@ -107,12 +118,8 @@ impl RewardPlugin {
     /// # Errors
     /// As for loading.
     pub fn warm(&self) -> Result<WarmReward<'_>, PluginError> {
-        let (session, guest) = self.open(self.loaded.wall())?;
-        Ok(WarmReward {
-            plugin: self,
-            session,
-            guest,
-        })
+        let open = self.open(self.loaded.wall(), false)?;
+        Ok(WarmReward { plugin: self, open })
     }
 
     /// One call for all; if it fails as a whole, one by one. Under `abort` the error then names the
@@ -123,7 +130,7 @@ impl RewardPlugin {
         wall: Wall,
         faults: &mut Vec<PluginError>,
     ) -> Result<Vec<Outcome>, PluginError> {
-        let whole = match self.fresh(samples, wall) {
+        let whole = match self.request(samples, wall) {
             Ok(outcomes) => return Ok(outcomes),
             Err(error) => error,
         };
@@ -161,7 +168,7 @@ impl RewardPlugin {
             ..error
         };
         let mut outcomes = self
-            .fresh(std::slice::from_ref(sample), wall)
+            .request(std::slice::from_ref(sample), wall)
             .map_err(name_row)?;
         outcomes.pop().unwrap_or_else(|| {
             let fault = Fault::Length {
@@ -192,13 +199,20 @@ impl RewardPlugin {
         }
     }
 
-    fn fresh(&self, samples: &[Sample<'_>], wall: Wall) -> Result<Vec<Outcome>, PluginError> {
-        let (mut session, guest) = self.open(wall)?;
-        self.call(&mut session, &guest, samples)
+    fn request(&self, samples: &[Sample<'_>], wall: Wall) -> Result<Vec<Outcome>, PluginError> {
+        let mut lease = self.pool.lease(|stays| self.open(wall, stays))?;
+        let Open { session, guest, .. } = lease.open();
+        session.renew(wall);
+        let outcomes = self.call(session, guest, samples)?;
+        // An instance that returned nonsense is not trusted with another request.
+        if outcomes.iter().all(Result::is_ok) {
+            lease.keep();
+        }
+        Ok(outcomes)
     }
 
-    fn open(&self, wall: Wall) -> Result<(Session, scoring::Guest), PluginError> {
-        let mut session = self.loaded.start(wall)?;
+    fn open(&self, wall: Wall, stays: bool) -> Result<Open<scoring::Guest>, PluginError> {
+        let mut session = self.loaded.start(wall, stays)?;
         let guest = self
             .loaded
             .call(&mut session, Call::Configure, |store, instance| {
@@ -206,7 +220,7 @@ impl RewardPlugin {
                 let configured = guest.call_configure(store, &self.loaded.config)?;
                 Ok(configured.map(|()| guest))
             })?;
-        Ok((session, guest))
+        Ok(Open::new(session, guest))
     }
 
     /// The outer error is one of the whole batch, the inner ones are of single samples.
@@ -244,7 +258,9 @@ impl WarmReward<'_> {
     /// # Errors
     /// The first failure. The instance cannot be used after a trap.
     pub fn score(&mut self, samples: &[Sample<'_>]) -> Result<Vec<Score>, PluginError> {
-        let outcomes = self.plugin.call(&mut self.session, &self.guest, samples)?;
+        let Open { session, guest, .. } = &mut self.open;
+        session.renew(self.plugin.loaded.wall());
+        let outcomes = self.plugin.call(session, guest, samples)?;
         outcomes.into_iter().collect()
     }
 }

@@ -120,6 +120,7 @@ pub(super) struct CallState {
 }
 
 /// A component that is compiled, linked and known to fit its role.
+#[derive(Clone)]
 pub(super) struct Loaded {
     pub(super) id: PluginId,
     pub(super) name: Arc<str>,
@@ -128,8 +129,9 @@ pub(super) struct Loaded {
     pub(super) config: String,
     pub(super) limits: Limits,
     pub(super) pre: InstancePre<CallState>,
-    /// Shared by all plugins of an engine.
+    /// Shared by all plugins of an engine: places for instances of one request, and for those of warm pools.
     pub(super) slots: Arc<Slots>,
+    pub(super) warm_slots: Arc<Slots>,
     pub(super) sink: LogSink,
     /// Over all calls of this plugin.
     pub(super) flood: Arc<Flood>,
@@ -142,15 +144,24 @@ pub(super) struct Session {
     _slot: Slot,
 }
 
+impl Session {
+    /// Begins another request in this instance.
+    pub(super) fn renew(&mut self, wall: Wall) {
+        self.store.data_mut().clock.wall = wall;
+    }
+}
+
 impl Loaded {
     /// The wall clock of a request that begins now.
     pub(super) fn wall(&self) -> Wall {
         Wall(Instant::now() + Duration::from_millis(self.limits.wall_ms))
     }
 
-    /// Instantiates; the guest's `start` function runs under the limits of a call.
-    pub(super) fn start(&self, wall: Wall) -> Result<Session, PluginError> {
-        let slot = self.slots.take(wall.0).ok_or_else(|| {
+    /// Instantiates, on a place of the warm pools if the instance is to stay; the guest's `start` function runs
+    /// under the limits of a call.
+    pub(super) fn start(&self, wall: Wall, stays: bool) -> Result<Session, PluginError> {
+        let slots = if stays { &self.warm_slots } else { &self.slots };
+        let slot = slots.take(wall.0).ok_or_else(|| {
             let limit_ms = self.limits.wall_ms;
             self.error(Call::Instantiate, Fault::Wall { limit_ms })
         })?;

@@ -1,9 +1,6 @@
 //! An update whose groups share their prompts beside the same without.
 
-use grpo_policy::{
-    backend::cpu::{CpuBackend, Trainable},
-    types::Telemetry,
-};
+use grpo_policy::{backend::cpu::Trainable, types::Telemetry};
 
 use super::*;
 
@@ -93,7 +90,7 @@ fn the_update_is_the_same_with_fewer_tokens() {
     };
     let report = |share_prompts: bool| {
         let mut backend =
-            CpuBackend::new(model.spec.clone(), &model.tensors, &trainable, false).unwrap();
+            AnyBackend::cpu(model.spec.clone(), &model.tensors, &trainable, false).unwrap();
         let config = UpdateConfig {
             loss: LossConfig {
                 beta: 0.1,
@@ -114,7 +111,9 @@ fn the_update_is_the_same_with_fewer_tokens() {
             weight_decay: 0.0,
             max_grad_norm: 1.0,
         };
-        update(&mut backend, &sequences(&completions), &config, &optimizer).unwrap()
+        let all = sequences(&completions);
+        let normalisers = normalisers(&all, &config);
+        update_share(&mut backend, (&all, &normalisers), &config, &optimizer).unwrap()
     };
     let (whole, shared) = (report(false), report(true));
     assert_eq!((whole.tokens, shared.tokens), (2 * 29, 2 * 20));

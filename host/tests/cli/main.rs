@@ -5,6 +5,7 @@
     reason = "clippy counts only functions marked as tests as tests"
 )]
 
+mod authoring;
 mod bad_input;
 mod budget;
 mod contract;

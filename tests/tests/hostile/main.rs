@@ -21,6 +21,7 @@ mod replay;
 mod results;
 mod roles;
 mod storm;
+mod warm;
 
 use grpo_host::plugin::{Call, Fault, Limits, Plugin, PluginError, PluginHost, RewardPlugin};
 use grpo_host::types::{Finish, Parsed, Sample, Score, Telemetry};

@@ -62,6 +62,9 @@ fn of_loading(fault: &Fault) -> Option<String> {
         Fault::Declares { .. } => {
             "docs/plugins.md has the limits; compilers need a handful of each"
         }
+        Fault::WarmRange { key, max, .. } => return Some(format!("set warm.{key} to 1 to {max}")),
+        Fault::WarmSlots { .. } => "lower `warm.size`: one instance serves one caller at a time",
+        Fault::NotWarm { .. } => "leave out its `warm`",
         Fault::Engine { .. } => "plugins need address space: raise `ulimit -v`, or remove it",
         _ => return None,
     };

@@ -1,0 +1,44 @@
+//! A core module becomes a component of our world `reward`.
+
+use super::AuthoringError;
+use std::path::Path;
+use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
+use wit_parser::Resolve;
+
+/// The world that templates are written for.
+const WORLD: &str = "reward";
+
+/// Makes a component of the core module `module`, which was compiled from `dir`. Rust's bindings leave the types of
+/// the world in the module; for other languages they are read from `dir/wit`.
+///
+/// # Errors
+/// A WIT that cannot be read, and modules that lack an export or import what no plugin may.
+pub(super) fn componentize(
+    dir: &Path,
+    mut module: Vec<u8>,
+    has_types: bool,
+) -> Result<Vec<u8>, AuthoringError> {
+    if !has_types {
+        embed(&dir.join("wit"), &mut module)?;
+    }
+    ComponentEncoder::default()
+        .validate(true)
+        .module(&module)
+        .and_then(|mut encoder| encoder.encode())
+        .map_err(|error| AuthoringError::NotAPlugin {
+            dir: dir.to_owned(),
+            reason: format!("{error:#}"),
+        })
+}
+
+fn embed(wit: &Path, module: &mut Vec<u8>) -> Result<(), AuthoringError> {
+    let mut resolve = Resolve::default();
+    let embedded = resolve.push_dir(wit).and_then(|(package, _)| {
+        let world = resolve.select_world(&[package], Some(WORLD))?;
+        embed_component_metadata(module, &resolve, world, StringEncoding::UTF8)
+    });
+    embedded.map_err(|error| AuthoringError::Wit {
+        path: wit.to_owned(),
+        reason: format!("{error:#}"),
+    })
+}
