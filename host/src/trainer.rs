@@ -4,6 +4,7 @@
 mod collect;
 mod report;
 mod respend;
+mod swaps;
 
 use std::time::Instant;
 
@@ -27,6 +28,7 @@ use crate::{
 
 use collect::{Collected, totals};
 pub use report::{Group, SamplingReport, StepReport, StepSeconds, TrainError};
+pub use swaps::{RolledBack, Supervision};
 
 /// A run in progress.
 pub struct Trainer<'a> {
@@ -35,6 +37,7 @@ pub struct Trainer<'a> {
     pub plugins: Plugins,
     pub rows: Rows,
     pub state: TrainState,
+    pub swaps: Supervision,
 }
 
 impl Trainer<'_> {
@@ -83,6 +86,7 @@ impl Trainer<'_> {
             faults: collected.faults,
             sampling: collected.sampling,
             seconds: collected.seconds,
+            scored_by: collected.scored_by,
         })
     }
 
@@ -108,14 +112,18 @@ impl Trainer<'_> {
         &mut self,
         on_progress: &mut dyn FnMut(Progress),
     ) -> anyhow::Result<EvalReport> {
-        let settings = EvalSettings::of(self.config);
-        let judges = Judges {
-            formatter: &self.plugins.formatter,
-            rewards: &self.plugins.rewards,
-            math: &self.plugins.math,
+        let report = loop {
+            match self.evaluate_once(on_progress) {
+                Ok(report) => break report,
+                Err(error) => {
+                    let guilty = error.downcast_ref().and_then(|e| self.guilty(e));
+                    let Some((slot, reason)) = guilty else {
+                        return Err(error);
+                    };
+                    self.roll_back(slot, 0, reason);
+                }
+            }
         };
-        let rows: &[Row] = &self.rows.eval;
-        let report = evaluate(&mut self.policy, &judges, rows, &settings, on_progress)?;
         if let Some(accuracy) = report.headline() {
             let step = self.state.step;
             if step == 0 {
@@ -129,6 +137,20 @@ impl Trainer<'_> {
             }
         }
         Ok(report)
+    }
+
+    fn evaluate_once(
+        &mut self,
+        on_progress: &mut dyn FnMut(Progress),
+    ) -> anyhow::Result<EvalReport> {
+        let settings = EvalSettings::of(self.config);
+        let judges = Judges {
+            formatter: &self.plugins.formatter,
+            rewards: &self.plugins.rewards,
+            math: &self.plugins.math,
+        };
+        let rows: &[Row] = &self.rows.eval;
+        evaluate(&mut self.policy, &judges, rows, &settings, on_progress)
     }
 
     /// Whether evaluations have stopped getting better for as long as the config allows.

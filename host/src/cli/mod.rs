@@ -20,8 +20,8 @@ pub use environment::Environment;
 pub use plugin_arg::PluginArg;
 pub use tools::{
     BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchSpecArgs, BenchStepArgs, BenchTrainArgs,
-    COMPILE_TRIAL, DoctorArgs, PluginCheckArgs, PluginCommand, PluginFileArgs, ReplayArgs,
-    ResultsArgs, ShapeArgs,
+    COMPILE_TRIAL, DoctorArgs, PluginCheckArgs, PluginCommand, PluginFileArgs, PluginSwapArgs,
+    ReplayArgs, ResultsArgs, ShapeArgs,
 };
 pub use training::{EvalArgs, RolloutArgs, SftArgs, TrainArgs};
 
@@ -86,6 +86,7 @@ impl Command {
             Self::Doctor(args) => args.output,
             Self::Plugin(PluginCommand::Inspect(args)) => args.output,
             Self::Plugin(PluginCommand::Check(args)) => args.output,
+            Self::Plugin(PluginCommand::Swap(args)) => args.output,
             Self::Plugin(PluginCommand::CompileTrial { .. }) => OutputArgs::default(),
         }
     }

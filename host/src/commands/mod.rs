@@ -23,6 +23,7 @@ mod eval;
 mod guest_log;
 mod output;
 mod plugin;
+mod plugin_swap;
 mod progress;
 mod replay;
 mod results;

@@ -186,6 +186,33 @@ fn list(names: &[String]) -> String {
     }
 }
 
+impl Fault {
+    /// The kind of a failed call in one word, as `plugin test` compares it: `config`, `input` and `internal` for the
+    /// guest's own errors, `trap`, `deadline`, `wall`, `fuel`, `memory`, `table` for the walls, `abi` and `result` for what it
+    /// returned; `load` for all that comes before a call.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Guest { kind, .. } => match kind {
+                GuestErrorKind::Config => "config",
+                GuestErrorKind::Input => "input",
+                GuestErrorKind::Internal => "internal",
+            },
+            Self::Trap { .. } => "trap",
+            Self::Deadline { .. } => "deadline",
+            Self::Wall { .. } => "wall",
+            Self::Fuel { .. } => "fuel",
+            Self::Memory { .. } => "memory",
+            Self::Table { .. } => "table",
+            Self::Abi { .. } => "abi",
+            Self::Length { .. }
+            | Self::Number { .. }
+            | Self::Size { .. }
+            | Self::BadResult { .. } => "result",
+            _ => "load",
+        }
+    }
+}
+
 impl PluginError {
     /// Whether the config asks for what the plugin or the host refuses.
     pub fn is_of_the_config(&self) -> bool {
