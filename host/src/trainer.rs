@@ -13,7 +13,7 @@ use grpo_policy::engine::Progress;
 use crate::{
     config::{self, RunConfig},
     draft,
-    evaluate::{EvalReport, EvalSettings, Judges, evaluate},
+    evaluate::EvalReport,
     grpo::{
         advantage::{Advantages, advantages},
         config::LossConfig,
@@ -22,7 +22,7 @@ use crate::{
     rollout::Rollouts,
     run::{Best, TrainState},
     setup::{Plugins, Rows},
-    types::{Row, Score},
+    types::Score,
     update::{Sequence, UpdateConfig, update},
 };
 
@@ -112,18 +112,7 @@ impl Trainer<'_> {
         &mut self,
         on_progress: &mut dyn FnMut(Progress),
     ) -> anyhow::Result<EvalReport> {
-        let report = loop {
-            match self.evaluate_once(on_progress) {
-                Ok(report) => break report,
-                Err(error) => {
-                    let guilty = error.downcast_ref().and_then(|e| self.guilty(e));
-                    let Some((slot, reason)) = guilty else {
-                        return Err(error);
-                    };
-                    self.roll_back(slot, 0, reason);
-                }
-            }
-        };
+        let report = self.evaluate_supervised(on_progress)?;
         if let Some(accuracy) = report.headline() {
             let step = self.state.step;
             if step == 0 {
@@ -137,20 +126,6 @@ impl Trainer<'_> {
             }
         }
         Ok(report)
-    }
-
-    fn evaluate_once(
-        &mut self,
-        on_progress: &mut dyn FnMut(Progress),
-    ) -> anyhow::Result<EvalReport> {
-        let settings = EvalSettings::of(self.config);
-        let judges = Judges {
-            formatter: &self.plugins.formatter,
-            rewards: &self.plugins.rewards,
-            math: &self.plugins.math,
-        };
-        let rows: &[Row] = &self.rows.eval;
-        evaluate(&mut self.policy, &judges, rows, &settings, on_progress)
     }
 
     /// Whether evaluations have stopped getting better for as long as the config allows.

@@ -29,7 +29,7 @@ use crate::{
         read_metrics, write_report,
     },
     setup,
-    swap::{Swaps, restore},
+    swap::{Line, Swaps, restore},
     trainer::{StepReport, Supervision, Trainer, loss_config},
 };
 use summary::Summary;
@@ -323,7 +323,10 @@ impl<'a> Run<'a> {
 
     fn tell_of_swaps(&mut self, bar: &mut Bar) {
         for line in self.swaps.take_lines() {
-            bar.warn(&line);
+            match line {
+                Line::Note(text) => bar.note(&text),
+                Line::Warning(text) => bar.warn(&text),
+            }
         }
     }
 

@@ -1,7 +1,7 @@
 //! A candidate on a thread of its own: compiled, checked and shadowing beside the steps, at low priority.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         mpsc::{Receiver, Sender, channel},
@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     config::PluginConfig,
-    defaults, error,
+    error,
     plugin::{Limits, Plugin, PluginHost, RewardPlugin},
     run::keep_component,
     setup,
@@ -111,10 +111,7 @@ fn prepare(
         }
     };
     vectors::check(&reward, &job.row, &job.prompt)?;
-    if !defaults::COMPONENTS
-        .iter()
-        .any(|(_, shipped)| *shipped == bytes)
-    {
+    if Path::new(&settings.source).exists() {
         keep_component(&job.root, reward.id(), &bytes)?;
     }
     let id = reward.id().clone();

@@ -6,6 +6,8 @@
 
 mod candidate;
 pub mod channel;
+mod error;
+mod intake;
 pub mod protocol;
 pub mod restore;
 pub mod shadow;
@@ -17,25 +19,23 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        mpsc::{Receiver, Sender, SyncSender, TryRecvError, sync_channel},
+        mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
     },
 };
 
 use crate::{
-    config::PluginConfig,
-    defaults,
-    plugin::{LogSink, PluginHost, RewardPlugin, digest},
-    run::{
-        LockedPlugin, RunDir, SwapEvent, SwapRecord, keep_component, read_plugins_lock, read_swaps,
-    },
-    setup::read_component,
+    plugin::{LogSink, PluginHost, RewardPlugin},
+    run::{LockedPlugin, RunDir, SwapEvent, SwapRecord, read_plugins_lock, read_swaps},
     trainer::{RolledBack, Trainer},
 };
 
-use candidate::{Job, Message, Worker};
+use candidate::{Job, Message};
 use channel::{Control, Incoming};
-use protocol::{Event, Request};
-use shadow::{ShadowReport, Tap};
+pub use error::SwapError;
+use intake::{Active, keep_files, metrics_of, slot_of};
+use protocol::Event;
+pub use protocol::Line;
+use shadow::Tap;
 pub use vectors::ConformanceError;
 use watch::{Watch, Watched};
 
@@ -47,48 +47,6 @@ pub const MAX_SHADOW: u32 = 1000;
 const BACKLOG: u32 = 4;
 /// Stands for the prompt of conformance vectors.
 const PROMPT: &str = "What is 2 + 2?";
-
-/// Why there is no swap.
-#[derive(Debug, thiserror::Error)]
-pub enum SwapError {
-    #[error("no run is going on in {}", run.display())]
-    NotRunning { run: PathBuf },
-    #[error("{}: {reason}", run.display())]
-    Channel { run: PathBuf, reason: String },
-    #[error("{event}")]
-    Refused { event: Event, hint: Option<String> },
-    #[error("`{name}` is a {role}, not a reward")]
-    NotAReward { name: String, role: String },
-    #[error("it failed on {failed} of {samples} samples")]
-    Fails { failed: u64, samples: u64 },
-    #[error("plugin `{name}` of an earlier swap is {found} and was {expected}")]
-    Changed {
-        name: String,
-        found: String,
-        expected: String,
-    },
-}
-
-impl SwapError {
-    /// What the reader can do about it.
-    pub fn hint(&self) -> Option<String> {
-        Some(match self {
-            Self::NotRunning { run } => format!(
-                "begin or go on with it: `grpo-host --resume {}`; a swap is for a run that is going on",
-                run.display()
-            ),
-            Self::Channel { .. } => "is it this user's run, on this machine?".to_owned(),
-            Self::Refused { hint, .. } => return hint.clone(),
-            Self::NotAReward { .. } => ONLY_REWARDS.to_owned(),
-            Self::Fails { .. } => {
-                "`failures/` in the run has such calls once it counts; swap_max_failure_rate is the limit".to_owned()
-            }
-            Self::Changed { .. } => "bring the file in the run's plugins/ back".to_owned(),
-        })
-    }
-}
-
-const ONLY_REWARDS: &str = "rewards can be swapped during a run; a formatter or curriculum is another run's: its prompts and rows would be";
 
 /// The swaps of a run in progress.
 pub struct Swaps {
@@ -108,33 +66,8 @@ pub struct Swaps {
     history: Vec<LockedPlugin>,
     /// A row of the data as JSON, for conformance vectors.
     row: String,
-    lines: Vec<String>,
+    lines: Vec<Line>,
     metrics: Vec<(&'static str, f64)>,
-}
-
-/// The candidate of the moment.
-struct Active {
-    slot: usize,
-    settings: PluginConfig,
-    reply: Option<Sender<Event>>,
-    worker: Worker,
-    shadow: u32,
-    /// Steps handed to it, and of these those it has scored.
-    sent: u32,
-    done: u32,
-    report: Option<ShadowReport>,
-    ready: Option<Box<RewardPlugin>>,
-    /// First step that it scores, once it is promoted.
-    promoted: Option<u64>,
-}
-
-impl Active {
-    fn tell(&self, event: Event) {
-        if let Some(reply) = &self.reply {
-            // Whoever asked may be gone; the run says it too.
-            drop(reply.send(event));
-        }
-    }
 }
 
 impl Swaps {
@@ -154,10 +87,10 @@ impl Swaps {
         keep_files(&root, &trainer.plugins.locked, &mut lines)?;
         let (sender, requests) = sync_channel(QUEUE);
         let control = channel::listen(&root, sender.clone());
-        let control = control.map_err(|e| {
-            lines.push(format!(
-                "no `plugin swap` for this run: no control channel: {e}"
-            ))
+        let control = control.map_err(|error| {
+            let text =
+                format!("no `plugin swap` for this run, for want of a control channel: {error}");
+            lines.push(Line::Warning(text));
         });
         let first = trainer.rows.train.rows.first();
         let mut swaps = Self {
@@ -233,7 +166,7 @@ impl Swaps {
     }
 
     /// What happened since, for the run's user.
-    pub fn take_lines(&mut self) -> Vec<String> {
+    pub fn take_lines(&mut self) -> Vec<Line> {
         std::mem::take(&mut self.lines)
     }
 
@@ -331,7 +264,7 @@ impl Swaps {
         match self.start(trainer, incoming) {
             Ok(active) => self.active = Some(active),
             Err(event) => {
-                self.lines.push(format!("swap {event}"));
+                self.lines.push(Line::of(&event));
                 if let Some(reply) = reply {
                     drop(reply.send(event));
                 }
@@ -412,7 +345,7 @@ impl Swaps {
                 Message::Shadowed { step, report } => {
                     active.done = step;
                     active.report = Some(report.clone());
-                    self.metrics = metrics_of(&report);
+                    self.metrics.extend(metrics_of(&report));
                     let of = active.shadow;
                     Event::Shadowed { step, of, report }
                 }
@@ -422,7 +355,7 @@ impl Swaps {
                 }
                 Message::Refused { reason, hint } => Event::Refused { reason, hint },
             };
-            self.lines.push(format!("swap {event}"));
+            self.lines.push(Line::of(&event));
             let over = event.is_last();
             active.tell(event);
             if over {
@@ -462,7 +395,7 @@ impl Swaps {
             step,
             digest: id.digest.clone(),
         };
-        self.lines.push(format!("swap {event}"));
+        self.lines.push(Line::of(&event));
         self.metrics.push(("swap/promoted", 1.0));
         active.promoted = Some(step);
         active.tell(event);
@@ -483,10 +416,11 @@ impl Swaps {
             .partition(|(record, _)| record.step <= step);
         self.pending = later;
         for (record, reward) in due {
-            self.lines.push(format!(
-                "swap promoted again at step {step}: {}",
+            let text = format!(
+                "swap: promoted again at step {step}: {}",
                 record.plugin.digest
-            ));
+            );
+            self.lines.push(Line::Note(text));
             self.metrics.push(("swap/promoted", 1.0));
             trainer.promote(record.slot, reward, restore::settings(&record), step);
             self.lock_in(trainer, &record.plugin.digest, dir)?;
@@ -515,7 +449,7 @@ impl Swaps {
             step,
             reason: reason.clone(),
         };
-        self.lines.push(format!("swap {event}"));
+        self.lines.push(Line::of(&event));
         self.metrics.push(("swap/rolled_back", 1.0));
         if let Some(active) = self
             .active
@@ -539,64 +473,4 @@ impl Swaps {
         self.history.push(to);
         Ok(dir.write_plugins_lock(&self.history)?)
     }
-}
-
-/// The place that a role names.
-fn slot_of(trainer: &Trainer<'_>, role: &str) -> Result<usize, Event> {
-    let names: Vec<&str> = trainer.plugins.rewards.names().collect();
-    let all = names.join(", ");
-    match (role, names.len()) {
-        ("formatter" | "curriculum", _) => {
-            let reason = format!("a {role} cannot be swapped during a run");
-            Err(channel::refused(&reason, ONLY_REWARDS))
-        }
-        ("reward", 1) => Ok(0),
-        ("reward", n) => {
-            let reason = format!("the run has {n} rewards");
-            Err(channel::refused(
-                &reason,
-                &format!("name one of them instead of `reward`: {all}"),
-            ))
-        }
-        _ => names.iter().position(|name| *name == role).ok_or_else(|| {
-            let role = crate::plugin::printable(role, 100);
-            let reason = format!("no reward of the run is called `{role}`");
-            channel::refused(&reason, &format!("name `reward`, or one of {all}"))
-        }),
-    }
-}
-
-/// Keeps the components that came from files, as they were loaded.
-fn keep_files(root: &Path, locked: &[LockedPlugin], lines: &mut Vec<String>) -> anyhow::Result<()> {
-    for LockedPlugin { id, source, .. } in locked {
-        let path = Path::new(source);
-        if defaults::component(source).is_some() && !path.exists() {
-            continue;
-        }
-        match read_component(path) {
-            Ok(bytes) if digest(&bytes) == id.digest => {
-                keep_component(root, id, &bytes)?;
-            }
-            // A resumed run has its copy already.
-            _ if crate::run::component_path(root, id).exists() => {}
-            Ok(_) => lines.push(format!(
-                "`{source}` has changed since it was loaded: the run has no copy of it"
-            )),
-            Err(error) => lines.push(format!("the run has no copy of `{source}`: {error}")),
-        }
-    }
-    Ok(())
-}
-
-fn metrics_of(report: &ShadowReport) -> Vec<(&'static str, f64)> {
-    let numbers = [
-        ("swap/shadow_agreement", report.agreement),
-        ("swap/shadow_pearson", report.pearson),
-        ("swap/shadow_spearman", report.spearman),
-        ("swap/shadow_micros", report.micros),
-        ("swap/live_micros", report.live_micros),
-        ("swap/shadow_failed", Some(report.failed as f64)),
-    ];
-    let known = |(name, value): (_, Option<f64>)| value.map(|value| (name, value));
-    numbers.into_iter().filter_map(known).collect()
 }

@@ -90,3 +90,19 @@ impl std::fmt::Display for Event {
         }
     }
 }
+
+/// Something to tell the run's user.
+pub enum Line {
+    Note(String),
+    Warning(String),
+}
+
+impl Line {
+    pub(super) fn of(event: &Event) -> Self {
+        let text = format!("swap: {event}");
+        match event {
+            Event::Refused { .. } | Event::RolledBack { .. } => Self::Warning(text),
+            _ => Self::Note(text),
+        }
+    }
+}

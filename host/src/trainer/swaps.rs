@@ -4,14 +4,17 @@
 
 use std::collections::VecDeque;
 
+use grpo_policy::engine::Progress;
+
 use super::Trainer;
 use crate::{
     config::{PluginConfig, RunConfig},
+    evaluate::{EvalReport, EvalSettings, Judges, evaluate},
     failures::FailedCall,
     plugin::{PluginError, RewardPlugin, SetScoring},
     run::LockedPlugin,
     swap::shadow::Tap,
-    types::{Role, Sample},
+    types::{PluginId, Role, Row, Sample},
 };
 
 /// Waves over which the failures of a promoted reward are counted.
@@ -147,10 +150,35 @@ impl Trainer<'_> {
         }
     }
 
+    /// Evaluates; a promoted reward that would end the run in doing so gives way to the one before.
+    pub(super) fn evaluate_supervised(
+        &mut self,
+        on_progress: &mut dyn FnMut(Progress),
+    ) -> anyhow::Result<EvalReport> {
+        loop {
+            let settings = EvalSettings::of(self.config);
+            let judges = Judges {
+                formatter: &self.plugins.formatter,
+                rewards: &self.plugins.rewards,
+                math: &self.plugins.math,
+            };
+            let rows: &[Row] = &self.rows.eval;
+            let report = evaluate(&mut self.policy, &judges, rows, &settings, on_progress);
+            let error = match report {
+                Ok(report) => return Ok(report),
+                Err(error) => error,
+            };
+            let Some((slot, reason)) = error.downcast_ref().and_then(|e| self.guilty(e)) else {
+                return Err(error);
+            };
+            self.roll_back(slot, 0, reason);
+        }
+    }
+
     /// The promoted reward that an error is of, where there is one to go back to.
     pub(super) fn guilty(&self, error: &PluginError) -> Option<(usize, String)> {
         let mut ids = self.plugins.rewards.ids().zip(&self.swaps.slots);
-        let of = |(id, slot): (&crate::types::PluginId, &Slot)| {
+        let of = |(id, slot): (&PluginId, &Slot)| {
             *id.digest == *error.digest && slot.predecessor.is_some()
         };
         let place = ids.position(of)?;
