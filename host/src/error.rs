@@ -24,6 +24,7 @@ use crate::{
     replay::ReplayError,
     run::RunError,
     setup::MissingPlugin,
+    swap::{ConformanceError, SwapError},
     trainer::TrainError,
 };
 
@@ -57,6 +58,8 @@ const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
     |link| hint_of(link, PluginChanged::hint),
     |link| hint_of(link, ResumeChanges::hint),
     |link| hint_of(link, ReplayError::hint),
+    |link| hint_of(link, SwapError::hint),
+    |link| hint_of(link, ConformanceError::hint),
 ];
 
 /// One line per error type that is the user's command line or config to mend.
@@ -82,6 +85,12 @@ fn hint_of<E: Error + 'static>(link: Link<'_>, hint: fn(&E) -> Option<String>) -
 /// `error: what failed: cause: cause`, and `hint: …` on a second line if some error of the chain has
 /// one; the outermost hint wins. No newline at the end.
 pub fn render(error: &anyhow::Error) -> String {
+    let (message, hint) = message_and_hint(error);
+    report(&message, hint.as_deref())
+}
+
+/// The two texts of [`render`], not yet made one line each.
+pub fn message_and_hint(error: &anyhow::Error) -> (String, Option<String>) {
     let mut message = String::new();
     for link in error.chain() {
         let text = link.to_string();
@@ -97,7 +106,7 @@ pub fn render(error: &anyhow::Error) -> String {
     let hint = error
         .chain()
         .find_map(|link| HINTS.iter().find_map(|hint| hint(link)));
-    report(&message, hint.as_deref())
+    (message, hint)
 }
 
 /// The exit code that goes with [`render`]'s text.
@@ -148,7 +157,7 @@ fn report(message: &str, hint: Option<&str>) -> String {
 
 /// Newlines become spaces, and other control characters visible escapes: file contents and guest output
 /// may stand in a message and must not move the cursor or forge a line.
-fn one_line(text: &str) -> String {
+pub fn one_line(text: &str) -> String {
     let mut line = String::with_capacity(text.len());
     for word in text.split(['\n', '\r', '\t']).map(str::trim) {
         if word.is_empty() {

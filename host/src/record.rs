@@ -2,11 +2,13 @@
 //! and `time/…` are ours, and only those two, `step_time` and `tokens_per_second` may differ between two
 //! runs with the same seed.
 
+use std::collections::HashMap;
+
 use serde_json::{Map, Value};
 
 use crate::{
     evaluate::{EvalReport, mean},
-    run::{LockedPlugin, Rollout},
+    run::Rollout,
     trainer::{Group, StepReport},
     types::{Completion, Finish, Plan, PluginId, Score, Telemetry},
 };
@@ -21,6 +23,13 @@ impl Metrics {
         // makes a 0 of the -0 that an empty sum is.
         if let Some(number) = serde_json::Number::from_f64(value + 0.0) {
             self.0.insert(name.to_owned(), Value::Number(number));
+        }
+    }
+
+    /// Adds what swaps of rewards have to say.
+    pub fn add_swaps(&mut self, numbers: &[(&'static str, f64)]) {
+        for (name, value) in numbers {
+            self.put(name, *value);
         }
     }
 
@@ -212,8 +221,8 @@ fn add_times(out: &mut Metrics, report: &StepReport) {
 }
 
 /// The step's completions for the rollout log.
-pub fn rollouts(report: StepReport, plugins: &[LockedPlugin]) -> Vec<Rollout> {
-    let ids: Vec<PluginId> = plugins.iter().map(|p| p.id.clone()).collect();
+pub fn rollouts(report: StepReport) -> Vec<Rollout> {
+    let ids: HashMap<u32, Vec<PluginId>> = report.scored_by.into_iter().collect();
     let mut out = Vec::new();
     for (number, group) in report.groups.into_iter().enumerate() {
         let Group {
@@ -242,7 +251,7 @@ pub fn rollouts(report: StepReport, plugins: &[LockedPlugin]) -> Vec<Rollout> {
                 parts,
                 advantage,
                 skip,
-                plugins: ids.clone(),
+                plugins: ids.get(&wave).cloned().unwrap_or_default(),
             });
         }
     }

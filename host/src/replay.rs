@@ -16,7 +16,7 @@ use anyhow::Context;
 use serde::Serialize;
 
 use crate::{
-    plugin::{PluginError, RewardSet},
+    plugin::{PluginError, RewardSet, SetScoring},
     run::{Rollout, RunError, read_metrics, read_rollouts, rollout_files},
     types::{Sample, Score},
 };
@@ -164,6 +164,17 @@ pub struct Rescored {
 /// # Errors
 /// A file that cannot be read or has no waves; the first failure of a reward whose policy is to abort.
 pub fn rescore(step: u64, path: &Path, rewards: &RewardSet) -> anyhow::Result<Rescored> {
+    rescore_with(step, path, &mut |_, samples| Ok(rewards.score(samples)?))
+}
+
+/// Scores a batch, told its wave.
+pub type ScoreWave<'a> = &'a mut dyn FnMut(u32, &[Sample<'_>]) -> anyhow::Result<SetScoring>;
+
+/// [`rescore`] by whoever scored a wave, for runs that have swapped rewards.
+///
+/// # Errors
+/// As [`rescore`].
+pub fn rescore_with(step: u64, path: &Path, score: ScoreWave<'_>) -> anyhow::Result<Rescored> {
     let rollouts = read_rollouts(path)?;
     let questions = questions(&rollouts, path)?;
     let mut waves: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
@@ -175,15 +186,13 @@ pub fn rescore(step: u64, path: &Path, rewards: &RewardSet) -> anyhow::Result<Re
     }
     let mut scores = vec![Score::Skip(String::new()); rollouts.len()];
     let mut faults = Vec::new();
-    for places in waves.values() {
+    for (wave, places) in &waves {
         let sample = |place: &usize| {
             let rollout = &rollouts[*place];
             sample(rollout, questions[&rollout.group])
         };
         let samples: Vec<Sample<'_>> = places.iter().map(sample).collect();
-        let scoring = rewards
-            .score(&samples)
-            .with_context(|| format!("step {step}"))?;
+        let scoring = score(*wave, &samples).with_context(|| format!("step {step}"))?;
         faults.extend(scoring.faults);
         for (place, score) in places.iter().zip(scoring.scores) {
             scores[*place] = score;

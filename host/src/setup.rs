@@ -358,7 +358,7 @@ pub fn component(source: &str, limits: &Limits) -> anyhow::Result<(String, Vec<u
 }
 
 /// No more of a file than tells that it is too large: it may be a device that never ends.
-fn read_component(path: &Path) -> std::io::Result<Vec<u8>> {
+pub fn read_component(path: &Path) -> std::io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let limit = MAX_COMPONENT_BYTES as u64 + 1;
     let mut file = std::fs::File::open(path)?.take(limit);

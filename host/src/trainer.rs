@@ -4,6 +4,7 @@
 mod collect;
 mod report;
 mod respend;
+mod swaps;
 
 use std::time::Instant;
 
@@ -12,7 +13,7 @@ use grpo_policy::engine::Progress;
 use crate::{
     config::{self, RunConfig},
     draft,
-    evaluate::{EvalReport, EvalSettings, Judges, evaluate},
+    evaluate::EvalReport,
     grpo::{
         advantage::{Advantages, advantages},
         config::LossConfig,
@@ -21,12 +22,13 @@ use crate::{
     rollout::Rollouts,
     run::{Best, TrainState},
     setup::{Plugins, Rows},
-    types::{Row, Score},
+    types::Score,
     update::{Sequence, UpdateConfig, update},
 };
 
 use collect::{Collected, totals};
 pub use report::{Group, SamplingReport, StepReport, StepSeconds, TrainError};
+pub use swaps::{RolledBack, Supervision};
 
 /// A run in progress.
 pub struct Trainer<'a> {
@@ -35,6 +37,7 @@ pub struct Trainer<'a> {
     pub plugins: Plugins,
     pub rows: Rows,
     pub state: TrainState,
+    pub swaps: Supervision,
 }
 
 impl Trainer<'_> {
@@ -83,6 +86,7 @@ impl Trainer<'_> {
             faults: collected.faults,
             sampling: collected.sampling,
             seconds: collected.seconds,
+            scored_by: collected.scored_by,
         })
     }
 
@@ -108,14 +112,7 @@ impl Trainer<'_> {
         &mut self,
         on_progress: &mut dyn FnMut(Progress),
     ) -> anyhow::Result<EvalReport> {
-        let settings = EvalSettings::of(self.config);
-        let judges = Judges {
-            formatter: &self.plugins.formatter,
-            rewards: &self.plugins.rewards,
-            math: &self.plugins.math,
-        };
-        let rows: &[Row] = &self.rows.eval;
-        let report = evaluate(&mut self.policy, &judges, rows, &settings, on_progress)?;
+        let report = self.evaluate_supervised(on_progress)?;
         if let Some(accuracy) = report.headline() {
             let step = self.state.step;
             if step == 0 {

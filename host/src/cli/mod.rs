@@ -21,7 +21,7 @@ pub use plugin_arg::PluginArg;
 pub use tools::{
     BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchSpecArgs, BenchStepArgs, BenchTrainArgs,
     COMPILE_TRIAL, DoctorArgs, PluginBuildArgs, PluginCheckArgs, PluginCommand, PluginFileArgs,
-    PluginNewArgs, PluginTestArgs, ReplayArgs, ResultsArgs, ShapeArgs,
+    PluginNewArgs, PluginSwapArgs, PluginTestArgs, ReplayArgs, ResultsArgs, ShapeArgs,
 };
 pub use training::{EvalArgs, RolloutArgs, SftArgs, TrainArgs};
 
@@ -89,6 +89,7 @@ impl Command {
             Self::Plugin(PluginCommand::Test(args)) => args.output,
             Self::Plugin(PluginCommand::Inspect(args)) => args.output,
             Self::Plugin(PluginCommand::Check(args)) => args.output,
+            Self::Plugin(PluginCommand::Swap(args)) => args.output,
             Self::Plugin(PluginCommand::CompileTrial { .. }) => OutputArgs::default(),
         }
     }

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use super::{GpuArgs, ModelArgs, OutputArgs, PluginArg, set, set_plugins};
 use crate::authoring::Language;
 use crate::config::{ConfigError, DraftKind, DraftTokens, RawConfig};
+use crate::swap::MAX_SHADOW;
 
 #[derive(Args, Debug)]
 pub struct ResultsArgs {
@@ -251,6 +252,8 @@ pub enum PluginCommand {
     Inspect(PluginFileArgs),
     /// Load a component as a run would: limits, a trial instance, its `configure`
     Check(PluginCheckArgs),
+    /// Put another reward into a run that is going on, and say what became of it
+    Swap(PluginSwapArgs),
     /// Compile the component on stdin and throw the code away: the child process of every command that
     /// is given a component's file
     #[command(hide = true)]
@@ -309,6 +312,33 @@ pub struct PluginCheckArgs {
     /// JSON object with limits other than the default, as under `limits` in a config
     #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
     pub limits: Map<String, Value>,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+#[derive(Args, Debug)]
+pub struct PluginSwapArgs {
+    /// Run directory
+    #[arg(value_name = "RUN")]
+    pub run: PathBuf,
+    /// `reward`, or the name of one among several
+    #[arg(value_name = "ROLE")]
+    pub role: String,
+    /// Component file, or the name of a built-in plugin
+    #[arg(value_name = "FILE|REF")]
+    pub plugin: String,
+    /// Steps in which it scores every sample without counting [default: swap_shadow_steps of the run's config]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=i64::from(MAX_SHADOW)))]
+    pub shadow: Option<u32>,
+    /// Promote it at the next step, without shadowing
+    #[arg(long, conflicts_with = "shadow")]
+    pub now: bool,
+    /// JSON object for its `configure` [default: that of the reward it replaces]
+    #[arg(long, value_name = "JSON", value_parser = json_object)]
+    pub config: Option<Map<String, Value>>,
+    /// JSON object with its limits [default: those of the reward it replaces]
+    #[arg(long, value_name = "JSON", value_parser = json_object)]
+    pub limits: Option<Map<String, Value>>,
     #[command(flatten)]
     pub output: OutputArgs,
 }

@@ -27,6 +27,9 @@ pub struct TrainArgs {
     /// Run directory [default: a new one under runs/]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
+    /// Make a reward's file that changes during the run a candidate for its place
+    #[arg(long)]
+    pub watch_plugins: bool,
     /// Go on with the run in this directory, from its last checkpoint
     #[arg(long, value_name = "DIR", conflicts_with_all = ["out", "config", "model", "data"])]
     pub resume: Option<PathBuf>,
@@ -43,6 +46,8 @@ impl TrainArgs {
         set(&mut raw, "data", "--data", self.data.as_ref())?;
         set(&mut raw, "max_steps", "--steps", self.steps)?;
         set(&mut raw, "output_dir", "--out", self.out.as_ref())?;
+        let watch = self.watch_plugins.then_some(true);
+        set(&mut raw, "watch_plugins", "--watch-plugins", watch)?;
         Ok(raw)
     }
 }

@@ -24,6 +24,7 @@ mod guest_log;
 mod output;
 mod plugin;
 mod plugin_project;
+mod plugin_swap;
 mod progress;
 mod replay;
 mod results;

@@ -19,6 +19,7 @@ pub(super) fn run(command: &PluginCommand) -> anyhow::Result<()> {
         PluginCommand::Test(args) => plugin_project::test(args),
         PluginCommand::Inspect(args) => inspect(args),
         PluginCommand::Check(args) => check(args),
+        PluginCommand::Swap(args) => super::plugin_swap::run(args),
         PluginCommand::CompileTrial { mib, ms } => {
             if let Some(reason) = compile_stdin(*mib, *ms)? {
                 outln!("{reason}");

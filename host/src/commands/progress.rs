@@ -118,6 +118,11 @@ impl Bar {
         self.bar.set_message(format!("{} · {what}", self.message));
     }
 
+    /// Something that happened beside the steps.
+    pub(super) fn note(&self, line: &str) {
+        self.print(line);
+    }
+
     /// Something that did not stop the run; shown also when quiet.
     pub(super) fn warn(&mut self, text: &str) {
         self.bar.suspend(|| eprintln!("warning: {text}"));

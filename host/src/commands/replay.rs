@@ -9,14 +9,15 @@ use crate::{
     cli::ReplayArgs,
     config::{RawConfig, RunConfig},
     grpo::filter::DynamicSampling,
-    plugin::{PluginError, RewardSet},
+    plugin::{PluginError, PluginHost, RewardSet, SetScoring},
     replay::{
-        Comparison, Difference, Histogram, Log, ReplayError, Report, Rescored, Side, Summary,
-        difference, rescore,
+        Comparison, Difference, Histogram, Log, ReplayError, Report, Rescored, ScoreWave, Side,
+        Summary, difference, rescore_with,
     },
     run::{Figure, Line, LockedPlugin, read_plugins_lock, write_figures},
     setup,
-    types::Role,
+    swap::restore::{self, Timeline},
+    types::{Role, Sample},
 };
 
 /// Failures printed; all are counted.
@@ -54,14 +55,15 @@ fn rewards(config: &RunConfig) -> anyhow::Result<(RewardSet, Vec<LockedPlugin>)>
 fn each_step(
     args: &ReplayArgs,
     log: &Log,
-    rewards: &RewardSet,
+    mut score: impl FnMut(u64, u32, &[Sample<'_>]) -> anyhow::Result<SetScoring>,
     mut take: impl FnMut(u64, &Rescored) -> anyhow::Result<()>,
 ) -> anyhow::Result<(Vec<PluginError>, usize)> {
     let quiet = args.output.quiet || args.output.json;
     let mut bar = Bar::new(log.files.len() as u64, 0, quiet);
     let (mut faults, mut count) = (Vec::new(), 0);
     for ((step, path), done) in log.files.iter().zip(1..) {
-        let mut rescored = rescore(*step, path, rewards)?;
+        let score: ScoreWave<'_> = &mut |wave, samples| score(*step, wave, samples);
+        let mut rescored = rescore_with(*step, path, score)?;
         count += rescored.faults.len();
         let room = FAILURES - faults.len();
         faults.extend(rescored.faults.drain(..).take(room));
@@ -73,14 +75,19 @@ fn each_step(
 }
 
 fn check(args: &ReplayArgs, log: &Log, config: &RunConfig) -> anyhow::Result<()> {
-    let (rewards, locked) = rewards(config)?;
+    let kept = restore::with_kept_components(config, &args.run)?;
+    let (rewards, mut locked) = rewards(&kept)?;
     if read_plugins_lock(&args.run)?.is_empty() {
         warn("the run has no plugins.lock: whether its components are still the same is not known");
     }
     check_lock(&args.run, &locked)?;
+    let host = PluginHost::new(guest_log())?;
+    let mut rewards = Timeline::of(rewards, &host, &args.run)?;
+    locked.extend(rewards.promoted());
+    let score = |step, wave, samples: &[Sample<'_>]| rewards.score(step, wave, samples);
     let (mut samples, mut differing) = (0, 0);
     let mut first: Option<Difference> = None;
-    let (faults, failures) = each_step(args, log, &rewards, |_, step| {
+    let (faults, failures) = each_step(args, log, score, |_, step| {
         samples += step.rollouts.len();
         let mut found = step
             .rollouts
@@ -149,7 +156,8 @@ fn compare(
         return Err(ReplayError::NoReward { source_name }.into());
     }
     let mut comparison = Comparison::new(config.loss.scale_rewards);
-    let (faults, failures) = each_step(args, log, &rewards, |number, step| {
+    let score = |_, _, samples: &[Sample<'_>]| Ok(rewards.score(samples)?);
+    let (faults, failures) = each_step(args, log, score, |number, step| {
         Ok(comparison.add(number, step)?)
     })?;
     let report = comparison.report();

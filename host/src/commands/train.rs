@@ -5,6 +5,7 @@ mod summary;
 use std::{
     io::ErrorKind,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Instant,
 };
 
@@ -17,8 +18,10 @@ use crate::{
     config::{RawConfig, RunConfig},
     draft::{self, DraftError},
     evaluate::EvalReport,
+    failures,
     interrupt::Interrupt,
     placement,
+    plugin::LogSink,
     policy::{Mode, Policy},
     record,
     run::{
@@ -26,7 +29,8 @@ use crate::{
         read_metrics, write_report,
     },
     setup,
-    trainer::{StepReport, Trainer, loss_config},
+    swap::{Line, Swaps, restore},
+    trainer::{StepReport, Supervision, Trainer, loss_config},
 };
 use summary::Summary;
 
@@ -131,6 +135,7 @@ struct Run<'a> {
     dir: RunDir,
     metrics: StepLog,
     curriculum: StepLog,
+    swaps: Swaps,
     started: Instant,
     /// Wall time of earlier sessions.
     wall_before: f64,
@@ -162,6 +167,9 @@ fn refuse_changes(before: &RunConfig, now: &RunConfig) -> anyhow::Result<()> {
     // The run stays where it is.
     may.output.output_dir = before.output.output_dir.clone();
     may.hardware = now.hardware.clone();
+    may.plugins.watch_plugins = now.plugins.watch_plugins;
+    may.plugins.swap_shadow_steps = now.plugins.swap_shadow_steps;
+    may.plugins.swap_max_failure_rate = now.plugins.swap_max_failure_rate;
     if may == *now {
         return Ok(());
     }
@@ -191,7 +199,11 @@ impl<'a> Run<'a> {
         quiet: bool,
     ) -> anyhow::Result<Self> {
         let mut on_download = downloads(quiet);
-        let plugins = setup::plugins(config, guest_log())?;
+        let sink = guest_log();
+        let plugins = match &place {
+            Place::New(_) => setup::plugins(config, Arc::clone(&sink))?,
+            Place::Resumed(resumed) => plugins_of(config, resumed.dir.root(), Arc::clone(&sink))?,
+        };
         let rows = setup::rows(config, environment, &mut on_download)?;
         setup::try_formatter(&plugins.formatter, &rows)?;
         let model = setup::model(config, environment, &mut on_download)?;
@@ -230,7 +242,6 @@ impl<'a> Run<'a> {
                 dir
             }
         };
-        dir.write_plugins_lock(&plugins.locked)?;
         if let Some(locked) = &locked_draft {
             dir.write_draft_lock(locked)?;
         }
@@ -238,17 +249,21 @@ impl<'a> Run<'a> {
         attached.odd.iter().for_each(|odd| super::warn(odd));
         super::tell_of_head(draft::untrained_head(&policy, config, true), quiet);
         super::tell_of_device(&policy, quiet);
+        let wall_before = state.wall_s;
+        let mut trainer = Trainer {
+            swaps: Supervision::new(config, &plugins.locked),
+            config,
+            policy,
+            plugins,
+            rows,
+            state,
+        };
         Ok(Self {
             metrics: dir.metrics()?,
             curriculum: dir.curriculum()?,
-            wall_before: state.wall_s,
-            trainer: Trainer {
-                config,
-                policy,
-                plugins,
-                rows,
-                state,
-            },
+            wall_before,
+            swaps: Swaps::open(&dir, &mut trainer, sink)?,
+            trainer,
             dir,
             started: Instant::now(),
         })
@@ -277,11 +292,19 @@ impl<'a> Run<'a> {
             && !self.trainer.out_of_patience()
             && !interrupt.requested()
         {
-            let report = self.trainer.step(&mut |p| bar.rollout(p))?;
+            self.swaps.before_step(&mut self.trainer, &self.dir)?;
+            self.tell_of_swaps(&mut bar);
+            let report = self.trainer.step(&mut |p| bar.rollout(p));
+            let (root, seed) = (self.dir.root(), config.training.seed);
+            failures::save(root, seed, &mut self.trainer.swaps.failures)?;
+            let report = report?;
             bar.step(&report);
+            self.swaps.after_step(&mut self.trainer, &self.dir)?;
+            self.tell_of_swaps(&mut bar);
             self.record(report, &mut bar)?;
         }
         bar.finish();
+        self.swaps.finish();
         let unfinished = self.trainer.state.step < last;
         let stopped_early = unfinished && self.trainer.out_of_patience();
         Ok(Outcome {
@@ -296,6 +319,15 @@ impl<'a> Run<'a> {
         bar.eval(&eval);
         self.tell_of_fault(bar);
         Ok(eval)
+    }
+
+    fn tell_of_swaps(&mut self, bar: &mut Bar) {
+        for line in self.swaps.take_lines() {
+            match line {
+                Line::Note(text) => bar.note(&text),
+                Line::Warning(text) => bar.warn(&text),
+            }
+        }
     }
 
     fn tell_of_fault(&mut self, bar: &mut Bar) {
@@ -318,7 +350,8 @@ impl<'a> Run<'a> {
         if let Some(tables) = record::curriculum(&report.plan)? {
             self.curriculum.append(step, &tables)?;
         }
-        let rollouts = record::rollouts(report, &self.trainer.plugins.locked);
+        line.add_swaps(&self.swaps.take_metrics());
+        let rollouts = record::rollouts(report);
         crate::run::write_rollouts(self.dir.root(), step, &rollouts)?;
         if every(config.eval.eval_steps) || (is_last && config.eval.eval_on_end) {
             let eval = self.evaluate(bar)?;
@@ -358,6 +391,14 @@ impl<'a> Run<'a> {
         }
         Summary::of(self, outcome)
     }
+}
+
+/// The components of a run that goes on, from its own copies where it swaps them.
+fn plugins_of(config: &RunConfig, root: &Path, sink: LogSink) -> anyhow::Result<setup::Plugins> {
+    let kept = restore::with_kept_components(config, root)?;
+    let mut plugins = setup::plugins(&kept, sink)?;
+    restore::with_own_sources(&mut plugins.locked, config);
+    Ok(plugins)
 }
 
 /// A component that is another than the one the run began with.

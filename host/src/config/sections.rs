@@ -87,11 +87,28 @@ impl Default for PluginConfig {
 }
 
 /// The plugins of the run.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PluginsConfig {
     /// Several rewards add up by weight. A role without a plugin gets the built-in one.
     pub plugins: Vec<PluginConfig>,
+    /// Makes a reward's file that changes during the run a candidate for its place.
+    pub watch_plugins: bool,
+    /// Steps that a candidate shadows unless its swap says otherwise, 0 to 1000.
+    pub swap_shadow_steps: u32,
+    /// Share of samples on which a candidate or a promoted reward may fail, 0 to 1.
+    pub swap_max_failure_rate: f64,
+}
+
+impl Default for PluginsConfig {
+    fn default() -> Self {
+        Self {
+            plugins: Vec::new(),
+            watch_plugins: false,
+            swap_shadow_steps: 2,
+            swap_max_failure_rate: 0.1,
+        }
+    }
 }
 
 /// How completions are drawn.

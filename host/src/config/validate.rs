@@ -8,7 +8,7 @@ use super::{
     choices::{Device, DynamicSampling},
     sections::{
         GenerationConfig, ImportanceCorrection, LoraConfig, LossConfig, OptimizerConfig,
-        PluginConfig,
+        PluginConfig, PluginsConfig,
     },
 };
 
@@ -228,7 +228,7 @@ impl Ranges<'_> {
 /// Checks every range of a typed config. NaN fits no range.
 pub(super) fn ranges(config: &RunConfig, raw: &RawConfig) -> Result<(), ConfigError> {
     let ranges = Ranges { raw };
-    plugins(&ranges, &config.plugins.plugins)?;
+    plugins(&ranges, &config.plugins)?;
     generation(&ranges, &config.generation)?;
     loss(&ranges, &config.loss)?;
     ranges.check(
@@ -242,8 +242,13 @@ pub(super) fn ranges(config: &RunConfig, raw: &RawConfig) -> Result<(), ConfigEr
     run(&ranges, config)
 }
 
-fn plugins(ranges: &Ranges<'_>, plugins: &[PluginConfig]) -> Result<(), ConfigError> {
-    for (index, plugin) in plugins.iter().enumerate() {
+fn plugins(ranges: &Ranges<'_>, config: &PluginsConfig) -> Result<(), ConfigError> {
+    let steps = config.swap_shadow_steps;
+    ranges.check("swap_shadow_steps", steps, "0 to 1000", steps <= 1000)?;
+    let rate = config.swap_max_failure_rate;
+    let fits = (0.0..=1.0).contains(&rate);
+    ranges.check("swap_max_failure_rate", rate, "0 to 1", fits)?;
+    for (index, plugin) in config.plugins.iter().enumerate() {
         ranges.check(
             &format!("plugins[{index}].source"),
             "empty",

@@ -24,12 +24,14 @@ const DECLARABLE: u32 = 1000;
 /// Bytes of each memory that stay mapped for the next instance.
 const KEEP_RESIDENT: usize = 1 << 20;
 
-/// An engine whose epoch advances every [`TICK`] for as long as it lives.
-pub(super) fn start(fuel: bool) -> Result<Engine, Fault> {
+/// An engine whose epoch advances every [`TICK`] for as long as it lives; `parallel` compiles on all cores.
+pub(super) fn start(fuel: bool, parallel: bool) -> Result<Engine, Fault> {
     let engine = |e: &dyn std::fmt::Display| Fault::Engine {
         reason: format!("{e:#}"),
     };
-    let started = Engine::new(&config(fuel)).map_err(|e| engine(&e))?;
+    let mut config = config(fuel);
+    config.parallel_compilation(parallel);
+    let started = Engine::new(&config).map_err(|e| engine(&e))?;
     let weak = started.weak();
     // An OS thread and no task: a runtime whose workers all sit in guests would stop the clock.
     std::thread::Builder::new()

@@ -27,7 +27,7 @@ pub use inspect::Description;
 pub use limits::{Isolation, Limits, MAX_COMPONENT_BYTES, OnFailure};
 pub use log::{LogLevel, LogLine, LogSink, printable};
 pub use reward::{RewardPlugin, Scoring, WarmReward};
-pub use reward_set::{RewardSet, SetScoring, WeightError, Weighted};
+pub use reward_set::{MemberScoring, NoteFailure, RewardSet, SetScoring, WeightError, Weighted};
 pub use trial::{compile_stdin, try_compile};
 pub use warm::Warm;
 
@@ -47,6 +47,8 @@ pub struct PluginHost {
     /// Counts fuel; made when the first plugin asks for it.
     fueled: OnceLock<Running>,
     sink: LogSink,
+    /// Whether compiling uses all cores.
+    parallel: bool,
 }
 
 /// An engine and the instances it may hold.
@@ -60,9 +62,9 @@ struct Running {
 }
 
 impl Running {
-    fn start(fuel: bool) -> Result<Self, Fault> {
+    fn start(fuel: bool, parallel: bool) -> Result<Self, Fault> {
         Ok(Self {
-            engine: engine::start(fuel)?,
+            engine: engine::start(fuel, parallel)?,
             slots: Arc::new(Slots::new(SLOTS)),
             warm_slots: Arc::new(Slots::new(WARM_SLOTS)),
             taken: Taken::default(),
@@ -94,7 +96,19 @@ impl PluginHost {
     /// # Errors
     /// [`Fault::Engine`] if the address space for the instance pool is refused.
     pub fn new(sink: LogSink) -> Result<Self, PluginError> {
-        let plain = Running::start(false).map_err(|fault| PluginError {
+        Self::start(sink, true)
+    }
+
+    /// A host that compiles on the calling thread alone, for components that are loaded while others are at work.
+    ///
+    /// # Errors
+    /// As [`PluginHost::new`].
+    pub fn beside_others(sink: LogSink) -> Result<Self, PluginError> {
+        Self::start(sink, false)
+    }
+
+    fn start(sink: LogSink, parallel: bool) -> Result<Self, PluginError> {
+        let plain = Running::start(false, parallel).map_err(|fault| PluginError {
             plugin: "host".into(),
             digest: "".into(),
             call: Call::Load,
@@ -105,6 +119,7 @@ impl PluginHost {
             plain,
             fueled: OnceLock::new(),
             sink,
+            parallel,
         })
     }
 
@@ -179,7 +194,7 @@ impl PluginHost {
             return Ok(running.clone());
         }
         // Two threads may both start one; the loser's is dropped unused.
-        let running = Running::start(true)?;
+        let running = Running::start(true, self.parallel)?;
         Ok(self.fueled.get_or_init(|| running).clone())
     }
 }

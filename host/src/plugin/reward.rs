@@ -28,6 +28,8 @@ pub struct Scoring {
     /// Failures that `on_failure` dealt with: those of skipped samples, those a retry cured, and
     /// those of a batch whose samples all pass alone.
     pub faults: Vec<PluginError>,
+    /// Samples without a score because the plugin failed or was left alone; a `skip` of its own is no failure.
+    pub failed: u32,
 }
 
 /// A sample's score, or why it has none.
@@ -75,6 +77,19 @@ impl RewardPlugin {
     /// # Errors
     /// Under `abort`, and under `retry` once the retries are used up: the first failure, with its row.
     pub fn score(&self, samples: &[Sample<'_>]) -> Result<Scoring, PluginError> {
+        self.score_noting(samples, &mut |_, _| {})
+    }
+
+    /// [`RewardPlugin::score`] that tells `note` of each sample whose call failed to the end, by its place in `samples`: those
+    /// that are skipped, and the one for which `abort` and `retry` give up.
+    ///
+    /// # Errors
+    /// As [`RewardPlugin::score`].
+    pub fn score_noting(
+        &self,
+        samples: &[Sample<'_>],
+        note: &mut dyn FnMut(usize, &PluginError),
+    ) -> Result<Scoring, PluginError> {
         let rests = self.loaded.limits.on_failure == OnFailure::Skip && !samples.is_empty();
         if rests && let Err(fault) = self.breaker.admit() {
             return Ok(self.refuse(samples, fault));
@@ -92,7 +107,12 @@ impl RewardPlugin {
             self.breaker.record(outcomes.iter().any(Result::is_ok));
         }
         let mut scores = Vec::with_capacity(samples.len());
-        for outcome in outcomes {
+        let mut failed = 0;
+        for (place, outcome) in outcomes.into_iter().enumerate() {
+            if let Err(error) = &outcome {
+                note(place, error);
+                failed += 1;
+            }
             match (outcome, self.loaded.limits.on_failure) {
                 (Ok(score), _) => scores.push(score),
                 (Err(error), OnFailure::Skip) => {
@@ -102,7 +122,11 @@ impl RewardPlugin {
                 (Err(error), OnFailure::Abort | OnFailure::Retry) => return Err(error),
             }
         }
-        Ok(Scoring { scores, faults })
+        Ok(Scoring {
+            scores,
+            faults,
+            failed,
+        })
     }
 
     /// The whole batch skipped, for a reason that is no sample's.
@@ -110,6 +134,7 @@ impl RewardPlugin {
         Scoring {
             scores: vec![Score::Skip(fault.to_string()); samples.len()],
             faults: vec![self.loaded.error(Call::Score, fault)],
+            failed: samples.len() as u32,
         }
     }
 

@@ -4,6 +4,7 @@ use super::error::PluginError;
 use super::reward::{RewardPlugin, Scoring};
 use crate::types::{PluginId, Sample, Score, Scored};
 use std::collections::HashMap;
+use std::time::Instant;
 
 /// A reward and its factor in the sum.
 pub struct Weighted {
@@ -40,7 +41,7 @@ pub struct RewardSet {
 }
 
 /// Combined scores, and what each reward contributed to trouble.
-#[derive(Debug, PartialEq)]
+#[derive(Debug)]
 pub struct SetScoring {
     /// One per sample. The total is the weighted sum; the parts are `NAME` for each reward's own
     /// total, unweighted, and `NAME/PART` for its parts.
@@ -49,7 +50,23 @@ pub struct SetScoring {
     pub skipped: Vec<u32>,
     /// Failures that the rewards' policies dealt with.
     pub faults: Vec<PluginError>,
+    /// What each reward said by itself, in the order of [`RewardSet::names`].
+    pub members: Vec<MemberScoring>,
 }
+
+/// One reward's part in a [`SetScoring`].
+#[derive(Debug)]
+pub struct MemberScoring {
+    /// Its own total of each sample, unweighted; `None` where it has none.
+    pub totals: Vec<Option<f64>>,
+    /// Samples it failed on.
+    pub failed: u32,
+    /// Wall time of its calls.
+    pub seconds: f64,
+}
+
+/// Told of a failed call: place of the reward in the set, place of the sample in the batch, and the failure.
+pub type NoteFailure<'a> = &'a mut dyn FnMut(usize, usize, &PluginError);
 
 impl RewardSet {
     /// Joins rewards. Of several with the same name the second is called `NAME#2`, and so on.
@@ -66,24 +83,44 @@ impl RewardSet {
         if members.iter().all(|m| m.weight == 0.0) {
             return Err(WeightError::AllZero);
         }
+        let unnamed = members.into_iter().map(|member| (String::new(), member));
+        let mut set = Self {
+            members: unnamed.collect(),
+        };
+        set.rename();
+        Ok(set)
+    }
+
+    fn rename(&mut self) {
         let mut seen: HashMap<String, u32> = HashMap::new();
-        let named = |member: Weighted| {
+        for (known_as, member) in &mut self.members {
             let name = member.reward.id().name.clone();
             let count = seen.entry(name.clone()).or_insert(0);
             *count += 1;
-            match *count {
-                1 => (name, member),
-                n => (format!("{name}#{n}"), member),
-            }
-        };
-        Ok(Self {
-            members: members.into_iter().map(named).collect(),
-        })
+            *known_as = match *count {
+                1 => name,
+                n => format!("{name}#{n}"),
+            };
+        }
+    }
+
+    /// Puts `reward` in the place of the one at `place`, under the same weight, and hands that one out. `None`, and nothing
+    /// changes, where there is no such place.
+    pub fn exchange(&mut self, place: usize, reward: RewardPlugin) -> Option<RewardPlugin> {
+        let (_, member) = self.members.get_mut(place)?;
+        let before = std::mem::replace(&mut member.reward, reward);
+        self.rename();
+        Some(before)
     }
 
     /// The names of the rewards, in order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.members.iter().map(|(name, _)| name.as_str())
+    }
+
+    /// The weight of the reward at `place`.
+    pub fn weight(&self, place: usize) -> Option<f64> {
+        self.members.get(place).map(|(_, member)| member.weight)
     }
 
     /// Identities of the rewards, in order.
@@ -97,14 +134,34 @@ impl RewardSet {
     /// # Errors
     /// The first failure of a reward whose policy is to abort.
     pub fn score(&self, samples: &[Sample<'_>]) -> Result<SetScoring, PluginError> {
+        self.score_noting(samples, &mut |_, _, _| {})
+    }
+
+    /// [`RewardSet::score`] that tells `note` of the calls that failed, as [`RewardPlugin::score_noting`] does.
+    ///
+    /// # Errors
+    /// As [`RewardSet::score`].
+    pub fn score_noting(
+        &self,
+        samples: &[Sample<'_>],
+        note: NoteFailure<'_>,
+    ) -> Result<SetScoring, PluginError> {
         let mut columns = Vec::with_capacity(self.members.len());
-        let mut faults = Vec::new();
-        for (_, member) in &self.members {
+        let (mut faults, mut members) = (Vec::new(), Vec::new());
+        for (place, (_, member)) in self.members.iter().enumerate() {
+            let begun = Instant::now();
+            let mut note = |sample: usize, error: &PluginError| note(place, sample, error);
             let Scoring {
                 scores,
                 faults: met,
-            } = member.reward.score(samples)?;
+                failed,
+            } = member.reward.score_noting(samples, &mut note)?;
             faults.extend(met);
+            members.push(MemberScoring {
+                totals: scores.iter().map(total).collect(),
+                failed,
+                seconds: begun.elapsed().as_secs_f64(),
+            });
             columns.push(scores.into_iter());
         }
         let mut skipped = vec![0_u32; self.members.len()];
@@ -120,6 +177,7 @@ impl RewardSet {
             scores,
             skipped,
             faults,
+            members,
         })
     }
 
@@ -144,5 +202,12 @@ impl RewardSet {
         } else {
             Score::Skip(reasons.join("; "))
         }
+    }
+}
+
+fn total(score: &Score) -> Option<f64> {
+    match score {
+        Score::Value(scored) => Some(scored.total),
+        Score::Skip(_) => None,
     }
 }

@@ -1,5 +1,5 @@
 //! The run directory: `config.yaml metrics.jsonl curriculum.jsonl rollouts/*.parquet checkpoints/step-N/
-//! plugins.lock draft.lock report.html`.
+//! plugins.lock draft.lock swaps.jsonl plugins/DIGEST/NAME.wasm failures/ report.html`.
 //!
 //! Owns where things lie, that they are written whole or not at all, and what a resumed run throws away.
 //! Steps count from 1; `step-N` is the state after N steps. Weights are written by `grpo-policy` into
@@ -17,6 +17,7 @@ mod results;
 mod rollouts;
 mod step_log;
 mod svg;
+mod swaps;
 
 use std::{
     fs::{self, File},
@@ -32,6 +33,9 @@ pub use report::write_report;
 pub use results::{MetricRow, Summary, summarise};
 pub use rollouts::{Rollout, read_rollouts, rollout_files, write_rollouts};
 pub use step_log::{CurriculumReport, StepLog, read_curriculum, read_metrics};
+pub use swaps::{
+    Holder, SwapEvent, SwapRecord, component_path, holder, keep_component, read_swaps,
+};
 
 /// A run directory that this process writes to. Holds a lock on `config.yaml`, so that a second process
 /// cannot resume a run that is still going on; the kernel drops the lock with the process.
@@ -102,6 +106,7 @@ impl RunDir {
         step_log::cut_after(root, step_log::CURRICULUM, step)?;
         rollouts::remove_after(root, step)?;
         lock::cut_after(root, step)?;
+        swaps::cut_after(root, step)?;
         Ok(Resumed {
             dir,
             checkpoint,
@@ -156,6 +161,11 @@ impl RunDir {
     /// Opens `curriculum.jsonl` for appending.
     pub fn curriculum(&self) -> Result<StepLog, RunError> {
         StepLog::open(&self.root, step_log::CURRICULUM)
+    }
+
+    /// Opens `swaps.jsonl` for appending; it is there from the first swap on.
+    pub fn swaps(&self) -> Result<StepLog, RunError> {
+        StepLog::open(&self.root, swaps::SWAPS)
     }
 
     /// Writes `plugins.lock`: all components used so far, those swapped in later included.

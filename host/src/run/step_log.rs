@@ -120,14 +120,14 @@ pub(super) fn cut_after(root: &Path, name: &str, step: u64) -> Result<(), RunErr
     })
 }
 
-struct Line {
+pub(super) struct Line {
     step: u64,
-    object: Map<String, Value>,
+    pub(super) object: Map<String, Value>,
     /// Offset of the byte after the line feed.
     end: usize,
 }
 
-fn parse(root: &Path, name: &str) -> Result<Vec<Line>, RunError> {
+pub(super) fn parse(root: &Path, name: &str) -> Result<Vec<Line>, RunError> {
     let path = root.join(name);
     let bytes = match fs::read(&path) {
         Ok(bytes) => bytes,

@@ -10,7 +10,7 @@ use crate::{
     grpo::filter::{self, DynamicSampling, Refill},
     plugin::PluginError,
     rollout::{Job, RolledOut, Rollouts, mix, roll},
-    types::{Budget, Outcome, Pick, Plan, Score},
+    types::{Budget, Outcome, Pick, Plan, PluginId, Score},
 };
 
 /// The completions of a prompt and what the rewards said of each.
@@ -28,6 +28,8 @@ pub(super) struct Collected {
     pub(super) faults: Vec<String>,
     pub(super) seconds: StepSeconds,
     pub(super) plan: Plan,
+    /// The components of each wave.
+    pub(super) scored_by: Vec<(u32, Vec<PluginId>)>,
 }
 
 impl Trainer<'_> {
@@ -172,7 +174,13 @@ impl Trainer<'_> {
     ) -> anyhow::Result<Vec<Scored>> {
         let started = Instant::now();
         let samples: Vec<_> = rollouts.iter().flat_map(samples_of).collect();
-        let scoring = self.plugins.rewards.score(&samples)?;
+        let wave = rollouts
+            .first()
+            .and_then(|r| r.waves.first().copied())
+            .unwrap_or(0);
+        let scoring = self.score_supervised(&samples, wave)?;
+        let ids = self.plugins.locked.iter().map(|l| l.id.clone());
+        collected.scored_by.push((wave, ids.collect()));
         let lines = PluginError::lines(&scoring.faults, samples.len());
         drop(samples);
         collected.faults.extend(lines);

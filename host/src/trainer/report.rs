@@ -5,7 +5,7 @@ use crate::{
     grpo::advantage::Advantages,
     rollout::Rollouts,
     speculation::Speculation,
-    types::{Plan, Score},
+    types::{Plan, PluginId, Score},
     update::UpdateReport,
 };
 
@@ -64,6 +64,8 @@ pub struct StepReport {
     pub faults: Vec<String>,
     pub sampling: SamplingReport,
     pub seconds: StepSeconds,
+    /// All components that touched the samples of each wave.
+    pub scored_by: Vec<(u32, Vec<PluginId>)>,
 }
 
 impl StepReport {

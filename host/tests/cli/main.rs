@@ -11,9 +11,13 @@ mod budget;
 mod contract;
 mod device;
 mod drafts;
+#[path = "../../../tests/tests/hostile/guest.rs"]
+#[allow(dead_code, reason = "the hostile suite uses the rest")]
+mod guest;
 mod hostile;
 mod lab;
 mod replay;
 mod resume;
 mod speculation;
 mod stop;
+mod swap;

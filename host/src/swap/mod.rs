@@ -1,0 +1,476 @@
+//! Swapping rewards while a run goes on: requests come over a socket in the run directory or from watched files; a
+//! candidate is compiled, checked and shadows beside the steps, is promoted between two of them, and rolled back if it fails.
+//!
+//! This file decides; threads do the work: [`channel`] talks to clients, [`candidate`] makes a reward of a file, [`watch`]
+//! looks at files. [`restore`] finds the rewards of a run again. Nobody here makes a step wait.
+
+mod candidate;
+pub mod channel;
+mod error;
+mod intake;
+pub mod protocol;
+pub mod restore;
+pub mod shadow;
+mod vectors;
+mod watch;
+
+use std::{
+    collections::VecDeque,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
+    },
+};
+
+use crate::{
+    plugin::{LogSink, PluginHost, RewardPlugin},
+    run::{LockedPlugin, RunDir, SwapEvent, SwapRecord, read_plugins_lock, read_swaps},
+    trainer::{RolledBack, Trainer},
+};
+
+use candidate::{Job, Message};
+use channel::{Control, Incoming};
+pub use error::SwapError;
+use intake::{Active, keep_files, metrics_of, slot_of};
+use protocol::Event;
+pub use protocol::Line;
+use shadow::Tap;
+pub use vectors::ConformanceError;
+use watch::{Watch, Watched};
+
+/// Requests that may wait for the end of a step.
+const QUEUE: usize = 8;
+/// Most steps that a candidate may shadow.
+pub const MAX_SHADOW: u32 = 1000;
+/// Steps that a candidate may be behind before it is handed no more.
+const BACKLOG: u32 = 4;
+/// Stands for the prompt of conformance vectors.
+const PROMPT: &str = "What is 2 + 2?";
+
+/// The swaps of a run in progress.
+pub struct Swaps {
+    root: PathBuf,
+    requests: Receiver<Incoming>,
+    control: Option<Control>,
+    watch: Option<Watch>,
+    /// Made for the first candidate.
+    host: Option<Arc<PluginHost>>,
+    sink: LogSink,
+    active: Option<Active>,
+    /// Changed files that wait for the candidate before them.
+    waiting: VecDeque<Incoming>,
+    /// Promotions that a resumed run has yet to make again.
+    pending: Vec<(SwapRecord, RewardPlugin)>,
+    /// Everything that is in `plugins.lock`.
+    history: Vec<LockedPlugin>,
+    /// A row of the data as JSON, for conformance vectors.
+    row: String,
+    lines: Vec<Line>,
+    metrics: Vec<(&'static str, f64)>,
+}
+
+impl Swaps {
+    /// Opens the control channel of a run and takes up what it has swapped so far. A channel that cannot be had is a line
+    /// among [`Swaps::take_lines`].
+    ///
+    /// # Errors
+    /// A journal that cannot be read; components of earlier swaps that are gone or have changed.
+    pub fn open(dir: &RunDir, trainer: &mut Trainer<'_>, sink: LogSink) -> anyhow::Result<Self> {
+        let root = dir.root().to_owned();
+        let known = read_plugins_lock(&root)?;
+        let history = match known.is_empty() {
+            true => trainer.plugins.locked.clone(),
+            false => known,
+        };
+        let mut lines = Vec::new();
+        keep_files(&root, &trainer.plugins.locked, &mut lines)?;
+        let (sender, requests) = sync_channel(QUEUE);
+        let control = channel::listen(&root, sender.clone());
+        let control = control.map_err(|error| {
+            let text =
+                format!("no `plugin swap` for this run, for want of a control channel: {error}");
+            lines.push(Line::Warning(text));
+        });
+        let first = trainer.rows.train.rows.first();
+        let mut swaps = Self {
+            row: first.map_or_else(
+                || Ok("{}".to_owned()),
+                |row| serde_json::to_string(&row.json),
+            )?,
+            root,
+            requests,
+            control: control.ok(),
+            watch: None,
+            host: None,
+            sink,
+            active: None,
+            waiting: VecDeque::new(),
+            pending: Vec::new(),
+            history,
+            lines,
+            metrics: Vec::new(),
+        };
+        swaps.take_up(trainer)?;
+        dir.write_plugins_lock(&swaps.history)?;
+        swaps.watch(trainer, sender)?;
+        Ok(swaps)
+    }
+
+    fn take_up(&mut self, trainer: &mut Trainer<'_>) -> anyhow::Result<()> {
+        let records = read_swaps(&self.root)?;
+        if records.is_empty() {
+            return Ok(());
+        }
+        let host = self.host()?;
+        let root = self.root.clone();
+        restore::restore(trainer, &host, &root, &records)?;
+        let step = trainer.state.step;
+        for record in records {
+            if record.event == SwapEvent::Promoted && record.step > step {
+                let reward = restore::load(&host, &root, &record)?;
+                self.pending.push((record, reward));
+            }
+        }
+        Ok(())
+    }
+
+    fn watch(
+        &mut self,
+        trainer: &Trainer<'_>,
+        requests: SyncSender<Incoming>,
+    ) -> anyhow::Result<()> {
+        if !trainer.config.plugins.watch_plugins {
+            return Ok(());
+        }
+        let slots = trainer
+            .swaps
+            .slots
+            .iter()
+            .zip(trainer.plugins.rewards.ids());
+        let files = slots.enumerate().filter_map(|(slot, (known, id))| {
+            let path = Path::new(&known.settings.source);
+            path.exists().then(|| Watched::new(slot, path, &id.digest))
+        });
+        self.watch = Some(Watch::start(files.collect(), requests)?);
+        Ok(())
+    }
+
+    fn host(&mut self) -> anyhow::Result<Arc<PluginHost>> {
+        if let Some(host) = &self.host {
+            return Ok(Arc::clone(host));
+        }
+        let host = Arc::new(PluginHost::beside_others(Arc::clone(&self.sink))?);
+        self.host = Some(Arc::clone(&host));
+        Ok(host)
+    }
+
+    /// What happened since, for the run's user.
+    pub fn take_lines(&mut self) -> Vec<Line> {
+        std::mem::take(&mut self.lines)
+    }
+
+    /// What happened since, for the metrics.
+    pub fn take_metrics(&mut self) -> Vec<(&'static str, f64)> {
+        std::mem::take(&mut self.metrics)
+    }
+
+    /// Between two steps: promotes what is ready and takes requests. Waits for nobody.
+    ///
+    /// # Errors
+    /// A journal or lock that cannot be written.
+    pub fn before_step(&mut self, trainer: &mut Trainer<'_>, dir: &RunDir) -> anyhow::Result<()> {
+        self.promote_again(trainer, dir)?;
+        self.hear();
+        self.promote(trainer, dir)?;
+        while let Some(incoming) = self.next_request() {
+            self.begin(trainer, incoming);
+        }
+        let shadowing = self
+            .active
+            .as_ref()
+            .filter(|a| a.sent < a.shadow && a.sent - a.done < BACKLOG);
+        trainer.swaps.tap = shadowing.map(|active| Tap {
+            slot: active.slot,
+            waves: Vec::new(),
+        });
+        Ok(())
+    }
+
+    /// After a step: notes rollbacks, and hands the step's samples to a candidate that shadows.
+    ///
+    /// # Errors
+    /// A journal or lock that cannot be written.
+    pub fn after_step(&mut self, trainer: &mut Trainer<'_>, dir: &RunDir) -> anyhow::Result<()> {
+        for rolled_back in std::mem::take(&mut trainer.swaps.rolled_back) {
+            self.note_rollback(rolled_back, dir)?;
+        }
+        let step = trainer.state.step;
+        if let Some(active) = self
+            .active
+            .take_if(|a| a.promoted.is_some_and(|first| first <= step))
+        {
+            active.tell(Event::Kept { step });
+        }
+        if let (Some(active), Some(tap)) = (&mut self.active, trainer.swaps.tap.take())
+            && !tap.waves.is_empty()
+            && active.worker.steps.send(tap.waves).is_ok()
+        {
+            active.sent += 1;
+        }
+        self.hear();
+        Ok(())
+    }
+
+    /// Tells those who wait that the run ends.
+    pub fn finish(&mut self) {
+        self.hear();
+        if let Some(active) = self.active.take() {
+            active.tell(Event::Ended {});
+        }
+        while let Ok(incoming) = self.requests.try_recv() {
+            if let Some(reply) = incoming.reply {
+                drop(reply.send(Event::Ended {}));
+            }
+        }
+        if let Some(control) = &self.control {
+            control.drain();
+        }
+    }
+
+    /// The next request that can be begun; what cannot wait is refused.
+    fn next_request(&mut self) -> Option<Incoming> {
+        while let Ok(incoming) = self.requests.try_recv() {
+            match (&self.active, &incoming.reply) {
+                (None, _) => return Some(incoming),
+                (Some(_), Some(reply)) => {
+                    let event = channel::refused("another swap is going on", "wait for it to end");
+                    drop(reply.send(event));
+                }
+                (Some(_), None) => {
+                    self.waiting.retain(|known| known.slot != incoming.slot);
+                    self.waiting.push_back(incoming);
+                }
+            }
+        }
+        match self.active {
+            None => self.waiting.pop_front(),
+            Some(_) => None,
+        }
+    }
+
+    fn begin(&mut self, trainer: &Trainer<'_>, incoming: Incoming) {
+        let reply = incoming.reply.clone();
+        match self.start(trainer, incoming) {
+            Ok(active) => self.active = Some(active),
+            Err(event) => {
+                self.lines.push(Line::of(&event));
+                if let Some(reply) = reply {
+                    drop(reply.send(event));
+                }
+            }
+        }
+    }
+
+    fn start(&mut self, trainer: &Trainer<'_>, incoming: Incoming) -> Result<Active, Event> {
+        let request = incoming.request;
+        let slot = match incoming.slot {
+            Some(slot) => slot,
+            None => slot_of(trainer, &request.role)?,
+        };
+        let plugins = &trainer.config.plugins;
+        let shadow = request.shadow.unwrap_or(plugins.swap_shadow_steps);
+        if shadow > MAX_SHADOW {
+            let reason = format!("{shadow} steps to shadow are more than {MAX_SHADOW}");
+            return Err(channel::refused(&reason, "shadow fewer"));
+        }
+        let mut settings = trainer
+            .swaps
+            .slots
+            .get(slot)
+            .map(|s| s.settings.clone())
+            .unwrap_or_default();
+        settings.source = request.source;
+        settings.config = request.config.unwrap_or(settings.config);
+        settings.limits = request.limits.unwrap_or(settings.limits);
+        let job = Job {
+            root: self.root.clone(),
+            settings: settings.clone(),
+            shadow,
+            max_failure_rate: plugins.swap_max_failure_rate,
+            row: self.row.clone(),
+            prompt: PROMPT.to_owned(),
+        };
+        let host = self.host();
+        let worker = host.and_then(|host| Ok(candidate::start(host, job)?));
+        let worker = worker.map_err(|e| Event::Refused {
+            reason: e.to_string(),
+            hint: None,
+        })?;
+        Ok(Active {
+            slot,
+            settings,
+            reply: incoming.reply,
+            worker,
+            shadow,
+            sent: 0,
+            done: 0,
+            report: None,
+            ready: None,
+            promoted: None,
+        })
+    }
+
+    /// Takes in what the candidate's thread has said.
+    fn hear(&mut self) {
+        while let Some(active) = &mut self.active {
+            let message = match active.worker.messages.try_recv() {
+                Ok(message) => message,
+                Err(TryRecvError::Disconnected)
+                    if active.ready.is_none() && active.promoted.is_none() =>
+                {
+                    Message::Refused {
+                        reason: "its thread ended".to_owned(),
+                        hint: None,
+                    }
+                }
+                Err(_) => return,
+            };
+            let event = match message {
+                Message::Compiled { id, milliseconds } => Event::Compiled {
+                    name: id.name,
+                    digest: id.digest,
+                    milliseconds,
+                },
+                Message::Shadowed { step, report } => {
+                    active.done = step;
+                    active.report = Some(report.clone());
+                    self.metrics.extend(metrics_of(&report));
+                    let of = active.shadow;
+                    Event::Shadowed { step, of, report }
+                }
+                Message::Ready(reward) => {
+                    active.ready = Some(reward);
+                    return;
+                }
+                Message::Refused { reason, hint } => Event::Refused { reason, hint },
+            };
+            self.lines.push(Line::of(&event));
+            let over = event.is_last();
+            active.tell(event);
+            if over {
+                self.active = None;
+            }
+        }
+    }
+
+    fn promote(&mut self, trainer: &mut Trainer<'_>, dir: &RunDir) -> anyhow::Result<()> {
+        let Some(active) = &mut self.active else {
+            return Ok(());
+        };
+        let Some(reward) = active.ready.take() else {
+            return Ok(());
+        };
+        let step = trainer.state.step + 1;
+        let (slot, id, settings) = (active.slot, reward.id().clone(), active.settings.clone());
+        let replaced = trainer.plugins.rewards.ids().nth(slot).cloned();
+        let record = SwapRecord {
+            step,
+            wave: 0,
+            event: SwapEvent::Promoted,
+            slot,
+            plugin: id.clone(),
+            replaced: replaced.unwrap_or_else(|| id.clone()),
+            source: settings.source.clone(),
+            config: settings.config.clone(),
+            limits: settings.limits.clone(),
+            reason: None,
+            shadow: active
+                .report
+                .as_ref()
+                .map(serde_json::to_value)
+                .transpose()?,
+        };
+        let event = Event::Promoted {
+            step,
+            digest: id.digest.clone(),
+        };
+        self.lines.push(Line::of(&event));
+        self.metrics.push(("swap/promoted", 1.0));
+        active.promoted = Some(step);
+        active.tell(event);
+        let source = PathBuf::from(&settings.source);
+        if let Some(watch) = self.watch.as_ref().filter(|_| source.exists()) {
+            watch.follow(Watched::new(slot, &source, &id.digest));
+        }
+        dir.swaps()?.append_swap(&record)?;
+        trainer.promote(slot, *reward, settings, step);
+        self.lock_in(trainer, &id.digest, dir)
+    }
+
+    /// The promotions that a run has made which was then killed before a checkpoint: they are in the journal.
+    fn promote_again(&mut self, trainer: &mut Trainer<'_>, dir: &RunDir) -> anyhow::Result<()> {
+        let step = trainer.state.step + 1;
+        let (due, later): (Vec<_>, Vec<_>) = std::mem::take(&mut self.pending)
+            .into_iter()
+            .partition(|(record, _)| record.step <= step);
+        self.pending = later;
+        for (record, reward) in due {
+            let text = format!(
+                "swap: promoted again at step {step}: {}",
+                record.plugin.digest
+            );
+            self.lines.push(Line::Note(text));
+            self.metrics.push(("swap/promoted", 1.0));
+            trainer.promote(record.slot, reward, restore::settings(&record), step);
+            self.lock_in(trainer, &record.plugin.digest, dir)?;
+        }
+        Ok(())
+    }
+
+    fn lock_in(&mut self, trainer: &Trainer<'_>, digest: &str, dir: &RunDir) -> anyhow::Result<()> {
+        let mut locked = trainer.plugins.locked.iter();
+        let now = locked.find(|l| l.id.digest == digest && !self.history.contains(l));
+        self.history.extend(now.cloned());
+        Ok(dir.write_plugins_lock(&self.history)?)
+    }
+
+    fn note_rollback(&mut self, rolled_back: RolledBack, dir: &RunDir) -> anyhow::Result<()> {
+        let RolledBack {
+            step,
+            wave,
+            slot,
+            from,
+            to,
+            settings,
+            reason,
+        } = rolled_back;
+        let event = Event::RolledBack {
+            step,
+            reason: reason.clone(),
+        };
+        self.lines.push(Line::of(&event));
+        self.metrics.push(("swap/rolled_back", 1.0));
+        if let Some(active) = self
+            .active
+            .take_if(|a| a.slot == slot && a.promoted.is_some())
+        {
+            active.tell(event);
+        }
+        dir.swaps()?.append_swap(&SwapRecord {
+            step,
+            wave,
+            event: SwapEvent::RolledBack,
+            slot,
+            plugin: to.id.clone(),
+            replaced: from.id,
+            source: settings.source,
+            config: settings.config,
+            limits: settings.limits,
+            reason: Some(reason),
+            shadow: None,
+        })?;
+        self.history.push(to);
+        Ok(dir.write_plugins_lock(&self.history)?)
+    }
+}

@@ -1,0 +1,261 @@
+//! What swapping rewards asks of a step: scoring under supervision, and the way back to the reward before.
+//!
+//! Which candidates there are, and when one is promoted, is the business of `crate::swap`.
+
+use std::collections::VecDeque;
+
+use grpo_policy::engine::Progress;
+
+use super::Trainer;
+use crate::{
+    config::{PluginConfig, RunConfig},
+    evaluate::{EvalReport, EvalSettings, Judges, evaluate},
+    failures::FailedCall,
+    plugin::{PluginError, RewardPlugin, SetScoring},
+    run::LockedPlugin,
+    swap::shadow::Tap,
+    types::{PluginId, Role, Row, Sample},
+};
+
+/// Waves over which the failures of a promoted reward are counted.
+const WINDOW: usize = 8;
+/// Failed calls that are kept of a step.
+const MAX_FAILURES: usize = 32;
+
+/// What is known of the rewards beyond the set itself.
+#[derive(Default)]
+pub struct Supervision {
+    /// One per reward; none where nobody swaps, as in `bench step`.
+    pub slots: Vec<Slot>,
+    /// Share of a promoted reward's samples that may fail.
+    pub max_failure_rate: f64,
+    /// Where samples go that a candidate is to score too.
+    pub tap: Option<Tap>,
+    /// What was rolled back since somebody last looked.
+    pub rolled_back: Vec<RolledBack>,
+    /// Calls that failed since somebody last looked.
+    pub failures: Vec<FailedCall>,
+}
+
+/// A place among the rewards.
+pub struct Slot {
+    pub settings: PluginConfig,
+    predecessor: Option<Predecessor>,
+}
+
+struct Predecessor {
+    reward: RewardPlugin,
+    locked: LockedPlugin,
+    settings: PluginConfig,
+    /// Failed and all samples of its successor, a pair for each wave.
+    recent: VecDeque<(u32, u32)>,
+}
+
+/// A promoted reward that had to go.
+#[derive(Clone, Debug)]
+pub struct RolledBack {
+    /// First step and wave that the one before scores again.
+    pub step: u64,
+    pub wave: u32,
+    pub slot: usize,
+    pub from: LockedPlugin,
+    pub to: LockedPlugin,
+    pub settings: PluginConfig,
+    pub reason: String,
+}
+
+impl Supervision {
+    /// Of a run with these components, none of them swapped yet.
+    pub fn new(config: &RunConfig, locked: &[LockedPlugin]) -> Self {
+        let listed = &config.plugins.plugins;
+        // Components are loaded in the order of the list; what comes after it are the shipped ones of empty roles.
+        let slots = locked
+            .iter()
+            .enumerate()
+            .filter(|(_, l)| l.id.role == Role::Reward);
+        let slots = slots.map(|(place, locked)| Slot {
+            settings: listed.get(place).cloned().unwrap_or_else(|| PluginConfig {
+                source: locked.source.clone(),
+                ..PluginConfig::default()
+            }),
+            predecessor: None,
+        });
+        Self {
+            slots: slots.collect(),
+            max_failure_rate: config.plugins.swap_max_failure_rate,
+            ..Self::default()
+        }
+    }
+
+    /// The first promoted reward whose share of failures is too large with this wave, and why.
+    fn over_limit(&mut self, scoring: &SetScoring) -> Option<(usize, String)> {
+        for (place, (slot, member)) in self.slots.iter_mut().zip(&scoring.members).enumerate() {
+            let Some(predecessor) = &mut slot.predecessor else {
+                continue;
+            };
+            let samples = member.totals.len() as u32;
+            if samples > 0 && member.totals.iter().all(Option::is_none) {
+                return Some((place, format!("it scored none of {samples} samples")));
+            }
+            predecessor.recent.push_back((member.failed, samples));
+            if predecessor.recent.len() > WINDOW {
+                predecessor.recent.pop_front();
+            }
+            let sum = |(a, b): (u32, u32), (c, d): &(u32, u32)| (a + c, b + d);
+            let (failed, samples) = predecessor.recent.iter().fold((0, 0), sum);
+            if f64::from(failed) > self.max_failure_rate * f64::from(samples) {
+                return Some((place, format!("it failed on {failed} of {samples} samples")));
+            }
+        }
+        None
+    }
+}
+
+impl Trainer<'_> {
+    /// Scores a wave. A promoted reward that fails too often, or that would end the run, gives way to the one before, which
+    /// then scores this wave.
+    pub(super) fn score_supervised(
+        &mut self,
+        samples: &[Sample<'_>],
+        wave: u32,
+    ) -> anyhow::Result<SetScoring> {
+        let step = self.state.step + 1;
+        loop {
+            let Supervision {
+                slots, failures, ..
+            } = &mut self.swaps;
+            let mut note = |slot: usize, place: usize, error: &PluginError| {
+                if let (Some(slot), true) = (slots.get(slot), failures.len() < MAX_FAILURES) {
+                    failures.push(FailedCall::new(
+                        step,
+                        &slot.settings,
+                        &samples[place],
+                        error,
+                    ));
+                }
+            };
+            let scored = self.plugins.rewards.score_noting(samples, &mut note);
+            let bad = match &scored {
+                Ok(scoring) => self.swaps.over_limit(scoring),
+                Err(error) => self.guilty(error),
+            };
+            let Some((slot, reason)) = bad else {
+                let scoring = scored?;
+                if let Some(tap) = &mut self.swaps.tap {
+                    tap.take(samples, &scoring);
+                }
+                return Ok(scoring);
+            };
+            self.roll_back(slot, wave, reason);
+        }
+    }
+
+    /// Evaluates; a promoted reward that would end the run in doing so gives way to the one before.
+    pub(super) fn evaluate_supervised(
+        &mut self,
+        on_progress: &mut dyn FnMut(Progress),
+    ) -> anyhow::Result<EvalReport> {
+        loop {
+            let settings = EvalSettings::of(self.config);
+            let judges = Judges {
+                formatter: &self.plugins.formatter,
+                rewards: &self.plugins.rewards,
+                math: &self.plugins.math,
+            };
+            let rows: &[Row] = &self.rows.eval;
+            let report = evaluate(&mut self.policy, &judges, rows, &settings, on_progress);
+            let error = match report {
+                Ok(report) => return Ok(report),
+                Err(error) => error,
+            };
+            let Some((slot, reason)) = error.downcast_ref().and_then(|e| self.guilty(e)) else {
+                return Err(error);
+            };
+            self.roll_back(slot, 0, reason);
+        }
+    }
+
+    /// The promoted reward that an error is of, where there is one to go back to.
+    pub(super) fn guilty(&self, error: &PluginError) -> Option<(usize, String)> {
+        let mut ids = self.plugins.rewards.ids().zip(&self.swaps.slots);
+        let of = |(id, slot): (&PluginId, &Slot)| {
+            *id.digest == *error.digest && slot.predecessor.is_some()
+        };
+        let place = ids.position(of)?;
+        Some((place, error.to_string()))
+    }
+
+    /// Puts `reward` into a slot, from the next step on. The one before is kept for a rollback.
+    pub fn promote(
+        &mut self,
+        slot: usize,
+        reward: RewardPlugin,
+        settings: PluginConfig,
+        since: u64,
+    ) {
+        let id = reward.id().clone();
+        let Some(before) = self.plugins.rewards.exchange(slot, reward) else {
+            return;
+        };
+        let source = settings.source.clone();
+        let (Some(entry), Some(slot)) = (
+            locked_reward(&mut self.plugins.locked, slot),
+            self.swaps.slots.get_mut(slot),
+        ) else {
+            return;
+        };
+        let weight = entry.weight;
+        let now = LockedPlugin {
+            id,
+            source,
+            weight,
+            since_step: since,
+        };
+        slot.predecessor = Some(Predecessor {
+            reward: before,
+            locked: std::mem::replace(entry, now),
+            settings: std::mem::replace(&mut slot.settings, settings),
+            recent: VecDeque::new(),
+        });
+    }
+
+    /// Takes away what a rollback of the slot would bring back.
+    pub fn forget_predecessor(&mut self, slot: usize) {
+        if let Some(slot) = self.swaps.slots.get_mut(slot) {
+            slot.predecessor = None;
+        }
+    }
+
+    /// Brings the reward before back, from this wave of the coming step on.
+    pub(super) fn roll_back(&mut self, place: usize, wave: u32, reason: String) {
+        let step = self.state.step + 1;
+        let slot = self.swaps.slots.get_mut(place);
+        let Some((slot, predecessor)) = slot.and_then(|s| s.predecessor.take().map(|p| (s, p)))
+        else {
+            return;
+        };
+        self.plugins.rewards.exchange(place, predecessor.reward);
+        slot.settings = predecessor.settings;
+        let to = LockedPlugin {
+            since_step: step,
+            ..predecessor.locked
+        };
+        let Some(entry) = locked_reward(&mut self.plugins.locked, place) else {
+            return;
+        };
+        self.swaps.rolled_back.push(RolledBack {
+            step,
+            wave,
+            slot: place,
+            from: std::mem::replace(entry, to.clone()),
+            to,
+            settings: slot.settings.clone(),
+            reason,
+        });
+    }
+}
+
+fn locked_reward(locked: &mut [LockedPlugin], slot: usize) -> Option<&mut LockedPlugin> {
+    let mut rewards = locked.iter_mut().filter(|l| l.id.role == Role::Reward);
+    rewards.nth(slot)
+}
