@@ -50,7 +50,8 @@ pub(super) fn run(args: &PluginSwapArgs) -> anyhow::Result<()> {
             _ => serde_json::from_str(&line)?,
         };
         let over = event.is_last();
-        if !args.output.json && !(args.output.quiet && !over) {
+        let wanted = over || !args.output.quiet;
+        if wanted && !args.output.json {
             outln!("{}", crate::error::one_line(&event.to_string()));
         }
         told.push(event);

@@ -26,9 +26,10 @@ use crate::{
     types::PluginId,
 };
 
-/// How much nicer than the run its thread is. Of a core that the run wants too it gets a tenth, so that a step which waits
-/// for all cores is not a fifth longer; at 19 it would get a hundredth, and large components would not be compiled in time.
-const NICENESS: i32 = 10;
+/// How much nicer than the run its thread is. Of a core that the run wants too it gets a thirtieth, so that a step which waits for
+/// all cores is hardly longer (10, a tenth, could be seen in the steps); at 19 it would get a hundredth, and large components would
+/// not be compiled in time.
+const NICENESS: i32 = 15;
 
 /// What a candidate is to be.
 pub(super) struct Job {

@@ -63,7 +63,8 @@ fn hostile_clients_are_answered_and_forgotten() {
         }
     }
     // All places taken by clients that say nothing: the next is sent away, and served once they are timed out.
-    let idle: Vec<UnixStream> = (0..MAX_CLIENTS)
+    // More than there are places, since the thread of a client above may still hold one.
+    let idle: Vec<UnixStream> = (0..2 * MAX_CLIENTS)
         .map(|_| connect(dir.path()).unwrap())
         .collect();
     let begun = Instant::now();
@@ -77,10 +78,6 @@ fn hostile_clients_are_answered_and_forgotten() {
         }
         assert!(begun.elapsed() < 3 * PATIENCE);
     }
-    assert!(
-        begun.elapsed() + Duration::from_millis(200) > PATIENCE,
-        "{:?}",
-        begun.elapsed()
-    );
+    assert!(begun.elapsed() > PATIENCE / 2, "{:?}", begun.elapsed());
     drop(idle);
 }

@@ -332,7 +332,13 @@ fn hostile_43_swaps_to_bad_versions() {
     some_steps(&lab, "a", 2);
     stop(child);
 
-    let events: Vec<_> = journal(&lab, "a", 4)
+    undisturbed(&lab);
+    saved_cases(&lab, &evil);
+}
+
+/// What two promotions that were rolled back leave of the run `a`: everything.
+fn undisturbed(lab: &Lab) {
+    let events: Vec<_> = journal(lab, "a", 4)
         .iter()
         .map(|r| (r.event, r.step))
         .collect();
@@ -347,14 +353,14 @@ fn hostile_43_swaps_to_bad_versions() {
         panic!("{events:?}")
     };
     assert_eq!((p, q), (b, c), "it did not outlast its first wave");
-    for rollout in rollouts(&lab, "a") {
+    for rollout in rollouts(lab, "a") {
         assert_eq!(scored_by(&rollout).0, "reward-format");
         assert!(rollout.reward.is_some(), "{:?}", rollout.skip);
     }
-    replays(&lab, "a");
+    replays(lab, "a");
     let last = lab.metrics("a").last().unwrap()["step"].as_u64().unwrap();
-    let undisturbed = ENDLESS.replace("100000", &last.to_string());
-    lab.run(&format!("{undisturbed} --out b")).fine();
+    let as_long = ENDLESS.replace("100000", &last.to_string());
+    lab.run(&format!("{as_long} --out b")).fine();
     let mut found = lab.metrics("a");
     for line in &mut found {
         line.retain(|key, _| !key.starts_with("swap/"));
@@ -365,7 +371,6 @@ fn hostile_43_swaps_to_bad_versions() {
         .filter(|(a, b)| *a == b)
         .count();
     assert_eq!(same, found.len());
-    saved_cases(&lab, &evil);
 }
 
 /// The failing calls are there to be made again.
