@@ -324,6 +324,14 @@ impl Slots {
 
 /// Loads one component: a shipped one by its name, or a file.
 pub fn load_plugin(host: &PluginHost, config: &PluginConfig) -> anyhow::Result<Plugin> {
+    Ok(load_with_bytes(host, config)?.0)
+}
+
+/// The same with the component's bytes.
+pub(crate) fn load_with_bytes(
+    host: &PluginHost,
+    config: &PluginConfig,
+) -> anyhow::Result<(Plugin, Vec<u8>)> {
     let limits: Limits = serde_json::from_value(Value::Object(config.limits.clone()))
         .with_context(|| format!("limits of plugin `{}`", config.source))?;
     let warm = config.warm.clone().map(|warm| {
@@ -333,9 +341,8 @@ pub fn load_plugin(host: &PluginHost, config: &PluginConfig) -> anyhow::Result<P
     let warm = warm.transpose()?;
     let (name, bytes) = component(&config.source, &limits)?;
     let settings = Value::Object(config.config.clone());
-    Ok(host
-        .prepare(&name, &bytes, &limits)?
-        .configure(&settings, warm)?)
+    let prepared = host.prepare(&name, &bytes, &limits)?;
+    Ok((prepared.configure(&settings, warm)?, bytes))
 }
 
 /// Name and bytes of a component. A file, unlike a shipped one, has been compiled on trial in a child

@@ -41,6 +41,8 @@ pub struct SwapRecord {
     pub source: String,
     pub config: Map<String, Value>,
     pub limits: Map<String, Value>,
+    /// Its warm pool.
+    pub warm: Option<Map<String, Value>>,
     /// Of a rollback.
     pub reason: Option<String>,
     /// What shadowing found, of a promotion after it.
@@ -175,6 +177,7 @@ mod tests {
             source: "new.wasm".to_owned(),
             config: Map::new(),
             limits: Map::new(),
+            warm: None,
             reason: None,
             shadow: None,
         }

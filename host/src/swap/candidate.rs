@@ -10,7 +10,6 @@ use std::{
 };
 
 use anyhow::Context;
-use serde_json::Value;
 
 use super::{
     SwapError,
@@ -20,7 +19,7 @@ use super::{
 use crate::{
     config::PluginConfig,
     error,
-    plugin::{Limits, Plugin, PluginHost, RewardPlugin},
+    plugin::{Plugin, PluginHost, RewardPlugin},
     run::keep_component,
     setup,
     types::PluginId,
@@ -100,14 +99,12 @@ fn prepare(
     rustix::process::nice(NICENESS).context("cannot lower the priority of the candidate")?;
     let begun = Instant::now();
     let settings = &job.settings;
-    let limits: Limits = serde_json::from_value(Value::Object(settings.limits.clone()))
-        .with_context(|| format!("limits of plugin `{}`", settings.source))?;
-    let (name, bytes) = setup::component(&settings.source, &limits)?;
-    let config = Value::Object(settings.config.clone());
-    let reward = match host.load(&name, &bytes, &config, &limits)? {
+    let (loaded, bytes) = setup::load_with_bytes(host, settings)?;
+    let reward = match loaded {
         Plugin::Reward(reward) => reward,
         other => {
             let role = format!("{:?}", other.id().role).to_lowercase();
+            let name = other.id().name.clone();
             return Err(SwapError::NotAReward { name, role }.into());
         }
     };

@@ -384,6 +384,7 @@ impl Swaps {
             source: settings.source.clone(),
             config: settings.config.clone(),
             limits: settings.limits.clone(),
+            warm: settings.warm.clone(),
             reason: None,
             shadow: active
                 .report
@@ -467,6 +468,7 @@ impl Swaps {
             source: settings.source,
             config: settings.config,
             limits: settings.limits,
+            warm: settings.warm,
             reason: Some(reason),
             shadow: None,
         })?;

@@ -77,6 +77,7 @@ pub(super) fn settings(record: &SwapRecord) -> PluginConfig {
         source: record.source.clone(),
         config: record.config.clone(),
         limits: record.limits.clone(),
+        warm: record.warm.clone(),
         ..PluginConfig::default()
     }
 }
