@@ -68,7 +68,11 @@ fn totals(plugin: &RewardPlugin, cases: &[(&str, &str)]) -> Vec<f64> {
         .iter()
         .map(|(row, completion)| sample(row, completion, &NOT_PARSED))
         .collect();
-    let scoring = plugin.score(&samples).unwrap();
+    totals_of(plugin, &samples)
+}
+
+fn totals_of(plugin: &RewardPlugin, samples: &[Sample<'_>]) -> Vec<f64> {
+    let scoring = plugin.score(samples).unwrap();
     assert_eq!(scoring.faults, []);
     let total = |score| match score {
         Score::Value(scored) => scored.total,
@@ -207,13 +211,7 @@ fn totals_by_length(plugin: &RewardPlugin, cases: &[(&str, u32, Finish)]) -> Vec
         finish: *finish,
         ..sample(GSM8K, completion, &NOT_PARSED)
     });
-    let scoring = plugin.score(&samples.collect::<Vec<_>>()).unwrap();
-    assert_eq!(scoring.faults, []);
-    let total = |score| match score {
-        Score::Value(scored) => scored.total,
-        Score::Skip(reason) => panic!("{reason}"),
-    };
-    scoring.scores.into_iter().map(total).collect()
+    totals_of(plugin, &samples.collect::<Vec<_>>())
 }
 
 #[test]
