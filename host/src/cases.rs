@@ -7,7 +7,7 @@ use crate::plugin::{Isolation, Limits, OnFailure, Plugin, PluginError, Prepared,
 use crate::types::{Finish, Parsed, Sample, Score, Telemetry};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// One line of a file of cases.
@@ -73,8 +73,9 @@ pub struct Costs {
 pub enum Expected {
     Reward {
         total: f64,
-        #[serde(default)]
-        parts: BTreeMap<String, f64>,
+        /// All of them; a case that leaves them out asks for none in particular.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        parts: Option<BTreeMap<String, f64>>,
     },
     Skip {
         skip: String,
@@ -330,7 +331,7 @@ fn of_score(score: Score) -> Expected {
         Score::Skip(skip) => Expected::Skip { skip },
         Score::Value(scored) => Expected::Reward {
             total: scored.total,
-            parts: scored.parts.into_iter().collect(),
+            parts: Some(scored.parts.into_iter().collect()),
         },
     }
 }
@@ -357,10 +358,12 @@ fn differences(expected: &Expected, actual: &Expected) -> Vec<String> {
             },
         ) => {
             let mut found = Vec::from_iter(unequal("total", Some(*total), Some(*is)));
-            let names: std::collections::BTreeSet<_> = parts.keys().chain(are.keys()).collect();
-            for name in names {
-                let (expected, actual) = (parts.get(name).copied(), are.get(name).copied());
-                found.extend(unequal(&format!("part `{name}`"), expected, actual));
+            if let (Some(parts), Some(are)) = (parts, are) {
+                let names: BTreeSet<_> = parts.keys().chain(are.keys()).collect();
+                for name in names {
+                    let (expected, actual) = (parts.get(name).copied(), are.get(name).copied());
+                    found.extend(unequal(&format!("part `{name}`"), expected, actual));
+                }
             }
             found
         }

@@ -8,7 +8,8 @@ use std::{
 
 use anyhow::Context;
 use grpo_policy::weights::{self, LoadedModel};
-use serde_json::Value;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
 
 use crate::{
     cli::{COMPILE_TRIAL, Environment},
@@ -332,12 +333,9 @@ pub(crate) fn load_with_bytes(
     host: &PluginHost,
     config: &PluginConfig,
 ) -> anyhow::Result<(Plugin, Vec<u8>)> {
-    let limits: Limits = serde_json::from_value(Value::Object(config.limits.clone()))
-        .with_context(|| format!("limits of plugin `{}`", config.source))?;
-    let warm = config.warm.clone().map(|warm| {
-        serde_json::from_value::<Warm>(Value::Object(warm))
-            .with_context(|| format!("warm pool of plugin `{}`", config.source))
-    });
+    let limits = limits(&config.source, &config.limits)?;
+    let warm = config.warm.as_ref();
+    let warm = warm.map(|warm| settings::<Warm>(("warm", WARM_KEYS), &config.source, warm));
     let warm = warm.transpose()?;
     let (name, bytes) = component(&config.source, &limits)?;
     let settings = Value::Object(config.config.clone());
@@ -371,6 +369,47 @@ pub fn read_component(path: &Path) -> std::io::Result<Vec<u8>> {
     let mut file = std::fs::File::open(path)?.take(limit);
     file.read_to_end(&mut bytes)?;
     Ok(bytes)
+}
+
+const LIMIT_KEYS: &str = "docs/plugins.md lists limits and their ranges";
+const WARM_KEYS: &str = "its keys are `size`, 1 to 8, and `max_calls`, 1 to 1000000";
+
+/// Settings of a plugin that the host reads, with a wrong key or type.
+#[derive(Debug, thiserror::Error)]
+#[error("`{key}` of plugin `{plugin}`: {source}")]
+pub struct WrongSettings {
+    key: &'static str,
+    plugin: String,
+    source: serde_json::Error,
+    keys: &'static str,
+}
+
+impl WrongSettings {
+    /// Which keys there are.
+    pub fn hint(&self) -> Option<String> {
+        Some(self.keys.to_owned())
+    }
+}
+
+/// The limits of a plugin.
+///
+/// # Errors
+/// A key that is none, a value of another type.
+pub fn limits(plugin: &str, values: &Map<String, Value>) -> Result<Limits, WrongSettings> {
+    settings(("limits", LIMIT_KEYS), plugin, values)
+}
+
+fn settings<T: DeserializeOwned>(
+    (key, keys): (&'static str, &'static str),
+    plugin: &str,
+    values: &Map<String, Value>,
+) -> Result<T, WrongSettings> {
+    serde_json::from_value(Value::Object(values.clone())).map_err(|source| WrongSettings {
+        key,
+        plugin: plugin.to_owned(),
+        source,
+        keys,
+    })
 }
 
 /// A plugin file that cannot be read.

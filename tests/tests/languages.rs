@@ -100,7 +100,7 @@ fn another_last_bit_is_a_difference() {
         panic!("{:?}", corpus[12]);
     };
     *total = f64::from_bits(total.to_bits() + 1);
-    let error = parts.get_mut("error").unwrap();
+    let error = parts.as_mut().unwrap().get_mut("error").unwrap();
     *error = f64::from_bits(error.to_bits() - 1);
     let outcomes = outcomes(&component(COMPONENTS[1]), &corpus);
     let wrong: Vec<_> = outcomes

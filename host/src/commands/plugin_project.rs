@@ -3,15 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Context;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::guest_log::guest_log;
 use crate::{
     authoring::{self, AuthoringError},
     cases::{self, Outcome},
     cli::{PluginBuildArgs, PluginNewArgs, PluginTestArgs},
-    plugin::{Limits, PluginHost, printable},
+    plugin::{PluginHost, printable},
     setup,
 };
 
@@ -91,9 +90,7 @@ pub(super) fn build(args: &PluginBuildArgs) -> anyhow::Result<()> {
 pub(super) fn test(args: &PluginTestArgs) -> anyhow::Result<()> {
     let (source, beside) = component_and_cases(&args.plugin)?;
     let all = cases::read(args.cases.as_ref().unwrap_or(&beside))?;
-    let limits: Limits = serde_json::from_value(Value::Object(args.limits.clone()))
-        .with_context(|| format!("limits of plugin `{source}`"))?;
-    let limits = cases::strict(&limits);
+    let limits = cases::strict(&setup::limits(&source, &args.limits)?);
     let (name, bytes) = setup::component(&source, &limits)?;
     let prepared = PluginHost::new(guest_log())?.prepare(&name, &bytes, &limits)?;
     let outcomes = cases::run(&prepared, &all)?;

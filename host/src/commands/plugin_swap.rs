@@ -50,7 +50,11 @@ pub(super) fn run(args: &PluginSwapArgs) -> anyhow::Result<()> {
             _ => serde_json::from_str(&line)?,
         };
         let over = event.is_last();
-        let wanted = over || !args.output.quiet;
+        // What failed is said once, as an error.
+        let wanted = match over {
+            true => matches!(event, Event::Kept { .. }),
+            false => !args.output.quiet,
+        };
         if wanted && !args.output.json {
             outln!("{}", crate::error::one_line(&event.to_string()));
         }
@@ -70,7 +74,10 @@ pub(super) fn run(args: &PluginSwapArgs) -> anyhow::Result<()> {
                 Event::RolledBack { .. } => {
                     Some("`failures/` in the run has the calls that failed".to_owned())
                 }
-                _ => Some("a resumed run takes a swap too".to_owned()),
+                _ => Some(
+                    "if swaps.jsonl has its promotion, `--resume` makes it again; otherwise swap in the resumed run"
+                        .to_owned(),
+                ),
             };
             Err(SwapError::Refused { event, hint }.into())
         }

@@ -34,7 +34,7 @@ pub use results::{MetricRow, Summary, summarise};
 pub use rollouts::{Rollout, read_rollouts, rollout_files, write_rollouts};
 pub use step_log::{CurriculumReport, StepLog, read_curriculum, read_metrics};
 pub use swaps::{
-    Holder, SwapEvent, SwapRecord, component_path, holder, keep_component, read_swaps,
+    Holder, SwapEvent, SwapRecord, component_path, holder, is_torn, keep_component, read_swaps,
 };
 
 /// A run directory that this process writes to. Holds a lock on `config.yaml`, so that a second process

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    io::ErrorKind,
     path::{Path, PathBuf},
 };
 
@@ -94,6 +95,19 @@ impl StepLog {
         };
         values.remove("step");
         self.append(record.step, &values)
+    }
+}
+
+/// Whether the journal's last line is incomplete: its process was killed while it wrote, or somebody cut the file.
+///
+/// # Errors
+/// A journal that is there and cannot be read.
+pub fn is_torn(root: &Path) -> Result<bool, RunError> {
+    let path = root.join(SWAPS);
+    match fs::read(&path) {
+        Ok(bytes) => Ok(bytes.last().is_some_and(|last| *last != b'\n')),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(false),
+        Err(source) => Err(RunError::Read { path, source }),
     }
 }
 
