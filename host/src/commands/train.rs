@@ -101,6 +101,11 @@ fn open(args: &TrainArgs) -> anyhow::Result<(RunConfig, Place)> {
         for damage in &resumed.damages {
             eprintln!("warning: {damage}: going back to the checkpoint of step {step}");
         }
+        if resumed.lost_swap {
+            eprintln!(
+                "warning: the last line of swaps.jsonl is incomplete: a swap that it told of is undone"
+            );
+        }
         return Ok((config, Place::Resumed(Box::new(resumed))));
     }
     let config = super::config_over_defaults(|base| args.over(base))?;

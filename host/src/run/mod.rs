@@ -34,7 +34,7 @@ pub use results::{MetricRow, Summary, summarise};
 pub use rollouts::{Rollout, read_rollouts, rollout_files, write_rollouts};
 pub use step_log::{CurriculumReport, StepLog, read_curriculum, read_metrics};
 pub use swaps::{
-    Holder, SwapEvent, SwapRecord, component_path, holder, is_torn, keep_component, read_swaps,
+    Holder, SwapEvent, SwapRecord, component_path, holder, keep_component, read_swaps,
 };
 
 /// A run directory that this process writes to. Holds a lock on `config.yaml`, so that a second process
@@ -53,6 +53,8 @@ pub struct Resumed {
     pub checkpoint: Option<Checkpoint>,
     /// What is wrong with the later checkpoints, the newest first.
     pub damages: Vec<Damage>,
+    /// The last line of the journal of swaps was incomplete, and what it told of is undone.
+    pub lost_swap: bool,
 }
 
 impl RunDir {
@@ -106,11 +108,12 @@ impl RunDir {
         step_log::cut_after(root, step_log::CURRICULUM, step)?;
         rollouts::remove_after(root, step)?;
         lock::cut_after(root, step)?;
-        swaps::cut_after(root, step)?;
+        let lost_swap = swaps::cut_after(root, step)?;
         Ok(Resumed {
             dir,
             checkpoint,
             damages,
+            lost_swap,
         })
     }
 

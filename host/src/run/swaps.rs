@@ -99,10 +99,7 @@ impl StepLog {
 }
 
 /// Whether the journal's last line is incomplete: its process was killed while it wrote, or somebody cut the file.
-///
-/// # Errors
-/// A journal that is there and cannot be read.
-pub fn is_torn(root: &Path) -> Result<bool, RunError> {
+fn is_torn(root: &Path) -> Result<bool, RunError> {
     let path = root.join(SWAPS);
     match fs::read(&path) {
         Ok(bytes) => Ok(bytes.last().is_some_and(|last| *last != b'\n')),
@@ -128,11 +125,12 @@ pub fn read_swaps(root: &Path) -> Result<Vec<SwapRecord>, RunError> {
 }
 
 /// Forgets rollbacks of later steps than `step`. Promotions of later steps stay: a resumed run makes them again at their
-/// step, as it does everything else.
-pub(super) fn cut_after(root: &Path, step: u64) -> Result<(), RunError> {
+/// step, as it does everything else. Says whether an incomplete last line went too.
+pub(super) fn cut_after(root: &Path, step: u64) -> Result<bool, RunError> {
+    let torn = is_torn(root)?;
     let all = read_swaps(root)?;
     if !root.join(SWAPS).exists() {
-        return Ok(());
+        return Ok(false);
     }
     let stays = |r: &&SwapRecord| r.step <= step || r.event == SwapEvent::Promoted;
     let mut text = String::new();
@@ -144,7 +142,8 @@ pub(super) fn cut_after(root: &Path, step: u64) -> Result<(), RunError> {
         text.push_str(&line);
         text.push('\n');
     }
-    atomic::write(&root.join(SWAPS), text.as_bytes())
+    atomic::write(&root.join(SWAPS), text.as_bytes())?;
+    Ok(torn)
 }
 
 /// Where the run keeps a component that came from a file.

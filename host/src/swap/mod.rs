@@ -25,7 +25,7 @@ use std::{
 
 use crate::{
     plugin::{LogSink, PluginHost, RewardPlugin},
-    run::{LockedPlugin, RunDir, SwapEvent, SwapRecord, is_torn, read_plugins_lock, read_swaps},
+    run::{LockedPlugin, RunDir, SwapEvent, SwapRecord, read_plugins_lock, read_swaps},
     trainer::{RolledBack, Trainer},
 };
 
@@ -118,11 +118,6 @@ impl Swaps {
     }
 
     fn take_up(&mut self, trainer: &mut Trainer<'_>) -> anyhow::Result<()> {
-        if is_torn(&self.root)? {
-            let text =
-                "the last line of swaps.jsonl is incomplete: a swap that it told of is undone";
-            self.lines.push(Line::Warning(text.to_owned()));
-        }
         let records = read_swaps(&self.root)?;
         if records.is_empty() {
             return Ok(());

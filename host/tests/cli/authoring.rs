@@ -192,5 +192,7 @@ fn a_run_can_keep_its_reward_warm() {
     assert_eq!(hint, "set warm.size to 1 to 8");
     lab.write("warm.yaml", warm("{sise: 2}"));
     let ended = lab.run("train --config warm.yaml --out none");
-    assert!(ended.stderr.contains("unknown field `sise`"), "{ended:?}");
+    let (error, hint) = ended.refused(2);
+    assert!(error.contains("unknown field `sise`"), "{error}");
+    assert!(hint.starts_with("its keys are `size`"), "{hint}");
 }

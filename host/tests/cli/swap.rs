@@ -189,6 +189,13 @@ fn a_swap_that_no_checkpoint_has_seen_is_made_again_at_its_step() {
     assert_eq!(rewards(lab.metrics("a")), before);
     assert_eq!(journal(&lab, "a", 1).len(), 1);
     replays(&lab, "a");
+    let path = lab.path("a/swaps.jsonl");
+    let whole = std::fs::read(&path).unwrap();
+    std::fs::write(&path, &whole[..whole.len() - 9]).unwrap();
+    let resumed = lab.run(&format!("--resume a --steps {}", first + 2));
+    let said =
+        "warning: the last line of swaps.jsonl is incomplete: a swap that it told of is undone";
+    assert!(resumed.fine().stderr.contains(said));
 }
 
 #[test]
