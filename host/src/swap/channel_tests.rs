@@ -64,10 +64,10 @@ fn hostile_clients_are_answered_and_forgotten() {
     }
     // All places taken by clients that say nothing: the next is sent away, and served once they are timed out.
     // More than there are places, since the thread of a client above may still hold one.
+    let begun = Instant::now();
     let idle: Vec<UnixStream> = (0..2 * MAX_CLIENTS)
         .map(|_| connect(dir.path()).unwrap())
         .collect();
-    let begun = Instant::now();
     loop {
         let mut stream = connect(dir.path()).unwrap();
         // Refused at once: its line may find nobody.
@@ -76,7 +76,7 @@ fn hostile_clients_are_answered_and_forgotten() {
             assert_eq!(incoming.request, request());
             break;
         }
-        assert!(begun.elapsed() < 3 * PATIENCE);
+        assert!(begun.elapsed() < 10 * PATIENCE);
     }
     assert!(begun.elapsed() > PATIENCE / 2, "{:?}", begun.elapsed());
     drop(idle);
