@@ -9,13 +9,16 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use grpo_policy::error::PolicyError;
 
 use crate::{
-    commands::{Interrupted, NothingToProfile, PluginBenchError, PluginChanged, ResumeChanges},
+    commands::{
+        FileExists, Interrupted, NothingToProfile, PluginBenchError, PluginChanged, ResumeChanges,
+    },
     config::ConfigError,
     data::DataError,
     draft::DraftError,
     grpo::loss::LossError,
     hub::HubError,
     plugin::{PluginError, WeightError},
+    registry::{RegistryError, TrustError},
     replay::ReplayError,
     run::RunError,
     setup::MissingPlugin,
@@ -39,10 +42,13 @@ const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
     |link| hint_of(link, DataError::hint),
     |link| hint_of(link, DraftError::hint),
     |link| hint_of(link, HubError::hint),
+    |link| hint_of(link, RegistryError::hint),
+    |link| hint_of(link, TrustError::hint),
     |link| hint_of(link, RunError::hint),
     |link| hint_of(link, LossError::hint),
     |link| hint_of(link, TrainError::hint),
     |link| hint_of(link, Interrupted::hint),
+    |link| hint_of(link, FileExists::hint),
     |link| hint_of(link, NothingToProfile::hint),
     |link| hint_of(link, PluginBenchError::hint),
     |link| hint_of(link, PluginChanged::hint),
@@ -56,6 +62,8 @@ const USAGE: &[fn(Link<'_>) -> bool] = &[
     |link| link.is::<WeightError>(),
     |link| link.is::<ResumeChanges>(),
     |link| link.is::<MissingPlugin>(),
+    |link| matches!(link.downcast_ref(), Some(RegistryError::Reference { .. })),
+    |link| matches!(link.downcast_ref(), Some(TrustError::Key { .. })),
     |link| matches!(link.downcast_ref(), Some(LossError::Config { .. })),
     |link| matches!(link.downcast_ref(), Some(ReplayError::NoReward { .. })),
     |link| {

@@ -1,29 +1,32 @@
 //! From a validated config to the parts of a run: model, rows, plugins. The only place that decides
 //! what a name on the command line stands for (embedded, file, hub).
 
-use std::{
-    io::Read,
-    path::{Path, PathBuf},
-};
+mod sources;
+
+use std::path::PathBuf;
 
 use anyhow::Context;
 use grpo_policy::weights::{self, LoadedModel};
 use serde_json::Value;
 
 use crate::{
-    cli::{COMPILE_TRIAL, Environment},
+    cli::Environment,
     config::{GenerationConfig, PluginConfig, RunConfig},
     data::{Dataset, HubDataset, LoadOptions, Source, load, load_hub},
     defaults,
     hub::{Hub, HubConfig, Progress, Repo},
     placement::Capacity,
     plugin::{
-        CurriculumPlugin, FormatterPlugin, Limits, LogSink, MAX_COMPONENT_BYTES, Plugin,
-        PluginHost, RewardPlugin, RewardSet, RowText, Weighted, try_compile,
+        CurriculumPlugin, FormatterPlugin, Limits, LogSink, Plugin, PluginHost, RewardPlugin,
+        RewardSet, RowText, Weighted,
     },
     policy::draft_head_file,
     run::LockedPlugin,
     types::{Role, Row},
+};
+
+pub use sources::{
+    Component, MissingPlugin, PluginSources, read_component, sidecar, sidecar_path, text_if_there,
 };
 
 /// Name under which the tiny arithmetic model stands in configs and adapters.
@@ -238,11 +241,16 @@ pub struct Plugins {
 /// Loads the configured components. Roles that none of them plays go to the shipped plugins:
 /// `reward-math`, `formatter-chat`, `curriculum-uniform`.
 /// What they log goes to `sink`.
-pub fn plugins(config: &RunConfig, sink: LogSink) -> anyhow::Result<Plugins> {
+pub fn plugins(
+    config: &RunConfig,
+    environment: &Environment,
+    sink: LogSink,
+) -> anyhow::Result<Plugins> {
     let host = PluginHost::new(sink)?;
+    let sources = PluginSources::new(environment, &config.plugins.trusted_keys)?;
     let mut slots = Slots::default();
     for plugin in &config.plugins.plugins {
-        slots.add(&host, plugin)?;
+        slots.add(&host, plugin, &sources)?;
     }
     for (role, name) in [
         (Role::Formatter, "formatter-chat"),
@@ -257,6 +265,7 @@ pub fn plugins(config: &RunConfig, sink: LogSink) -> anyhow::Result<Plugins> {
                     source,
                     ..PluginConfig::default()
                 },
+                &sources,
             )?;
         }
     }
@@ -264,7 +273,7 @@ pub fn plugins(config: &RunConfig, sink: LogSink) -> anyhow::Result<Plugins> {
         source: "reward-math".to_owned(),
         ..PluginConfig::default()
     };
-    let Plugin::Reward(math) = load_plugin(&host, &math)? else {
+    let Plugin::Reward(math) = load_plugin(&host, &math, &sources)? else {
         anyhow::bail!("the shipped reward-math is not a reward");
     };
     Ok(Plugins {
@@ -285,8 +294,13 @@ struct Slots {
 }
 
 impl Slots {
-    fn add(&mut self, host: &PluginHost, config: &PluginConfig) -> anyhow::Result<()> {
-        let plugin = load_plugin(host, config)?;
+    fn add(
+        &mut self,
+        host: &PluginHost,
+        config: &PluginConfig,
+        sources: &PluginSources,
+    ) -> anyhow::Result<()> {
+        let (plugin, source) = load_from(host, config, sources)?;
         let id = plugin.id().clone();
         let taken = match (&plugin, &self.formatter, &self.curriculum) {
             (Plugin::Formatter(_), Some(other), _) => Some(other.id().name.clone()),
@@ -301,7 +315,6 @@ impl Slots {
             );
         }
         let weight = matches!(plugin, Plugin::Reward(_)).then_some(config.weight);
-        let source = config.source.clone();
         self.locked.push(LockedPlugin {
             id,
             source,
@@ -322,57 +335,34 @@ impl Slots {
     }
 }
 
-/// Loads one component: a shipped one by its name, or a file.
-pub fn load_plugin(host: &PluginHost, config: &PluginConfig) -> anyhow::Result<Plugin> {
+/// The config with its references pinned to what was loaded: the first of `locked` are its plugins, in order.
+pub fn pinned(config: &RunConfig, locked: &[LockedPlugin]) -> RunConfig {
+    let mut config = config.clone();
+    for (plugin, locked) in config.plugins.plugins.iter_mut().zip(locked) {
+        plugin.source.clone_from(&locked.source);
+    }
+    config
+}
+
+/// Loads one component: a shipped one by its name, a file, or one from a registry.
+pub fn load_plugin(
+    host: &PluginHost,
+    config: &PluginConfig,
+    sources: &PluginSources,
+) -> anyhow::Result<Plugin> {
+    load_from(host, config, sources).map(|(plugin, _)| plugin)
+}
+
+/// The same, with its source, pinned if it is a reference.
+fn load_from(
+    host: &PluginHost,
+    config: &PluginConfig,
+    sources: &PluginSources,
+) -> anyhow::Result<(Plugin, String)> {
     let limits: Limits = serde_json::from_value(Value::Object(config.limits.clone()))
         .with_context(|| format!("limits of plugin `{}`", config.source))?;
-    let (name, bytes) = component(&config.source, &limits)?;
+    let found = sources.component(&config.source, &limits)?;
     let settings = Value::Object(config.config.clone());
-    Ok(host.load(&name, &bytes, &settings, &limits)?)
-}
-
-/// Name and bytes of a component. A file, unlike a shipped one, has been compiled on trial in a child
-/// process, under `limits.compile_ms`.
-pub fn component(source: &str, limits: &Limits) -> anyhow::Result<(String, Vec<u8>)> {
-    let path = Path::new(source);
-    if let Some(bytes) = defaults::component(source).filter(|_| !path.exists()) {
-        return Ok((source.to_owned(), bytes.to_vec()));
-    }
-    let bytes = read_component(path).map_err(|error| MissingPlugin {
-        source_name: source.to_owned(),
-        error,
-    })?;
-    let name = path
-        .file_stem()
-        .map_or(source.into(), |stem| stem.to_string_lossy());
-    let program = std::env::current_exe().context("cannot find this program's own file")?;
-    try_compile(&program, &COMPILE_TRIAL, &name, &bytes, limits)?;
-    Ok((name.into_owned(), bytes))
-}
-
-/// No more of a file than tells that it is too large: it may be a device that never ends.
-fn read_component(path: &Path) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let limit = MAX_COMPONENT_BYTES as u64 + 1;
-    let mut file = std::fs::File::open(path)?.take(limit);
-    file.read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-/// A plugin file that cannot be read.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot read plugin `{source_name}`: {error}")]
-pub struct MissingPlugin {
-    source_name: String,
-    error: std::io::Error,
-}
-
-impl MissingPlugin {
-    /// The shipped plugins by name.
-    pub fn hint(&self) -> Option<String> {
-        let names = defaults::COMPONENTS.map(|(name, _)| name).join(", ");
-        Some(format!(
-            "give the path of a .wasm component, or one of {names}"
-        ))
-    }
+    let plugin = host.load(&found.name, &found.bytes, &settings, &limits)?;
+    Ok((plugin, found.source))
 }

@@ -5,6 +5,7 @@
 
 mod environment;
 mod plugin_arg;
+mod sharing;
 #[cfg(test)]
 mod tests;
 mod tools;
@@ -18,6 +19,10 @@ use crate::config::{ConfigError, Device, DraftKind, DraftTokens, PluginConfig, R
 
 pub use environment::Environment;
 pub use plugin_arg::PluginArg;
+pub use sharing::{
+    PluginPullArgs, PluginPushArgs, PluginSearchArgs, PluginSignArgs, PluginVerifyArgs,
+    SharingCommand,
+};
 pub use tools::{
     BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchSpecArgs, BenchStepArgs, BenchTrainArgs,
     COMPILE_TRIAL, DoctorArgs, PluginCheckArgs, PluginCommand, PluginFileArgs, ReplayArgs,
@@ -86,6 +91,7 @@ impl Command {
             Self::Doctor(args) => args.output,
             Self::Plugin(PluginCommand::Inspect(args)) => args.output,
             Self::Plugin(PluginCommand::Check(args)) => args.output,
+            Self::Plugin(PluginCommand::Sharing(command)) => command.output(),
             Self::Plugin(PluginCommand::CompileTrial { .. }) => OutputArgs::default(),
         }
     }

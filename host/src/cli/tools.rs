@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Subcommand};
 use serde_json::{Map, Value};
 
-use super::{ModelArgs, OutputArgs, PluginArg, set, set_plugins};
+use super::{ModelArgs, OutputArgs, PluginArg, SharingCommand, set, set_plugins};
 use crate::config::{ConfigError, DraftKind, DraftTokens, RawConfig};
 
 #[derive(Args, Debug)]
@@ -240,6 +240,8 @@ pub enum PluginCommand {
     Inspect(PluginFileArgs),
     /// Load a component as a run would: limits, a trial instance, its `configure`
     Check(PluginCheckArgs),
+    #[command(flatten)]
+    Sharing(SharingCommand),
     /// Compile the component on stdin and throw the code away: the child process of every command that
     /// is given a component's file
     #[command(hide = true)]
@@ -253,7 +255,7 @@ pub enum PluginCommand {
 
 #[derive(Args, Debug)]
 pub struct PluginCheckArgs {
-    /// Component file, or the name of a built-in plugin
+    /// Component file, name of a built-in plugin, or reference into a registry
     #[arg(value_name = "FILE|REF")]
     pub plugin: String,
     /// JSON object for its `configure`
@@ -275,7 +277,7 @@ fn json_object(text: &str) -> Result<Map<String, Value>, String> {
 
 #[derive(Args, Debug)]
 pub struct PluginFileArgs {
-    /// Component file, or the name of a built-in plugin
+    /// Component file, name of a built-in plugin, or reference into a registry
     #[arg(value_name = "FILE|REF")]
     pub plugin: String,
     #[command(flatten)]

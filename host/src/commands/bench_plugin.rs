@@ -1,9 +1,9 @@
 //! `bench plugin`: what a call into a reward costs: warm, with a fresh instance each time, and as a
 //! training step makes it. Host-side lowering and result checks are included.
 
-use crate::cli::BenchPluginArgs;
+use crate::cli::{BenchPluginArgs, Environment};
 use crate::plugin::{Limits, Plugin, PluginError, PluginHost, RewardPlugin, RewardSet, Weighted};
-use crate::setup;
+use crate::setup::{Component, PluginSources};
 use crate::types::{Finish, Parsed, Sample, Telemetry};
 use serde::Serialize;
 use serde_json::json;
@@ -72,9 +72,9 @@ impl PluginBenchError {
 }
 
 /// Measures, and prints a short table or one JSON object.
-pub(super) fn run(args: &BenchPluginArgs) -> anyhow::Result<()> {
+pub(super) fn run(args: &BenchPluginArgs, environment: &Environment) -> anyhow::Result<()> {
     let bench = PluginBench::of(args);
-    let measures = measure(&bench)?;
+    let measures = measure(&bench, environment)?;
     if args.output.json {
         outln!("{}", object(&bench, &measures)?);
         return Ok(());
@@ -113,8 +113,8 @@ fn object(bench: &PluginBench, measures: &[PluginMeasure]) -> anyhow::Result<ser
 
 /// Median and 99th percentile of a warm call, of one into a fresh instance, and of a step's scoring
 /// (a fresh instance, with weights and names on top): `plugin_warm_p50` to `plugin_step_p99`.
-fn measure(bench: &PluginBench) -> anyhow::Result<Vec<PluginMeasure>> {
-    let plugin = load_reward(&bench.plugin, &bench.config)?;
+fn measure(bench: &PluginBench, environment: &Environment) -> anyhow::Result<Vec<PluginMeasure>> {
+    let plugin = load_reward(&bench.plugin, &bench.config, environment)?;
     let texts = texts(bench);
     let parsed = Parsed::default();
     let batch: Vec<Sample<'_>> = texts
@@ -149,9 +149,11 @@ fn measure(bench: &PluginBench) -> anyhow::Result<Vec<PluginMeasure>> {
 pub(super) fn load_reward(
     source: &str,
     config: &serde_json::Value,
+    environment: &Environment,
 ) -> anyhow::Result<RewardPlugin> {
     let limits = Limits::default();
-    let (name, bytes) = setup::component(source, &limits)?;
+    let sources = PluginSources::new(environment, &[])?;
+    let Component { name, bytes, .. } = sources.component(source, &limits)?;
     // Printing the guest's lines would be measured with it.
     let host = PluginHost::new(Arc::new(|_| {}))?;
     match host.load(&name, &bytes, config, &limits)? {
@@ -264,7 +266,7 @@ mod tests {
             sample_bytes: 2500,
             calls: 20,
         };
-        let measures = measure(&bench).unwrap();
+        let measures = measure(&bench, &Environment::default()).unwrap();
         let names: Vec<&str> = measures.iter().map(|m| m.name.as_str()).collect();
         let expected = [
             "plugin_warm_p50",
@@ -301,7 +303,7 @@ mod tests {
             sample_bytes: 100,
             calls: 1,
         };
-        let error = measure(&bench).unwrap_err();
+        let error = measure(&bench, &Environment::default()).unwrap_err();
         assert_eq!(error.to_string(), "`formatter-chat` is not a reward");
     }
 }

@@ -3,18 +3,20 @@
 use serde_json::json;
 
 use crate::{
-    cli::{PluginCheckArgs, PluginCommand, PluginFileArgs},
+    cli::{Environment, PluginCheckArgs, PluginCommand, PluginFileArgs},
     config::PluginConfig,
     plugin::{Limits, PluginHost, compile_stdin, digest},
-    setup,
+    setup::{self, Component, PluginSources},
 };
 
-use super::guest_log::guest_log;
+use super::{guest_log::guest_log, sharing};
 
-pub(super) fn run(command: &PluginCommand) -> anyhow::Result<()> {
+pub(super) fn run(command: &PluginCommand, environment: &Environment) -> anyhow::Result<()> {
+    let sources = || PluginSources::new(environment, &[]);
     match command {
-        PluginCommand::Inspect(args) => inspect(args),
-        PluginCommand::Check(args) => check(args),
+        PluginCommand::Inspect(args) => inspect(args, &sources()?),
+        PluginCommand::Check(args) => check(args, &sources()?),
+        PluginCommand::Sharing(command) => sharing::run(command, environment),
         PluginCommand::CompileTrial { mib, ms } => {
             if let Some(reason) = compile_stdin(*mib, *ms)? {
                 outln!("{reason}");
@@ -25,8 +27,8 @@ pub(super) fn run(command: &PluginCommand) -> anyhow::Result<()> {
 }
 
 /// Prints role, digest, size, exports and imports; runs nothing of the component.
-fn inspect(args: &PluginFileArgs) -> anyhow::Result<()> {
-    let (name, bytes) = setup::component(&args.plugin, &Limits::default())?;
+fn inspect(args: &PluginFileArgs, sources: &PluginSources) -> anyhow::Result<()> {
+    let Component { name, bytes, .. } = sources.component(&args.plugin, &Limits::default())?;
     let found = PluginHost::new(guest_log())?.describe(&name, &bytes)?;
     let digest = digest(&bytes);
     if args.output.json {
@@ -61,14 +63,14 @@ fn list(names: &[String]) -> String {
 }
 
 /// Loads the component as a run would before its first step, under the default limits or those given.
-fn check(args: &PluginCheckArgs) -> anyhow::Result<()> {
+fn check(args: &PluginCheckArgs, sources: &PluginSources) -> anyhow::Result<()> {
     let config = PluginConfig {
         source: args.plugin.clone(),
         config: args.config.clone(),
         limits: args.limits.clone(),
         ..PluginConfig::default()
     };
-    let plugin = setup::load_plugin(&PluginHost::new(guest_log())?, &config)?;
+    let plugin = setup::load_plugin(&PluginHost::new(guest_log())?, &config, sources)?;
     let id = plugin.id();
     if args.output.json {
         let object = json!({ "ok": true, "role": id.role, "name": id.name, "digest": id.digest });

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::{guest_log::guest_log, progress::Bar, train::check_lock, warn};
 use crate::{
-    cli::ReplayArgs,
+    cli::{Environment, ReplayArgs},
     config::{RawConfig, RunConfig},
     grpo::filter::DynamicSampling,
     plugin::{PluginError, RewardSet},
@@ -23,7 +23,7 @@ use crate::{
 const FAILURES: usize = 5;
 
 /// Checks the run's own rewards, or compares them with others.
-pub(super) fn run(args: &ReplayArgs) -> anyhow::Result<()> {
+pub(super) fn run(args: &ReplayArgs, environment: &Environment) -> anyhow::Result<()> {
     let log = Log::find(&args.run)?;
     let config = RawConfig::from_file(&args.run.join("config.yaml"))?.validate()?;
     if let Some(first) = log.missing.first() {
@@ -36,14 +36,21 @@ pub(super) fn run(args: &ReplayArgs) -> anyhow::Result<()> {
         check_out(&args.run, out)?;
     }
     match args.other()? {
-        None => check(args, &log, &config),
-        Some(other) => compare(args, &log, &config, &other.validate()?),
+        None => check(args, &log, rewards(&config, environment)?),
+        Some(other) => {
+            let other = other.validate()?;
+            let loaded = rewards(&other, environment)?;
+            compare(args, &log, &config, &other, loaded)
+        }
     }
 }
 
 /// Rewards as a config names them, and their identities.
-fn rewards(config: &RunConfig) -> anyhow::Result<(RewardSet, Vec<LockedPlugin>)> {
-    let mut plugins = setup::plugins(config, guest_log())?;
+fn rewards(
+    config: &RunConfig,
+    environment: &Environment,
+) -> anyhow::Result<(RewardSet, Vec<LockedPlugin>)> {
+    let mut plugins = setup::plugins(config, environment, guest_log())?;
     plugins
         .locked
         .retain(|plugin| plugin.id.role == Role::Reward);
@@ -72,8 +79,11 @@ fn each_step(
     Ok((faults, count))
 }
 
-fn check(args: &ReplayArgs, log: &Log, config: &RunConfig) -> anyhow::Result<()> {
-    let (rewards, locked) = rewards(config)?;
+fn check(
+    args: &ReplayArgs,
+    log: &Log,
+    (rewards, locked): (RewardSet, Vec<LockedPlugin>),
+) -> anyhow::Result<()> {
     if read_plugins_lock(&args.run)?.is_empty() {
         warn("the run has no plugins.lock: whether its components are still the same is not known");
     }
@@ -136,11 +146,11 @@ fn compare(
     log: &Log,
     config: &RunConfig,
     other: &RunConfig,
+    (rewards, locked): (RewardSet, Vec<LockedPlugin>),
 ) -> anyhow::Result<()> {
-    let (rewards, locked) = rewards(other)?;
     let asked = |plugin: &&LockedPlugin| {
         let mut sources = other.plugins.plugins.iter().map(|p| &p.source);
-        sources.any(|source| *source == plugin.source)
+        sources.any(|source| plugin.is_from(source))
     };
     // A role that nobody plays goes to a shipped plugin, and that is not what was asked for.
     if locked.iter().find(asked).is_none() {

@@ -162,6 +162,7 @@ fn refuse_changes(before: &RunConfig, now: &RunConfig) -> anyhow::Result<()> {
     // The run stays where it is.
     may.output.output_dir = before.output.output_dir.clone();
     may.hardware = now.hardware.clone();
+    may.plugins.trusted_keys = now.plugins.trusted_keys.clone();
     if may == *now {
         return Ok(());
     }
@@ -191,7 +192,7 @@ impl<'a> Run<'a> {
         quiet: bool,
     ) -> anyhow::Result<Self> {
         let mut on_download = downloads(quiet);
-        let plugins = setup::plugins(config, guest_log())?;
+        let plugins = setup::plugins(config, environment, guest_log())?;
         let rows = setup::rows(config, environment, &mut on_download)?;
         setup::try_formatter(&plugins.formatter, &rows)?;
         let model = setup::model(config, environment, &mut on_download)?;
@@ -213,10 +214,12 @@ impl<'a> Run<'a> {
             seed: config.training.seed,
             ..TrainState::default()
         };
+        // What a tag stands for may change while the run goes on being what it is.
+        let pinned = setup::pinned(config, &plugins.locked);
         let dir = match place {
             Place::New(root) => {
                 let root = root.map_or_else(new_run_folder, Ok)?;
-                RunDir::create(&root, &config.to_yaml()?)?
+                RunDir::create(&root, &pinned.to_yaml()?)?
             }
             Place::Resumed(resumed) => {
                 check_lock(resumed.dir.root(), &plugins.locked)?;
@@ -226,7 +229,7 @@ impl<'a> Run<'a> {
                     state = checkpoint.state;
                 }
                 let mut dir = resumed.dir;
-                dir.rewrite_config(&config.to_yaml()?)?;
+                dir.rewrite_config(&pinned.to_yaml()?)?;
                 dir
             }
         };

@@ -14,5 +14,6 @@ mod hostile;
 mod lab;
 mod replay;
 mod resume;
+mod sharing;
 mod speculation;
 mod stop;

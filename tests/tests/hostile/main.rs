@@ -17,9 +17,11 @@ mod load;
 mod logs;
 mod memory;
 mod policy;
+mod registry_server;
 mod replay;
 mod results;
 mod roles;
+mod sharing;
 mod storm;
 
 use grpo_host::plugin::{Call, Fault, Limits, Plugin, PluginError, PluginHost, RewardPlugin};
