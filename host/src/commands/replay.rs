@@ -36,7 +36,7 @@ pub(super) fn run(args: &ReplayArgs, environment: &Environment) -> anyhow::Resul
         check_out(&args.run, out)?;
     }
     match args.other()? {
-        None => check(args, &log, rewards(&config, environment)?),
+        None => check(args, &log, &config, rewards(&config, environment)?),
         Some(other) => {
             let other = other.validate()?;
             let loaded = rewards(&other, environment)?;
@@ -82,6 +82,7 @@ fn each_step(
 fn check(
     args: &ReplayArgs,
     log: &Log,
+    config: &RunConfig,
     (rewards, locked): (RewardSet, Vec<LockedPlugin>),
 ) -> anyhow::Result<()> {
     if read_plugins_lock(&args.run)?.is_empty() {
