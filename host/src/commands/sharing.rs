@@ -16,7 +16,8 @@ use crate::{
     },
     plugin::{Limits, PluginHost, digest},
     registry::{
-        Artifact, Fetch, Fetched, Place, Reference, Signed, Subject, TrustList, is_reference, sign,
+        Artifact, Fetch, Fetched, Place, Reference, RegistryError, Signed, Subject, TrustList,
+        is_reference, sign,
     },
     setup::{PluginSources, read_component, sidecar, sidecar_path, text_if_there},
 };
@@ -190,6 +191,13 @@ fn keys(given: &[String]) -> anyhow::Result<TrustList> {
 
 /// Registries cannot be searched by words: the protocol has tags of a repository whose name is known.
 fn search(args: &PluginSearchArgs, sources: &PluginSources) -> anyhow::Result<()> {
+    if !args.place.contains(['/', ':']) {
+        return Err(RegistryError::Reference {
+            text: args.place.clone(),
+            reason: "a registry lists the tags of a repository, and cannot be searched for names",
+        }
+        .into());
+    }
     let names = match args.place.strip_prefix("dir:") {
         Some(folder) if !Path::new(folder).join("oci-layout").exists() => {
             sources.registry().names(Path::new(folder))?

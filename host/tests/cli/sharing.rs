@@ -119,7 +119,7 @@ fn bad_references_and_files_are_told_in_two_lines() {
         (
             "plugin search ghcr.io",
             USAGE,
-            "no repository after the registry's name",
+            "and cannot be searched for names",
         ),
         (
             "plugin pull dir:none/reward:1",
@@ -135,7 +135,7 @@ fn bad_references_and_files_are_told_in_two_lines() {
         (
             "plugin push text.wasm dir:shelf/x",
             FAILURE,
-            "plugin `text`",
+            "not a WebAssembly component",
         ),
         (
             "plugin push reward.wasm dir:shelf/X",
@@ -307,7 +307,7 @@ fn hostile_45_a_tag_that_moves_under_a_run() {
     );
     let compared = run(&lab, "replay out --plugin dir:shelf/reward:1").fine();
     assert!(compared.stdout.contains("reward"), "{compared:?}");
-    run(&lab, "--resume out --max-steps 3").fine();
+    run(&lab, "--resume out --set max_steps=3").fine();
     assert_eq!(
         std::fs::read_to_string(lab.path("out/plugins.lock")).unwrap(),
         lock
@@ -315,7 +315,7 @@ fn hostile_45_a_tag_that_moves_under_a_run() {
     // What the tag is now is another setting.
     let refused = run(
         &lab,
-        "--resume out --max-steps 4 --plugin dir:shelf/reward:1",
+        "--resume out --set max_steps=4 --plugin dir:shelf/reward:1",
     );
     assert!(
         refused.refused(USAGE).0.contains("cannot change `plugins`"),
@@ -328,7 +328,7 @@ fn hostile_45_a_tag_that_moves_under_a_run() {
         blobs.join(&digest["sha256:".len()..]),
     )
     .unwrap();
-    let refused = run(&lab, "--resume out --max-steps 4");
+    let refused = run(&lab, "--resume out --set max_steps=4");
     assert!(
         refused
             .refused(FAILURE)

@@ -23,6 +23,7 @@ mod results;
 mod roles;
 mod sharing;
 mod storm;
+mod wire;
 
 use grpo_host::plugin::{Call, Fault, Limits, Plugin, PluginError, PluginHost, RewardPlugin};
 use grpo_host::types::{Finish, Parsed, Sample, Score, Telemetry};
