@@ -6,7 +6,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::Context;
 use serde_json::json;
 
 use crate::{
@@ -16,8 +15,8 @@ use crate::{
     },
     plugin::{Limits, PluginHost, digest},
     registry::{
-        Artifact, Fetch, Fetched, Place, Reference, RegistryError, Signed, Subject, TrustList,
-        is_reference, sign,
+        Artifact, Fetch, Fetched, Place, Reference, RegistryError, Signed, Subject, TrustError,
+        TrustList, is_reference, sign,
     },
     setup::{PluginSources, read_component, sidecar, sidecar_path, text_if_there},
 };
@@ -238,9 +237,13 @@ fn file_source(path: &str) -> String {
     }
 }
 
+/// A key or a password.
 fn text_of(path: &Path) -> anyhow::Result<String> {
-    text_if_there(path)?
-        .with_context(|| format!("cannot read {}: there is no such file", path.display()))
+    let text = text_if_there(path)?.ok_or_else(|| TrustError::SecretKey {
+        path: path.display().to_string(),
+        reason: "there is no such file".to_owned(),
+    });
+    Ok(text?)
 }
 
 /// A file that appears whole, and replaces another only by `force`.
@@ -276,7 +279,10 @@ fn write(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
         file.sync_all()?;
         fs::rename(&part, path)
     };
-    written().with_context(|| format!("cannot write {}", path.display()))
+    Ok(written().map_err(|source| RegistryError::File {
+        path: path.to_owned(),
+        source,
+    })?)
 }
 
 /// `plugin pull` would replace a file.

@@ -12,7 +12,8 @@ use crate::{
     defaults,
     plugin::{Limits, MAX_COMPONENT_BYTES, try_compile},
     registry::{
-        Fetch, Fetched, Reference, Registry, RegistryConfig, Subject, TrustList, is_reference,
+        Fetch, Fetched, Reference, Registry, RegistryConfig, RegistryError, Subject, TrustList,
+        is_reference,
     },
 };
 
@@ -179,14 +180,17 @@ pub fn sidecar(component: &Path) -> anyhow::Result<Option<Vec<String>>> {
 }
 
 /// A small text file; `None` if it is not there.
-pub fn text_if_there(path: &Path) -> anyhow::Result<Option<String>> {
+pub fn text_if_there(path: &Path) -> Result<Option<String>, RegistryError> {
     let mut text = String::new();
     let read = std::fs::File::open(path)
         .and_then(|file| file.take(MAX_TEXT_BYTES).read_to_string(&mut text));
     match read {
         Ok(_) => Ok(Some(text)),
         Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(e).with_context(|| format!("cannot read {}", path.display())),
+        Err(source) => Err(RegistryError::File {
+            path: path.to_owned(),
+            source,
+        }),
     }
 }
 

@@ -101,80 +101,83 @@ fn a_folder_is_pushed_to_searched_and_pulled_from() {
     }
 }
 
+/// Commands, their exit codes, and what the error says.
+const REFUSED: &[(&str, i32, &str)] = &[
+    (
+        "plugin pull ghcr.io/../x",
+        USAGE,
+        "`ghcr.io/../x` names no plugin: a repository's name is",
+    ),
+    (
+        "plugin pull nothing",
+        USAGE,
+        "no repository after the registry's name",
+    ),
+    (
+        "plugin search ghcr.io",
+        USAGE,
+        "and cannot be searched for names",
+    ),
+    (
+        "plugin pull dir:none/reward:1",
+        FAILURE,
+        "not found: an OCI image layout at none/reward",
+    ),
+    ("plugin search dir:none", FAILURE, "none: No such file"),
+    (
+        "plugin push none.wasm dir:shelf/x",
+        USAGE,
+        "cannot read plugin `none.wasm`",
+    ),
+    (
+        "plugin push text.wasm dir:shelf/x",
+        FAILURE,
+        "not a WebAssembly component",
+    ),
+    (
+        "plugin push reward.wasm dir:shelf/X",
+        USAGE,
+        "`dir:shelf/X` names no plugin",
+    ),
+    (
+        "plugin pull ghcr.io/me/reward:1",
+        FAILURE,
+        "offline, and ghcr.io/me/reward:1 is not in the cache",
+    ),
+    (
+        "plugin push reward.wasm ghcr.io/me/reward:1",
+        FAILURE,
+        "offline, and ghcr.io/me/reward:1",
+    ),
+    (
+        "--config run.yaml --plugin dir:none/reward:1 --out out",
+        FAILURE,
+        "not found: an OCI image layout",
+    ),
+    (
+        "plugin sign reward.wasm --key none.key",
+        FAILURE,
+        "cannot sign with none.key: there is no such file",
+    ),
+    (
+        "plugin sign reward.wasm --key run.yaml",
+        FAILURE,
+        "cannot sign with run.yaml",
+    ),
+    (
+        "plugin verify reward.wasm --key rubbish",
+        USAGE,
+        "--key: `rubbish` is no trusted key",
+    ),
+];
+
 #[test]
 fn bad_references_and_files_are_told_in_two_lines() {
     let lab = lab();
     lab.write("text.wasm", "not a component");
-    for (args, code, expected) in [
-        (
-            "plugin pull ghcr.io/../x",
-            USAGE,
-            "`ghcr.io/../x` names no plugin: a repository's name is",
-        ),
-        (
-            "plugin pull nothing",
-            USAGE,
-            "no repository after the registry's name",
-        ),
-        (
-            "plugin search ghcr.io",
-            USAGE,
-            "and cannot be searched for names",
-        ),
-        (
-            "plugin pull dir:none/reward:1",
-            FAILURE,
-            "not found: an OCI image layout at none/reward",
-        ),
-        ("plugin search dir:none", FAILURE, "none: No such file"),
-        (
-            "plugin push none.wasm dir:shelf/x",
-            USAGE,
-            "cannot read plugin `none.wasm`",
-        ),
-        (
-            "plugin push text.wasm dir:shelf/x",
-            FAILURE,
-            "not a WebAssembly component",
-        ),
-        (
-            "plugin push reward.wasm dir:shelf/X",
-            USAGE,
-            "`dir:shelf/X` names no plugin",
-        ),
-        (
-            "plugin pull ghcr.io/me/reward:1",
-            FAILURE,
-            "offline, and ghcr.io/me/reward:1 is not in the cache",
-        ),
-        (
-            "plugin push reward.wasm ghcr.io/me/reward:1",
-            FAILURE,
-            "offline, and ghcr.io/me/reward:1",
-        ),
-        (
-            "--config run.yaml --plugin dir:none/reward:1 --out out",
-            FAILURE,
-            "not found: an OCI image layout",
-        ),
-        (
-            "plugin sign reward.wasm --key none.key",
-            FAILURE,
-            "cannot read none.key",
-        ),
-        (
-            "plugin sign reward.wasm --key run.yaml",
-            FAILURE,
-            "cannot sign with run.yaml",
-        ),
-        (
-            "plugin verify reward.wasm --key rubbish",
-            USAGE,
-            "--key: `rubbish` is no trusted key",
-        ),
-    ] {
+    for (args, code, expected) in REFUSED {
         let ended = run(&lab, args);
-        let (error, _) = ended.refused(code);
+        let (error, _) = ended.refused(*code);
         assert!(error.contains(expected), "{args}: {error}");
         assert_eq!(ended.stderr.lines().count(), 2, "{ended:?}");
     }
@@ -244,13 +247,22 @@ fn hostile_45_signatures_that_a_run_demands() {
     );
     run(&lab, "plugin sign got.wasm --key mine.key").fine();
     run(&lab, "plugin check got.wasm").fine();
+}
+
+#[test]
+fn hostile_45_keys_of_a_config_and_keys_that_are_none() {
+    let lab = lab();
+    let mine = key(&lab, "mine");
+    run(&lab, "plugin push reward.wasm dir:shelf/reward:1").fine();
+    run(&lab, "plugin sign dir:shelf/reward:1 --key mine.key").fine();
+    run(&lab, "plugin push reward.wasm dir:shelf/reward:2").fine();
     // A config's keys count as the user's do.
-    lab.write("settings/grpo-host/trusted_keys", "");
     let args = format!(
         "--config run.yaml --plugin dir:shelf/reward:2 --set trusted_keys=[\"{mine}\"] --out out"
     );
     let refused = run(&lab, &args);
     assert!(refused.refused(FAILURE).0.contains("made for reward:1"));
+    std::fs::create_dir_all(lab.path("settings/grpo-host")).unwrap();
     lab.write("settings/grpo-host/trusted_keys", "rubbish\n");
     let refused = run(&lab, "plugin check dir:shelf/reward:1");
     assert!(

@@ -334,6 +334,17 @@ fn hostile_47_manifests_that_are_no_plugins() {
         refused(&server.reference(":1")),
         RegistryError::Malformed { .. }
     ));
+}
+
+#[test]
+fn hostile_47_titles_that_leave_their_folder() {
+    let server = Server::start();
+    server.blob(&sha256(WASM), WASM);
+    let titled = |title: &str| {
+        let mut layer = layer(WASM);
+        layer["annotations"] = json!({ "org.opencontainers.image.title": title });
+        manifest(&[layer])
+    };
     for title in [
         "../../.bashrc",
         "/etc/passwd",
@@ -343,26 +354,14 @@ fn hostile_47_manifests_that_are_no_plugins() {
         "a\\b",
         "./a",
     ] {
-        server.manifest(
-            "1",
-            &with(
-                "annotations",
-                json!({ "org.opencontainers.image.title": title }),
-            ),
-        );
+        server.manifest("1", &titled(title));
         let error = refused(&server.reference(":1"));
         assert!(
             matches!(error, RegistryError::UnsafeName { .. }),
             "{title}: {error}"
         );
     }
-    server.manifest(
-        "1",
-        &with(
-            "annotations",
-            json!({ "org.opencontainers.image.title": "reward.wasm" }),
-        ),
-    );
+    server.manifest("1", &titled("reward.wasm"));
     assert_eq!(fetch(&server.reference(":1")).unwrap().bytes, WASM);
 }
 
