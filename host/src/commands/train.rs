@@ -20,6 +20,7 @@ use crate::{
     evaluate::EvalReport,
     failures,
     interrupt::Interrupt,
+    judge::Panel,
     placement,
     plugin::LogSink,
     policy::{Mode, Policy},
@@ -141,6 +142,7 @@ struct Run<'a> {
     metrics: StepLog,
     curriculum: StepLog,
     swaps: Swaps,
+    judges: Panel,
     started: Instant,
     /// Wall time of earlier sessions.
     wall_before: f64,
@@ -172,6 +174,7 @@ fn refuse_changes(before: &RunConfig, now: &RunConfig) -> anyhow::Result<()> {
     // The run stays where it is.
     may.output.output_dir = before.output.output_dir.clone();
     may.hardware = now.hardware.clone();
+    may.judges = before.judges.paced_as(&now.judges);
     may.plugins.watch_plugins = now.plugins.watch_plugins;
     may.plugins.swap_shadow_steps = now.plugins.swap_shadow_steps;
     may.plugins.swap_max_failure_rate = now.plugins.swap_max_failure_rate;
@@ -209,6 +212,7 @@ impl<'a> Run<'a> {
             Place::New(_) => setup::plugins(config, Arc::clone(&sink))?,
             Place::Resumed(resumed) => plugins_of(config, resumed.dir.root(), Arc::clone(&sink))?,
         };
+        let judges = Panel::of(config, environment, &mut on_download)?;
         let rows = setup::rows(config, environment, &mut on_download)?;
         setup::try_formatter(&plugins.formatter, &rows)?;
         let model = setup::model(config, environment, &mut on_download)?;
@@ -254,6 +258,9 @@ impl<'a> Run<'a> {
         attached.odd.iter().for_each(|odd| super::warn(odd));
         super::tell_of_head(draft::untrained_head(&policy, config, true), quiet);
         super::tell_of_device(&policy, quiet);
+        // Tokens and requests of a budget are the run's, not the session's.
+        judges.count_earlier(&read_metrics(dir.root())?);
+        super::tell_of_judges(&judges, quiet);
         let wall_before = state.wall_s;
         let mut trainer = Trainer {
             swaps: Supervision::new(config, &plugins.locked),
@@ -266,6 +273,7 @@ impl<'a> Run<'a> {
         Ok(Self {
             metrics: dir.metrics()?,
             curriculum: dir.curriculum()?,
+            judges,
             wall_before,
             swaps: Swaps::open(&dir, &mut trainer, sink)?,
             trainer,
@@ -289,6 +297,7 @@ impl<'a> Run<'a> {
             if read_metrics(self.dir.root())?.is_empty() {
                 let mut line = record::Metrics::default();
                 line.add_eval(&eval);
+                self.account(&mut line, &mut bar);
                 self.metrics.append(0, &line.0)?;
             }
         }
@@ -335,6 +344,15 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// What judges were asked since the line before, an evaluation's questions included.
+    fn account(&self, line: &mut record::Metrics, bar: &mut Bar) {
+        line.add_judges(&self.judges.take_usage());
+        self.judges
+            .take_notes()
+            .iter()
+            .for_each(|note| bar.warn(note));
+    }
+
     fn tell_of_fault(&mut self, bar: &mut Bar) {
         if let Some(fault) = draft::take_fault(&mut self.trainer.policy, self.trainer.config) {
             bar.warn(&fault);
@@ -362,6 +380,7 @@ impl<'a> Run<'a> {
             let eval = self.evaluate(bar)?;
             line.add_eval(&eval);
         }
+        self.account(&mut line, bar);
         self.metrics.append(step, &line.0)?;
         let improved = self
             .trainer
