@@ -20,11 +20,12 @@ use crate::{
     draft::DraftError,
     grpo::loss::LossError,
     hub::HubError,
+    judge::JudgeSetupError,
     plugin::{PluginError, WeightError},
     registry::{RegistryError, TrustError},
     replay::ReplayError,
     run::RunError,
-    setup::{MissingPlugin, WrongSettings},
+    setup::{GrantError, MissingPlugin, WrongSettings},
     swap::{ConformanceError, SwapError},
     trainer::TrainError,
 };
@@ -53,6 +54,8 @@ const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
     |link| hint_of(link, HubError::hint),
     |link| hint_of(link, RegistryError::hint),
     |link| hint_of(link, TrustError::hint),
+    |link| hint_of(link, JudgeSetupError::hint),
+    |link| hint_of(link, GrantError::hint),
     |link| hint_of(link, RunError::hint),
     |link| hint_of(link, LossError::hint),
     |link| hint_of(link, TrainError::hint),
@@ -71,7 +74,14 @@ const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
 const USAGE: &[fn(Link<'_>) -> bool] = &[
     |link| link.is::<ConfigError>(),
     |link| link.is::<WeightError>(),
+    |link| {
+        matches!(
+            link.downcast_ref(),
+            Some(JudgeSetupError::NoKey { .. } | JudgeSetupError::BadKey { .. })
+        )
+    },
     |link| link.is::<ResumeChanges>(),
+    |link| link.is::<GrantError>(),
     |link| link.is::<MissingPlugin>() || link.is::<WrongSettings>(),
     |link| link.is::<CasesError>() || link.is::<NotBuilt>(),
     |link| link.downcast_ref().is_some_and(AuthoringError::is_usage),

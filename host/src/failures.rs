@@ -135,6 +135,7 @@ fn call_file(root: &Path, seed: u64, call: &FailedCall) -> Value {
         "component": kept.map(within),
         "config": call.settings.config,
         "limits": call.settings.limits,
+        "grants": call.settings.grants,
         "seed": seed,
     })
 }

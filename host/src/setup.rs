@@ -1,6 +1,7 @@
 //! From a validated config to the parts of a run: model, rows, plugins. The only place that decides
 //! what a name on the command line stands for (embedded, file, hub, registry).
 
+mod grants;
 mod plugins;
 mod sources;
 
@@ -21,6 +22,7 @@ use crate::{
     types::Row,
 };
 
+pub use grants::GrantError;
 pub(crate) use plugins::{Loaded, load_whole};
 pub use plugins::{Plugins, WrongSettings, limits, load_plugin, pinned, plugins};
 pub use sources::{

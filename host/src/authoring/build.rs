@@ -1,7 +1,8 @@
 //! Building a project with its language's own tool: which one, where it is found, how it is called.
 
 use super::component::componentize;
-use super::{AuthoringError, Language};
+use super::{AuthoringError, Language, manifest};
+use crate::plugin::Asks;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -37,6 +38,9 @@ pub fn component_path(dir: &Path) -> Result<PathBuf, AuthoringError> {
 pub fn build(dir: &Path) -> Result<Built, AuthoringError> {
     let language = Language::of(dir)?;
     let path = component_path(dir)?;
+    // Before anything is compiled, so that what is wrong with it is said at once.
+    let manifest = manifest::read(dir)?;
+    let asks = manifest.as_ref().map(|m| &m.asks);
     // A component that is left over must not be taken for what failed to build.
     match fs::remove_file(&path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -56,8 +60,11 @@ pub fn build(dir: &Path) -> Result<Built, AuthoringError> {
             zig(dir, language)?;
             write_component(dir, &module, false, &path)?;
         }
-        Language::Python => python(dir, &path)?,
-        Language::Js => javascript(dir, &path)?,
+        Language::Python => python(dir, asks, &path)?,
+        Language::Js => javascript(dir, asks, &path)?,
+    }
+    if let Some(manifest) = &manifest {
+        manifest::embed(manifest, &path)?;
     }
     let written = fs::metadata(&path).map_err(AuthoringError::file(&path))?;
     Ok(Built {
@@ -141,24 +148,28 @@ fn zig(dir: &Path, language: Language) -> Result<(), AuthoringError> {
 }
 
 /// The component carries a snapshot of CPython in which the module is imported already.
-fn python(dir: &Path, out: &Path) -> Result<(), AuthoringError> {
+fn python(dir: &Path, asks: Option<&Asks>, out: &Path) -> Result<(), AuthoringError> {
+    let wit = manifest::asked_wit(dir, asks.unwrap_or(&Asks::default()))?;
     let places: [&[&str]; 2] = [&[".venv/bin/componentize-py"], &["componentize-py"]];
     let install = "pip install componentize-py==0.25.1";
     let mut tool = tool(dir, "componentize-py", &places, install)?.command(dir);
-    tool.args(["--quiet", "-d", "wit", "-w", "reward", "componentize"]);
+    tool.args(["--quiet", "-d"]).arg(wit);
+    tool.args(["-w", "reward", "componentize"]);
     tool.args(["--stub-wasi", "plugin", "-o"])
         .arg(file_name(out));
     run(tool)
 }
 
-fn javascript(dir: &Path, out: &Path) -> Result<(), AuthoringError> {
+fn javascript(dir: &Path, asks: Option<&Asks>, out: &Path) -> Result<(), AuthoringError> {
+    let wit = manifest::asked_wit(dir, asks.unwrap_or(&Asks::default()))?;
     let places: [&[&str]; 2] = [
         &["node_modules/.bin/componentize-qjs"],
         &["componentize-qjs"],
     ];
     let install = format!("npm install --prefix {}", dir.display());
     let mut tool = tool(dir, "componentize-qjs", &places, &install)?.command(dir);
-    tool.args(["--wit", "wit", "--world", "reward", "--js", "plugin.js"]);
+    tool.arg("--wit").arg(wit);
+    tool.args(["--world", "reward", "--js", "plugin.js"]);
     tool.args(["--sync", "--stub-wasi", "--output"])
         .arg(file_name(out));
     run(tool)

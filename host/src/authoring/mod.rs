@@ -5,8 +5,10 @@
 
 mod build;
 mod component;
+mod manifest;
 mod template;
 
+use crate::plugin::ManifestError;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -102,6 +104,8 @@ pub enum AuthoringError {
     Failed { command: String, how: String },
     #[error("the WIT in `{}` cannot be used: {reason}", path.display())]
     Wit { path: PathBuf, reason: String },
+    #[error("the manifest `{}` {error}", path.display())]
+    Manifest { path: PathBuf, error: ManifestError },
     #[error("what `{}` compiles to is no plugin: {reason}", dir.display())]
     NotAPlugin { dir: PathBuf, reason: String },
 }
@@ -125,9 +129,12 @@ impl AuthoringError {
             Self::NoTool { install, .. } => format!("install it: {install}"),
             Self::Failed { .. } => "its own messages are above".to_owned(),
             Self::Wit { .. } => "copy the .wit files of wit/v0.1 into it".to_owned(),
-            Self::NotAPlugin { .. } => {
-                "a plugin may import grpo:plugin/host only: no files, no clock, no printing"
+            Self::Manifest { .. } => {
+                "docs/plugins.md has its fields; without plugin.json a plugin asks for nothing"
                     .to_owned()
+            }
+            Self::NotAPlugin { .. } => {
+                "a plugin may import what wit/ has only: no files, no clock, no printing".to_owned()
             }
         })
     }
@@ -165,7 +172,9 @@ mod tests {
             for file in [
                 "README.md",
                 "cases.jsonl",
+                "plugin.json",
                 "wit/types.wit",
+                "wit/judge.wit",
                 "wit/reward.wit",
             ] {
                 assert!(path.join(file).is_file(), "{language}: {file}");

@@ -28,12 +28,16 @@ macro_rules! wit {
 }
 
 /// What every project has.
-const SHARED: [File; 6] = [
+const SHARED: [File; 10] = [
     wit!("types.wit"),
     wit!("host.wit"),
     wit!("reward.wit"),
     wit!("formatter.wit"),
     wit!("curriculum.wit"),
+    wit!("judge.wit"),
+    wit!("http.wit"),
+    wit!("secrets.wit"),
+    ("plugin.json", include_str!("../../templates/plugin.json")),
     ("cases.jsonl", include_str!("../../templates/cases.jsonl")),
 ];
 

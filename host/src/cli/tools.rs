@@ -299,6 +299,9 @@ pub struct PluginTestArgs {
     /// JSON object with limits other than the default, as under `limits` in a config
     #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
     pub limits: Map<String, Value>,
+    /// JSON object with what it is granted, as under `grants` in a config
+    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
+    pub grants: Map<String, Value>,
     #[command(flatten)]
     pub output: OutputArgs,
 }
@@ -314,6 +317,9 @@ pub struct PluginCheckArgs {
     /// JSON object with limits other than the default, as under `limits` in a config
     #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
     pub limits: Map<String, Value>,
+    /// JSON object with what it is granted, as under `grants` in a config
+    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
+    pub grants: Map<String, Value>,
     #[command(flatten)]
     pub output: OutputArgs,
 }

@@ -171,11 +171,17 @@ impl<'a> Bench<'a> {
     ) -> anyhow::Result<Self> {
         let mut policy = policy(args, config, environment)?;
         super::attach_draft(&mut policy, config, environment, args.output.quiet)?;
+        let on_download = &mut downloads(args.output.quiet);
         Ok(Self {
             args,
             config,
             policy,
-            plugins: setup::plugins(config, environment, super::guest_log::guest_log())?,
+            plugins: setup::plugins(
+                config,
+                environment,
+                on_download,
+                super::guest_log::guest_log(),
+            )?,
         })
     }
 

@@ -6,8 +6,8 @@ use serde_json::json;
 use crate::{
     cli::{Environment, PluginCheckArgs, PluginCommand, PluginFileArgs},
     config::PluginConfig,
-    plugin::{Limits, PluginHost, compile_stdin, digest},
-    setup::{self, Component, PluginSources},
+    plugin::{Limits, Manifest, PluginHost, compile_stdin, digest},
+    setup::{self, Component, Loaded, PluginSources},
 };
 
 use super::{guest_log::guest_log, plugin_project, sharing};
@@ -44,6 +44,7 @@ fn inspect(args: &PluginFileArgs, sources: &PluginSources) -> anyhow::Result<()>
             "bytes": bytes.len(),
             "exports": found.exports,
             "imports": found.imports,
+            "manifest": found.manifest,
         });
         outln!("{object}");
         return Ok(());
@@ -57,7 +58,25 @@ fn inspect(args: &PluginFileArgs, sources: &PluginSources) -> anyhow::Result<()>
     outln!("  bytes  {}", bytes.len());
     outln!("exports  {}", list(&found.exports));
     outln!("imports  {}", list(&found.imports));
+    print_manifest(found.manifest.as_ref());
     Ok(())
+}
+
+/// What the component says of itself and asks for, a line each.
+fn print_manifest(manifest: Option<&Manifest>) {
+    let Some(manifest) = manifest else {
+        outln!("   asks  nothing, having no manifest");
+        return;
+    };
+    let Manifest { name, version, .. } = manifest;
+    let license = manifest.license.as_ref();
+    let license = license.map_or(String::new(), |license| format!(", {license}"));
+    outln!(
+        "     is  {name} {version}{license}: {}",
+        manifest.description
+    );
+    let asks = manifest.asks.lines();
+    outln!("   asks  {}", list(&asks));
 }
 
 fn list(names: &[String]) -> String {
@@ -73,16 +92,22 @@ fn check(args: &PluginCheckArgs, sources: &PluginSources) -> anyhow::Result<()> 
         source: args.plugin.clone(),
         config: args.config.clone(),
         limits: args.limits.clone(),
+        grants: args.grants.clone(),
         ..PluginConfig::default()
     };
-    let plugin = setup::load_plugin(&PluginHost::new(guest_log())?, &config, sources)?;
+    let host = PluginHost::new(guest_log())?;
+    let Loaded { plugin, bytes, .. } = setup::load_whole(&host, &config, sources)?;
+    let manifest = Manifest::of(&bytes)?;
     let id = plugin.id();
     if args.output.json {
-        let object = json!({ "ok": true, "role": id.role, "name": id.name, "digest": id.digest });
+        let object = json!({ "ok": true, "role": id.role, "name": id.name, "digest": id.digest, "manifest": manifest });
         outln!("{object}");
     } else {
         let role = format!("{:?}", id.role).to_lowercase();
         outln!("ok: {role} `{}` {}", id.name, id.digest);
+        if let Some(manifest) = &manifest {
+            print_manifest(Some(manifest));
+        }
     }
     Ok(())
 }

@@ -92,7 +92,8 @@ pub(super) fn test(args: &PluginTestArgs, sources: &PluginSources) -> anyhow::Re
     let all = cases::read(args.cases.as_ref().unwrap_or(&beside))?;
     let limits = cases::strict(&setup::limits(&source, &args.limits)?);
     let Component { name, bytes, .. } = sources.component(&source, &limits)?;
-    let prepared = PluginHost::new(guest_log())?.prepare(&name, &bytes, &limits)?;
+    let access = sources.access(&name, &args.grants)?;
+    let prepared = PluginHost::new(guest_log())?.prepare_with(&name, &bytes, &limits, access)?;
     let outcomes = cases::run(&prepared, &all)?;
     let failed = outcomes
         .iter()

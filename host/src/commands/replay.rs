@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{guest_log::guest_log, progress::Bar, train::check_lock, warn};
+use super::{guest_log::guest_log, progress::Bar, progress::downloads, train::check_lock, warn};
 use crate::{
     cli::{Environment, ReplayArgs},
     config::{RawConfig, RunConfig},
@@ -40,15 +40,15 @@ pub(super) fn run(args: &ReplayArgs, environment: &Environment) -> anyhow::Resul
         None => check(args, &log, &config, environment),
         Some(other) => {
             let other = other.validate()?;
-            let loaded = rewards(&other, environment)?;
+            let loaded = rewards(&other, environment, args.output.quiet)?;
             compare(args, &log, &config, &other, loaded)
         }
     }
 }
 
 /// The plugins of a config; of their identities those of rewards.
-fn rewards(config: &RunConfig, environment: &Environment) -> anyhow::Result<Plugins> {
-    let mut plugins = setup::plugins(config, environment, guest_log())?;
+fn rewards(config: &RunConfig, environment: &Environment, quiet: bool) -> anyhow::Result<Plugins> {
+    let mut plugins = setup::plugins(config, environment, &mut downloads(quiet), guest_log())?;
     plugins
         .locked
         .retain(|plugin| plugin.id.role == Role::Reward);
@@ -85,7 +85,7 @@ fn check(
     environment: &Environment,
 ) -> anyhow::Result<()> {
     let kept = restore::with_kept_components(config, &args.run)?;
-    let plugins = rewards(&kept, environment)?;
+    let plugins = rewards(&kept, environment, args.output.quiet)?;
     let (rewards, mut locked) = (plugins.rewards, plugins.locked);
     if read_plugins_lock(&args.run)?.is_empty() {
         warn("the run has no plugins.lock: whether its components are still the same is not known");

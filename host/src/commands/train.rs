@@ -20,8 +20,8 @@ use crate::{
     evaluate::EvalReport,
     failures,
     interrupt::Interrupt,
+    judge::Panel,
     placement,
-    plugin::LogSink,
     policy::{Mode, Policy},
     record,
     run::{
@@ -141,6 +141,7 @@ struct Run<'a> {
     metrics: StepLog,
     curriculum: StepLog,
     swaps: Swaps,
+    judges: Panel,
     started: Instant,
     /// Wall time of earlier sessions.
     wall_before: f64,
@@ -173,6 +174,7 @@ fn refuse_changes(before: &RunConfig, now: &RunConfig) -> anyhow::Result<()> {
     may.output.output_dir = before.output.output_dir.clone();
     may.hardware = now.hardware.clone();
     may.plugins.trusted_keys = now.plugins.trusted_keys.clone();
+    may.judges = before.judges.paced_as(&now.judges);
     may.plugins.watch_plugins = now.plugins.watch_plugins;
     may.plugins.swap_shadow_steps = now.plugins.swap_shadow_steps;
     may.plugins.swap_max_failure_rate = now.plugins.swap_max_failure_rate;
@@ -207,12 +209,20 @@ impl<'a> Run<'a> {
         let mut on_download = downloads(quiet);
         let sink = guest_log();
         let plugins = match &place {
-            Place::New(_) => setup::plugins(config, environment, Arc::clone(&sink))?,
+            Place::New(_) => {
+                setup::plugins(config, environment, &mut on_download, Arc::clone(&sink))?
+            }
             Place::Resumed(resumed) => {
+                // From its own copies where it swaps them.
                 let root = resumed.dir.root();
-                plugins_of(config, root, environment, Arc::clone(&sink))?
+                let kept = restore::with_kept_components(config, root)?;
+                let sink = Arc::clone(&sink);
+                let mut plugins = setup::plugins(&kept, environment, &mut on_download, sink)?;
+                restore::with_own_sources(&mut plugins.locked, config);
+                plugins
             }
         };
+        let judges = plugins.sources.judges().clone();
         let rows = setup::rows(config, environment, &mut on_download)?;
         setup::try_formatter(&plugins.formatter, &rows)?;
         let model = setup::model(config, environment, &mut on_download)?;
@@ -260,6 +270,9 @@ impl<'a> Run<'a> {
         attached.odd.iter().for_each(|odd| super::warn(odd));
         super::tell_of_head(draft::untrained_head(&policy, config, true), quiet);
         super::tell_of_device(&policy, quiet);
+        // Tokens and requests of a budget are the run's, not the session's.
+        judges.count_earlier(&read_metrics(dir.root())?);
+        super::tell_of_judges(&judges, quiet);
         let wall_before = state.wall_s;
         let mut trainer = Trainer {
             swaps: Supervision::new(config, &plugins.locked),
@@ -272,6 +285,7 @@ impl<'a> Run<'a> {
         Ok(Self {
             metrics: dir.metrics()?,
             curriculum: dir.curriculum()?,
+            judges,
             wall_before,
             swaps: Swaps::open(&dir, &mut trainer, sink)?,
             trainer,
@@ -295,6 +309,7 @@ impl<'a> Run<'a> {
             if read_metrics(self.dir.root())?.is_empty() {
                 let mut line = record::Metrics::default();
                 line.add_eval(&eval);
+                self.account(&mut line, &mut bar);
                 self.metrics.append(0, &line.0)?;
             }
         }
@@ -341,6 +356,15 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// What judges were asked since the line before, an evaluation's questions included.
+    fn account(&self, line: &mut record::Metrics, bar: &mut Bar) {
+        line.add_judges(&self.judges.take_usage());
+        self.judges
+            .take_notes()
+            .iter()
+            .for_each(|note| bar.warn(note));
+    }
+
     fn tell_of_fault(&mut self, bar: &mut Bar) {
         if let Some(fault) = draft::take_fault(&mut self.trainer.policy, self.trainer.config) {
             bar.warn(&fault);
@@ -368,6 +392,7 @@ impl<'a> Run<'a> {
             let eval = self.evaluate(bar)?;
             line.add_eval(&eval);
         }
+        self.account(&mut line, bar);
         self.metrics.append(step, &line.0)?;
         let improved = self
             .trainer
@@ -402,19 +427,6 @@ impl<'a> Run<'a> {
         }
         Summary::of(self, outcome)
     }
-}
-
-/// The components of a run that goes on, from its own copies where it swaps them.
-fn plugins_of(
-    config: &RunConfig,
-    root: &Path,
-    environment: &Environment,
-    sink: LogSink,
-) -> anyhow::Result<setup::Plugins> {
-    let kept = restore::with_kept_components(config, root)?;
-    let mut plugins = setup::plugins(&kept, environment, sink)?;
-    restore::with_own_sources(&mut plugins.locked, config);
-    Ok(plugins)
 }
 
 /// A component that is another than the one the run began with.

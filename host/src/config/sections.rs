@@ -67,6 +67,8 @@ pub struct PluginConfig {
     pub weight: f64,
     /// Handed to the plugin's `configure` as JSON.
     pub config: Map<String, Value>,
+    /// What it gets beyond its arguments, by the names of the plugin host's `Grants`; the host checks them.
+    pub grants: Map<String, Value>,
     /// Limits of one call, by the names of the plugin host's `Limits`; the host checks them.
     pub limits: Map<String, Value>,
     /// Keeps instances for further requests, by the names of the plugin host's `Warm`; `null`: every request gets a
@@ -80,6 +82,7 @@ impl Default for PluginConfig {
             source: String::new(),
             weight: 1.0,
             config: Map::new(),
+            grants: Map::new(),
             limits: Map::new(),
             warm: None,
         }

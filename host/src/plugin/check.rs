@@ -9,6 +9,7 @@ mod tables;
 pub(super) use names::Names;
 
 use super::error::Fault;
+use super::grants::Secrets;
 use super::log::{is_printable, printable};
 use super::v0_1::wit;
 use crate::types::{Budget, Message, Parsed, Pick, Plan, Prompt, PromptBody, Score, Scored};
@@ -34,9 +35,10 @@ pub(super) fn length<T>(results: Vec<T>, expected: usize) -> Result<Vec<T>, Faul
     }
 }
 
-pub(super) fn score(verdict: wit::Verdict) -> Result<Score, Fault> {
+pub(super) fn score(verdict: wit::Verdict, secrets: &Secrets) -> Result<Score, Fault> {
     let scored = match verdict {
         wit::Verdict::Skip(reason) => {
+            let reason = secrets.redact(&reason);
             return Ok(Score::Skip(printable(&reason, MAX_REASON_BYTES)));
         }
         wit::Verdict::Value(scored) => scored,
@@ -45,7 +47,7 @@ pub(super) fn score(verdict: wit::Verdict) -> Result<Score, Fault> {
     let parts = scored
         .parts
         .into_iter()
-        .map(|p| (p.name, p.value))
+        .map(|p| (secrets.clean(p.name), p.value))
         .collect();
     Ok(Score::Value(Scored {
         total: scored.total,
@@ -53,14 +55,14 @@ pub(super) fn score(verdict: wit::Verdict) -> Result<Score, Fault> {
     }))
 }
 
-pub(super) fn prompt(prompt: wit::Prompt) -> Result<Prompt, Fault> {
+pub(super) fn prompt(prompt: wit::Prompt, secrets: &Secrets) -> Result<Prompt, Fault> {
     let (body, bytes) = match prompt.body {
         wit::PromptBody::Text(text) => {
             if text.is_empty() {
                 return Err(bad("an empty prompt"));
             }
             let bytes = text.len();
-            (PromptBody::Text(text), bytes)
+            (PromptBody::Text(secrets.clean(text)), bytes)
         }
         wit::PromptBody::Messages(messages) => {
             if messages.is_empty() {
@@ -70,7 +72,7 @@ pub(super) fn prompt(prompt: wit::Prompt) -> Result<Prompt, Fault> {
                 return Err(bad("a message without a role"));
             }
             if let Some(m) = messages.iter().find(|m| !is_name(&m.role, MAX_ROLE_BYTES)) {
-                let role = printable(&m.role, 100);
+                let role = printable(&secrets.redact(&m.role), 100);
                 return Err(bad(&format!("a message with the role `{role}`")));
             }
             let bytes = messages
@@ -78,8 +80,8 @@ pub(super) fn prompt(prompt: wit::Prompt) -> Result<Prompt, Fault> {
                 .map(|m| m.role.len() + m.content.len())
                 .sum();
             let message = |m: wit::Message| Message {
-                role: m.role,
-                content: m.content,
+                role: secrets.clean(m.role),
+                content: secrets.clean(m.content),
             };
             (
                 PromptBody::Messages(messages.into_iter().map(message).collect()),
@@ -95,17 +97,17 @@ pub(super) fn prompt(prompt: wit::Prompt) -> Result<Prompt, Fault> {
     }
     Ok(Prompt {
         body,
-        stop: prompt.stop,
+        stop: prompt.stop.into_iter().map(|s| secrets.clean(s)).collect(),
     })
 }
 
-pub(super) fn parsed(parsed: wit::Parsed) -> Result<Parsed, Fault> {
+pub(super) fn parsed(parsed: wit::Parsed, secrets: &Secrets) -> Result<Parsed, Fault> {
     let texts = [&parsed.reasoning, &parsed.answer];
     let bytes = texts.into_iter().flatten().map(String::len).sum();
     size("bytes of one parsed completion", bytes, MAX_PARSED_BYTES)?;
     Ok(Parsed {
-        reasoning: parsed.reasoning,
-        answer: parsed.answer,
+        reasoning: parsed.reasoning.map(|text| secrets.clean(text)),
+        answer: parsed.answer.map(|text| secrets.clean(text)),
     })
 }
 
@@ -252,10 +254,11 @@ mod tests {
     #[test]
     fn prompts_are_capped() {
         let text = |n: usize, stop: &[&str]| {
-            prompt(wit::Prompt {
+            let whole = wit::Prompt {
                 body: wit::PromptBody::Text("x".repeat(n)),
                 stop: stop.iter().map(|s| (*s).to_owned()).collect(),
-            })
+            };
+            prompt(whole, &Secrets::default())
         };
         assert_eq!(text((1 << 20) - 1, &["a"]).unwrap().stop, ["a"]);
         assert!(matches!(
@@ -276,10 +279,8 @@ mod tests {
             })
         ));
         let body = wit::PromptBody::Messages(Vec::new());
-        let empty = prompt(wit::Prompt {
-            body,
-            stop: Vec::new(),
-        });
+        let stop = Vec::new();
+        let empty = prompt(wit::Prompt { body, stop }, &Secrets::default());
         assert_eq!(empty, Err(bad("a prompt without messages")));
     }
 
@@ -291,7 +292,8 @@ mod tests {
                 value,
             };
             let parts = parts.iter().map(part).collect();
-            score(wit::Verdict::Value(wit::Scored { total: 1.0, parts }))
+            let verdict = wit::Verdict::Value(wit::Scored { total: 1.0, parts });
+            score(verdict, &Secrets::default())
         };
         assert!(scored(&[("a", 1.0), ("b", -1e9)]).is_ok());
         assert_eq!(

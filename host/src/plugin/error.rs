@@ -3,6 +3,7 @@
 
 mod hint;
 
+use super::grants::{ManifestError, Mismatch};
 use crate::types::Role;
 use std::fmt;
 use std::sync::Arc;
@@ -121,6 +122,10 @@ pub enum Fault {
     ManyRoles { roles: Vec<Role> },
     #[error("imports {}, which this host does not offer", list(imports))]
     UnknownImports { imports: Vec<String> },
+    #[error("has a manifest that {0}")]
+    Manifest(ManifestError),
+    #[error("{0}")]
+    Grants(Mismatch),
     #[error("does not fit the interface: {reason}")]
     Signature { reason: String },
     #[error("declares {found} {what}, more than the limit of {limit}")]
@@ -152,6 +157,8 @@ pub enum Fault {
     Deadline { limit_ms: u64 },
     #[error("the request took longer than its wall-clock limit of {limit_ms} ms")]
     Wall { limit_ms: u64 },
+    #[error("waited longer than its limit of {limit_ms} ms for `judge` and `http`")]
+    Wait { limit_ms: u64 },
     #[error("used up its fuel of {limit}")]
     Fuel { limit: u64 },
     #[error("wanted {wanted} bytes of memory in all, more than the limit of {limit}")]
@@ -200,7 +207,7 @@ fn list(names: &[String]) -> String {
 
 impl Fault {
     /// The kind of a failed call in one word, as `plugin test` compares it: `config`, `input` and `internal` for the
-    /// guest's own errors, `trap`, `deadline`, `wall`, `fuel`, `memory`, `table` for the walls, `abi` and `result` for what it
+    /// guest's own errors, `trap`, `deadline`, `wall`, `wait`, `fuel`, `memory`, `table` for the walls, `abi` and `result` for what it
     /// returned; `load` for all that comes before a call.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -212,6 +219,7 @@ impl Fault {
             Self::Trap { .. } => "trap",
             Self::Deadline { .. } => "deadline",
             Self::Wall { .. } => "wall",
+            Self::Wait { .. } => "wait",
             Self::Fuel { .. } => "fuel",
             Self::Memory { .. } => "memory",
             Self::Table { .. } => "table",
@@ -234,6 +242,9 @@ impl PluginError {
                 | Fault::WarmRange { .. }
                 | Fault::WarmSlots { .. }
                 | Fault::NotWarm { .. }
+                | Fault::Grants(
+                    Mismatch::NotGranted { .. } | Mismatch::NotAsked { .. } | Mismatch::Host { .. }
+                )
                 | Fault::ConfigSize { .. }
                 | Fault::Guest {
                     kind: GuestErrorKind::Config,

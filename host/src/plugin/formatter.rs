@@ -80,7 +80,10 @@ impl FormatterPlugin {
             })?;
             let parsed = check::length(parsed, completions.len())
                 .map_err(|fault| self.loaded.error(Call::Parse, fault))?;
-            let checked: Result<_, _> = parsed.into_iter().map(check::parsed).collect();
+            let checked: Result<_, _> = parsed
+                .into_iter()
+                .map(|parsed| check::parsed(parsed, &self.loaded.reach.secrets))
+                .collect();
             let checked = checked.map_err(|fault| self.loaded.error(Call::Parse, fault))?;
             lease.keep();
             Ok(checked)
@@ -98,7 +101,7 @@ impl FormatterPlugin {
         let error = |fault| self.loaded.error(Call::Format, fault);
         let prompts = check::length(prompts, rows.len()).map_err(error)?;
         let prompt = |(prompt, row): (_, &RowText<'_>)| {
-            check::prompt(prompt).map_err(|fault| PluginError {
+            check::prompt(prompt, &self.loaded.reach.secrets).map_err(|fault| PluginError {
                 row: Some(row.id),
                 ..error(fault)
             })

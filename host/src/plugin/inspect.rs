@@ -1,6 +1,7 @@
 //! What a component is, read from its bytes and types before any of it runs.
 
 use super::error::Fault;
+use super::grants::Manifest;
 use super::limits::{
     MAX_COMPONENT_BYTES, MAX_CONFIG_BYTES, MAX_MEMORIES, MAX_PLUGIN_NAME_BYTES, MAX_TABLES,
 };
@@ -20,10 +21,14 @@ pub(super) const ROLE_EXPORTS: [&str; 3] = [
 ];
 const ROLES: [Role; 3] = [Role::Reward, Role::Formatter, Role::Curriculum];
 
-/// What the host offers; `types` holds no functions.
-const HOST: &str = "grpo:plugin/host@0.1.0";
-const HOST_FUNCTIONS: [&str; 1] = ["log"];
-const TYPES: &str = "grpo:plugin/types@0.1.0";
+/// What the host offers, with its functions; all but the first to those alone who are granted it.
+const OFFERED: [(&str, &[&str]); 5] = [
+    ("grpo:plugin/host@0.1.0", &["log"]),
+    ("grpo:plugin/types@0.1.0", &[]),
+    ("grpo:plugin/judge@0.1.0", &["complete", "embed"]),
+    ("grpo:plugin/http@0.1.0", &["send"]),
+    ("grpo:plugin/secrets@0.1.0", &["get"]),
+];
 
 /// What a component says of itself.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -33,16 +38,19 @@ pub struct Description {
     /// Names of interfaces and functions, escaped.
     pub exports: Vec<String>,
     pub imports: Vec<String>,
+    /// What it says of itself and asks for.
+    pub manifest: Option<Manifest>,
 }
 
 /// Lists what a component imports and exports, whether or not this host can run it.
-pub(super) fn describe(component: &Component) -> Description {
+pub(super) fn describe(component: &Component, manifest: Option<Manifest>) -> Description {
     let (ty, engine) = (component.component_type(), component.engine());
     let clean = |name: &str| printable(name, 200);
     Description {
         role: role(component).ok(),
         exports: ty.exports(engine).map(|(name, _)| clean(name)).collect(),
         imports: ty.imports(engine).map(|(name, _)| clean(name)).collect(),
+        manifest,
     }
 }
 
@@ -161,15 +169,17 @@ pub(super) fn unknown_imports(component: &Component) -> Vec<String> {
     let engine = component.engine();
     let mut unknown = Vec::new();
     for (name, import) in component.component_type().imports(engine) {
-        match import.ty {
-            ComponentItem::ComponentInstance(instance) if same_track(name, HOST) => {
+        let offered = OFFERED
+            .iter()
+            .find(|(offered, _)| same_track(name, offered));
+        match (import.ty, offered) {
+            (ComponentItem::ComponentInstance(instance), Some((_, functions))) => {
                 let missing = instance.exports(engine).filter(|(function, item)| {
                     matches!(item.ty, ComponentItem::ComponentFunc(_))
-                        && !HOST_FUNCTIONS.contains(function)
+                        && !functions.contains(function)
                 });
                 unknown.extend(missing.map(|(function, _)| format!("{name}#{function}")));
             }
-            ComponentItem::ComponentInstance(_) if same_track(name, TYPES) => {}
             _ => unknown.push(name.to_owned()),
         }
     }
@@ -177,6 +187,14 @@ pub(super) fn unknown_imports(component: &Component) -> Vec<String> {
         .iter()
         .take(64)
         .map(|name| printable(name, 200))
+        .collect()
+}
+
+/// Names of all imports.
+pub(super) fn imported(component: &Component) -> Vec<String> {
+    let (ty, engine) = (component.component_type(), component.engine());
+    ty.imports(engine)
+        .map(|(name, _)| name.to_owned())
         .collect()
 }
 

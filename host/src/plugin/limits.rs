@@ -56,6 +56,9 @@ pub struct Limits {
     /// Most milliseconds one request to the plugin may take, with instantiation, retries and the
     /// search for a guilty sample; 1 to 86 400 000.
     pub wall_ms: u64,
+    /// Most milliseconds that one call into the guest may wait for `judge` and `http`, which `deadline_ms` does not count;
+    /// 1 to 86 400 000.
+    pub wait_ms: u64,
     /// Most milliseconds that compiling a component of one's own may take, in a child process;
     /// 1 to 3 600 000. Shipped components are compiled without a limit.
     pub compile_ms: u64,
@@ -77,6 +80,7 @@ impl Default for Limits {
         Self {
             deadline_ms: 1000,
             wall_ms: 30_000,
+            wait_ms: 20_000,
             compile_ms: 60_000,
             compile_mib: 4096,
             memory_mib: 256,
@@ -94,6 +98,7 @@ impl Limits {
         for (key, value, min, max) in [
             ("deadline_ms", self.deadline_ms, 1, 3_600_000),
             ("wall_ms", self.wall_ms, 1, 86_400_000),
+            ("wait_ms", self.wait_ms, 1, 86_400_000),
             ("compile_ms", self.compile_ms, 1, 3_600_000),
             ("compile_mib", u64::from(self.compile_mib), 256, 65_536),
             ("memory_mib", u64::from(self.memory_mib), 1, 4096),

@@ -1,5 +1,6 @@
 //! Lines that guests write: escaped, cut, counted and attributed.
 
+use super::grants::Secrets;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -119,6 +120,7 @@ pub(super) struct CallLog {
     sink: LogSink,
     plugin: Arc<str>,
     digest: Arc<str>,
+    secrets: Arc<Secrets>,
     lines: usize,
 }
 
@@ -128,12 +130,14 @@ impl CallLog {
         flood: Arc<Flood>,
         plugin: Arc<str>,
         digest: Arc<str>,
+        secrets: Arc<Secrets>,
     ) -> Self {
         Self {
             flood,
             sink,
             plugin,
             digest,
+            secrets,
             lines: 0,
         }
     }
@@ -145,7 +149,8 @@ impl CallLog {
             return Duration::ZERO;
         }
         let begun = Instant::now();
-        self.pass_on(level, &printable(text, MAX_LINE_BYTES));
+        let text = self.secrets.redact(text);
+        self.pass_on(level, &printable(&text, MAX_LINE_BYTES));
         begun.elapsed()
     }
 

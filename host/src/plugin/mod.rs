@@ -2,7 +2,7 @@
 //!
 //! wasmtime lives here and nowhere else. A plugin is compiled once and instantiated afresh for every
 //! request (or every sample); it can neither outlive its deadline, outgrow its memory, nor reach
-//! anything but its arguments. This room knows nothing of files, models or the training loop.
+//! anything but its arguments and what `grants` has for it. This room knows nothing of files, models or the training loop.
 
 mod breaker;
 mod check;
@@ -10,6 +10,7 @@ mod curriculum;
 mod engine;
 mod error;
 mod formatter;
+mod grants;
 mod inspect;
 mod limits;
 mod log;
@@ -23,6 +24,10 @@ mod warm;
 pub use curriculum::CurriculumPlugin;
 pub use error::{Call, Fault, GuestErrorKind, PluginError};
 pub use formatter::{FormatterPlugin, RowText};
+pub use grants::{
+    Access, Asks, Capability, Grants, HttpAsk, HttpGrant, Manifest, ManifestError, Mismatch,
+    SecretError, Secrets,
+};
 pub use inspect::Description;
 pub use limits::{Isolation, Limits, MAX_COMPONENT_BYTES, OnFailure};
 pub use log::{LogLevel, LogLine, LogSink, printable};
@@ -149,12 +154,28 @@ impl PluginHost {
         bytes: &[u8],
         limits: &Limits,
     ) -> Result<Prepared, PluginError> {
+        self.prepare_with(name, bytes, limits, Access::default())
+    }
+
+    /// The same for a plugin that is granted something. What its manifest asks for, what it is granted and what it
+    /// imports must be the same.
+    ///
+    /// # Errors
+    /// As [`PluginHost::prepare`]; a manifest that is malformed; a [`Mismatch`].
+    pub fn prepare_with(
+        &self,
+        name: &str,
+        bytes: &[u8],
+        limits: &Limits,
+        access: Access,
+    ) -> Result<Prepared, PluginError> {
         let attribute = |fault| attributed(name, bytes, Call::Load, fault);
         limits.check().map_err(attribute)?;
         inspect::check_name(name).map_err(attribute)?;
         let (name, digest): (Arc<str>, Arc<str>) = (name.into(), digest(bytes).into());
         let running = self.running(limits).map_err(attribute)?;
-        let (role, pre) = link(&running.engine, bytes).map_err(attribute)?;
+        let (role, pre) = link(&running.engine, bytes, &access.grants).map_err(attribute)?;
+        let reach = access.reach().map_err(|m| attribute(Fault::Grants(m)))?;
         let loaded = Loaded {
             id: PluginId {
                 role,
@@ -167,6 +188,7 @@ impl PluginHost {
             slots: running.slots,
             warm_slots: running.warm_slots,
             sink: Arc::clone(&self.sink),
+            reach,
             flood: Arc::default(),
             name: Arc::clone(&name),
             digest: Arc::clone(&digest),
@@ -183,7 +205,9 @@ impl PluginHost {
         let component = inspect::check_name(name)
             .and_then(|()| inspect::compile(&self.plain.engine, bytes))
             .map_err(|fault| attributed(name, bytes, Call::Load, fault))?;
-        Ok(inspect::describe(&component))
+        let manifest = Manifest::of(bytes)
+            .map_err(|error| attributed(name, bytes, Call::Load, Fault::Manifest(error)))?;
+        Ok(inspect::describe(&component, manifest))
     }
 
     fn running(&self, limits: &Limits) -> Result<Running, Fault> {
@@ -254,13 +278,21 @@ pub fn digest(bytes: &[u8]) -> String {
     format!("sha256:{hex}")
 }
 
-fn link(engine: &Engine, bytes: &[u8]) -> Result<(Role, InstancePre<CallState>), Fault> {
+fn link(
+    engine: &Engine,
+    bytes: &[u8],
+    grants: &Grants,
+) -> Result<(Role, InstancePre<CallState>), Fault> {
     let component = inspect::compile(engine, bytes)?;
+    let manifest = Manifest::of(bytes).map_err(Fault::Manifest)?;
     let role = inspect::role(&component)?;
     let imports = inspect::unknown_imports(&component);
     if !imports.is_empty() {
         return Err(Fault::UnknownImports { imports });
     }
+    let asks = manifest.map(|manifest| manifest.asks).unwrap_or_default();
+    let imported = inspect::imported(&component);
+    grants::agree(&asks, grants, &imported, role).map_err(Fault::Grants)?;
     let signature = |error: wasmtime::Error| Fault::Signature {
         reason: printable(&format!("{error:#}"), 1024),
     };

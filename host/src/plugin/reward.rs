@@ -262,7 +262,7 @@ impl RewardPlugin {
         let error = |fault| self.loaded.error(Call::Score, fault);
         let verdicts = check::length(verdicts, samples.len()).map_err(error)?;
         let outcome = |(verdict, sample): (_, &Sample<'_>)| {
-            let checked = check::score(verdict).and_then(|score| {
+            let checked = check::score(verdict, &self.loaded.reach.secrets).and_then(|score| {
                 if let Score::Value(scored) = &score {
                     self.parts.admit(&scored.parts)?;
                 }

@@ -4,6 +4,7 @@
 
 use super::engine::{Slot, Slots};
 use super::error::{Call, Fault, GuestErrorKind, PluginError};
+use super::grants::Reach;
 use super::limits::{
     Limits, MAX_CORE_INSTANCES, MAX_HANDLES, MAX_MEMORIES, MAX_RESULT_BYTES, MAX_TABLE_ELEMENTS,
     MAX_TABLES, OnFailure,
@@ -30,18 +31,41 @@ enum Overrun {
     Deadline,
     #[error("wall clock")]
     Wall,
+    #[error("wait")]
+    Wait,
 }
 
 /// When the running call must end.
 pub(super) struct Clock {
     deadline: Instant,
     wall: Wall,
+    /// What is left of the time that the call may wait for others.
+    patience: Duration,
 }
 
 impl Clock {
     /// Puts the deadline off by time that the host took during the call. The wall clock goes on.
     pub(super) fn forgive(&mut self, hosts: Duration) {
         self.deadline += hosts;
+    }
+
+    /// Runs what waits for others, as `judge` and `http` do; it is told when to give up. The wait is the host's and puts the
+    /// deadline off, but a call has only so much of it.
+    ///
+    /// # Errors
+    /// When that is used up before, and when a clock has run out.
+    pub(super) fn wait<T>(&mut self, f: impl FnOnce(Instant) -> T) -> wasmtime::Result<T> {
+        self.check()?;
+        if self.patience.is_zero() {
+            return Err(Overrun::Wait.into());
+        }
+        let begun = Instant::now();
+        let value = f(self.wall.0.min(begun + self.patience));
+        let took = begun.elapsed();
+        self.patience = self.patience.saturating_sub(took);
+        self.forgive(took);
+        self.check()?;
+        Ok(value)
     }
 
     pub(super) fn check(&self) -> wasmtime::Result<()> {
@@ -117,6 +141,8 @@ pub(super) struct CallState {
     accountant: Accountant,
     pub(super) clock: Clock,
     pub(super) log: CallLog,
+    pub(super) plugin: Arc<str>,
+    pub(super) reach: Reach,
 }
 
 /// A component that is compiled, linked and known to fit its role.
@@ -133,6 +159,7 @@ pub(super) struct Loaded {
     pub(super) slots: Arc<Slots>,
     pub(super) warm_slots: Arc<Slots>,
     pub(super) sink: LogSink,
+    pub(super) reach: Reach,
     /// Over all calls of this plugin.
     pub(super) flood: Arc<Flood>,
 }
@@ -175,13 +202,17 @@ impl Loaded {
             clock: Clock {
                 deadline: wall.0,
                 wall,
+                patience: Duration::ZERO,
             },
             log: CallLog::new(
                 Arc::clone(&self.sink),
                 Arc::clone(&self.flood),
                 Arc::clone(&self.name),
                 Arc::clone(&self.digest),
+                Arc::clone(&self.reach.secrets),
             ),
+            plugin: Arc::clone(&self.name),
+            reach: self.reach.clone(),
         };
         let mut store = Store::new(self.pre.engine(), state);
         store.limiter(|state| &mut state.accountant);
@@ -220,7 +251,7 @@ impl Loaded {
         store.data_mut().log.end_call();
         match returned {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(error)) => Err(self.error(call, guest_fault(&error))),
+            Ok(Err(error)) => Err(self.error(call, self.guest_fault(&error))),
             Err(error) => Err(self.verdict(call, &error, store)),
         }
     }
@@ -266,6 +297,7 @@ impl Loaded {
     fn arm(&self, store: &mut Store<CallState>) -> wasmtime::Result<()> {
         let clock = &mut store.data_mut().clock;
         clock.deadline = Instant::now() + Duration::from_millis(self.limits.deadline_ms);
+        clock.patience = Duration::from_millis(self.limits.wait_ms);
         clock.check()?;
         store.set_epoch_deadline(1);
         match self.limits.fuel {
@@ -291,6 +323,9 @@ impl Loaded {
             (Some(Overrun::Wall), ..) => Fault::Wall {
                 limit_ms: limits.wall_ms,
             },
+            (Some(Overrun::Wait), ..) => Fault::Wait {
+                limit_ms: limits.wait_ms,
+            },
             (_, Some(Trap::OutOfFuel), _) => Fault::Fuel {
                 limit: limits.fuel.unwrap_or_default(),
             },
@@ -304,6 +339,19 @@ impl Loaded {
         };
         self.error(call, fault)
     }
+
+    /// The guest's own error, in words that hold no secret.
+    fn guest_fault(&self, error: &wit::PluginError) -> Fault {
+        let (kind, message) = match error {
+            wit::PluginError::Config(text) => (GuestErrorKind::Config, text),
+            wit::PluginError::Input(text) => (GuestErrorKind::Input, text),
+            wit::PluginError::Internal(text) => (GuestErrorKind::Internal, text),
+        };
+        Fault::Guest {
+            kind,
+            message: printable(&self.reach.secrets.redact(message), MAX_MESSAGE_BYTES),
+        }
+    }
 }
 
 fn trap_reason(trap: Trap, error: &wasmtime::Error) -> String {
@@ -315,17 +363,5 @@ fn trap_reason(trap: Trap, error: &wasmtime::Error) -> String {
     match place {
         Some(name) => format!("{what} in `{}`", printable(name, 200)),
         None => what.to_owned(),
-    }
-}
-
-fn guest_fault(error: &wit::PluginError) -> Fault {
-    let (kind, message) = match error {
-        wit::PluginError::Config(text) => (GuestErrorKind::Config, text),
-        wit::PluginError::Input(text) => (GuestErrorKind::Input, text),
-        wit::PluginError::Internal(text) => (GuestErrorKind::Internal, text),
-    };
-    Fault::Guest {
-        kind,
-        message: printable(message, MAX_MESSAGE_BYTES),
     }
 }

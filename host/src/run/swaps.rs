@@ -42,6 +42,9 @@ pub struct SwapRecord {
     pub source: String,
     pub config: Map<String, Value>,
     pub limits: Map<String, Value>,
+    /// What it was granted, as the config says it.
+    #[serde(default)]
+    pub grants: Map<String, Value>,
     /// Its warm pool.
     pub warm: Option<Map<String, Value>>,
     /// Of a rollback.
@@ -189,6 +192,7 @@ mod tests {
             replaced: id("old"),
             source: "new.wasm".to_owned(),
             config: Map::new(),
+            grants: Map::new(),
             limits: Map::new(),
             warm: None,
             reason: None,

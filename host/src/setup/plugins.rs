@@ -6,10 +6,11 @@ use anyhow::Context;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use super::PluginSources;
+use super::{OnDownload, PluginSources};
 use crate::{
     cli::Environment,
     config::{PluginConfig, RunConfig},
+    judge::Panel,
     plugin::{
         CurriculumPlugin, FormatterPlugin, Limits, LogSink, Plugin, PluginHost, RewardPlugin,
         RewardSet, Warm, Weighted,
@@ -37,10 +38,13 @@ pub struct Plugins {
 pub fn plugins(
     config: &RunConfig,
     environment: &Environment,
+    on_download: OnDownload<'_>,
     sink: LogSink,
 ) -> anyhow::Result<Plugins> {
+    let judges = Panel::of(config, environment, on_download)?;
     let host = PluginHost::new(sink)?;
-    let sources = PluginSources::new(environment, &config.plugins.trusted_keys)?;
+    let sources =
+        PluginSources::new(environment, &config.plugins.trusted_keys)?.with_judges(judges);
     let mut slots = Slots::default();
     for plugin in &config.plugins.plugins {
         slots.add(&host, plugin, &sources)?;
@@ -167,7 +171,8 @@ pub(crate) fn load_whole(
     let warm = warm.transpose()?;
     let found = sources.component(&config.source, &limits)?;
     let settings = Value::Object(config.config.clone());
-    let prepared = host.prepare(&found.name, &found.bytes, &limits)?;
+    let access = sources.access(&found.name, &config.grants)?;
+    let prepared = host.prepare_with(&found.name, &found.bytes, &limits, access)?;
     Ok(Loaded {
         plugin: prepared.configure(&settings, warm)?,
         bytes: found.bytes,
@@ -203,7 +208,7 @@ pub fn limits(plugin: &str, values: &Map<String, Value>) -> Result<Limits, Wrong
     settings(("limits", LIMIT_KEYS), plugin, values)
 }
 
-fn settings<T: DeserializeOwned>(
+pub(super) fn settings<T: DeserializeOwned>(
     (key, keys): (&'static str, &'static str),
     plugin: &str,
     values: &Map<String, Value>,

@@ -1,4 +1,5 @@
-//! What a plugin's source stands for (a built-in name, a file, a reference into a registry), and whose signature it needs.
+//! What a plugin's source stands for (a built-in name, a file, a reference into a registry), and whose signature it needs;
+//! and what its grants stand for.
 
 use std::{
     io::{ErrorKind, Read},
@@ -6,11 +7,14 @@ use std::{
 };
 
 use anyhow::Context;
+use serde_json::{Map, Value};
 
+use super::grants;
 use crate::{
     cli::{COMPILE_TRIAL, Environment},
     defaults,
-    plugin::{Limits, MAX_COMPONENT_BYTES, try_compile},
+    judge::Panel,
+    plugin::{Access, Limits, MAX_COMPONENT_BYTES, try_compile},
     registry::{
         Fetch, Fetched, Reference, Registry, RegistryConfig, RegistryError, Subject, TrustList,
         is_reference,
@@ -24,10 +28,12 @@ const TRUSTED_KEYS: &str = "trusted_keys";
 /// Bytes of a file of keys or of a signature.
 const MAX_TEXT_BYTES: u64 = 1 << 20;
 
-/// Where components come from.
+/// Where components come from, and what they may be granted.
 pub struct PluginSources {
     registry: Registry,
     trust: TrustList,
+    /// Those that plugins may be granted.
+    judges: Panel,
 }
 
 /// A component's bytes before they are compiled.
@@ -69,7 +75,28 @@ impl PluginSources {
             offline: environment.hf_hub_offline,
             ..RegistryConfig::new(MAX_COMPONENT_BYTES as u64)
         });
-        Self { registry, trust }
+        Self {
+            registry,
+            trust,
+            judges: Panel::default(),
+        }
+    }
+
+    /// With judges that plugins may be granted.
+    pub fn with_judges(self, judges: Panel) -> Self {
+        Self { judges, ..self }
+    }
+
+    pub fn judges(&self) -> &Panel {
+        &self.judges
+    }
+
+    /// What the grants of a plugin stand for.
+    ///
+    /// # Errors
+    /// Wrong keys and types; a judge, a variable or a secret that there is not.
+    pub fn access(&self, plugin: &str, grants: &Map<String, Value>) -> anyhow::Result<Access> {
+        grants::access(plugin, grants, &self.judges)
     }
 
     pub fn registry(&self) -> &Registry {

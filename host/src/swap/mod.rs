@@ -389,6 +389,7 @@ impl Swaps {
             source: settings.source.clone(),
             config: settings.config.clone(),
             limits: settings.limits.clone(),
+            grants: settings.grants.clone(),
             warm: settings.warm.clone(),
             reason: None,
             shadow: active
@@ -473,6 +474,7 @@ impl Swaps {
             source: settings.source,
             config: settings.config,
             limits: settings.limits,
+            grants: settings.grants,
             warm: settings.warm,
             reason: Some(reason),
             shadow: None,

@@ -80,6 +80,7 @@ pub(super) fn settings(record: &SwapRecord) -> PluginConfig {
         source: record.source.clone(),
         config: record.config.clone(),
         limits: record.limits.clone(),
+        grants: record.grants.clone(),
         warm: record.warm.clone(),
         ..PluginConfig::default()
     }

@@ -11,7 +11,11 @@
 
 mod abi;
 mod clocks;
+mod granted;
+mod grants;
 mod guest;
+mod http;
+mod judge;
 mod list;
 mod load;
 mod logs;

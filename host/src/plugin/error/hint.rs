@@ -36,6 +36,8 @@ impl PluginError {
 
 fn of_loading(fault: &Fault) -> Option<String> {
     let text = match fault {
+        Fault::Grants(mismatch) => return Some(mismatch.hint()),
+        Fault::Manifest(_) => "correct plugin.json and build the plugin again",
         Fault::NotAComponent {
             found: "a core module",
         } => "make a component of it: wasm-tools component new MODULE -o COMPONENT",
@@ -58,7 +60,9 @@ fn of_loading(fault: &Fault) -> Option<String> {
         Fault::UnknownImports { imports } if imports.iter().any(|i| i.starts_with("wasi:")) => {
             "build for wasm32-unknown-unknown, or with WASI stubbed out"
         }
-        Fault::UnknownImports { .. } => "a plugin may import grpo:plugin/host only",
+        Fault::UnknownImports { .. } => {
+            "a plugin may import host of grpo:plugin, and judge, http and secrets if they are granted"
+        }
         Fault::Declares { .. } => {
             "docs/plugins.md has the limits; compilers need a handful of each"
         }
@@ -88,6 +92,7 @@ fn of_limits(plugin: &str, fault: &Fault) -> Option<String> {
     let key = match fault {
         Fault::Deadline { .. } => "deadline_ms",
         Fault::Wall { .. } => "wall_ms",
+        Fault::Wait { .. } => "wait_ms",
         Fault::Fuel { .. } => "fuel",
         Fault::Memory { .. } => "memory_mib",
         Fault::CompileTime { .. } => "compile_ms",
