@@ -9,7 +9,7 @@ use grpo_policy::{
         cpu::{CpuBackend, Trainable},
         cuda::{
             self, Budget, CudaBackend, CudaError, CudaSizes, CudaWeights, Kept, MemoryPlan,
-            PoolNeeds, TrainingPlan,
+            PoolNeeds, Tenant, TrainingPlan,
         },
     },
     engine::EngineConfig,
@@ -262,7 +262,8 @@ impl Place {
         let weights = backend.weight_bytes();
         let free_without_draft = budget.free()?;
         let needs = PoolNeeds {
-            token_bytes: backend.kv_bytes_per_token(),
+            policy: Tenant::new(&backend),
+            draft: Tenant::default(),
             blocks: gpu_blocks(&sizes, capacity.kv_tokens),
             longest: sizes.max_model_len,
         };
@@ -409,16 +410,13 @@ impl Share {
         Ok(AnyBackend::Cuda(Box::new(draft)))
     }
 
-    /// Makes room for a draft whose keys and values take `token_bytes` a token.
+    /// Makes room for a draft that needs this.
     ///
     /// # Errors
     /// [`CudaError::OneSequence`].
-    pub(crate) fn divide_with_draft(
-        &mut self,
-        token_bytes: usize,
-    ) -> Result<EngineConfig, CudaError> {
+    pub(crate) fn divide_with_draft(&mut self, draft: Tenant) -> Result<EngineConfig, CudaError> {
         let needs = PoolNeeds {
-            token_bytes: self.needs.token_bytes + token_bytes,
+            draft,
             ..self.needs
         };
         let budget = &self.budget;

@@ -6,6 +6,7 @@
     reason = "clippy counts only functions marked as tests as tests"
 )]
 
+mod arithmetic;
 #[path = "../cuda_models/mod.rs"]
 mod cuda_models;
 mod distances;

@@ -190,7 +190,7 @@ impl CudaBackend {
         check_batch(batch, self.spec.vocab_size, self.longest())?;
         check_targets(batch, targets, self.spec.vocab_size)?;
         self.with_exit(|backend, exit| {
-            let (training, on) = backend.with_training()?;
+            let (training, on) = backend.begin_passes()?;
             let lesson = Lesson::soft(on.gpu, targets, weight)?;
             Ok(weight * training.distill_exit(on, batch, temperature, exit, &lesson)?)
         })

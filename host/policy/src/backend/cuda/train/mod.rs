@@ -21,6 +21,7 @@ mod operands;
 mod optimizer;
 mod plan;
 mod reduce;
+mod room;
 mod state;
 mod tables;
 mod unpacked;
@@ -58,6 +59,7 @@ use kernels::Kernels;
 use layout::{Layout, ModelSlots};
 use optimizer::Optimizer;
 use reduce::Reducer;
+pub(super) use room::Room;
 use unpacked::Unpacked;
 
 /// Most tokens of one pass: blocks of a grid's second dimension.
@@ -72,6 +74,8 @@ struct On<'a> {
     gpu: &'a Gpu,
     weights: &'a Weights,
     spec: &'a ModelSpec,
+    /// Where keys and values are kept during rollouts, and what they need not survive passes.
+    room: Option<Room>,
 }
 
 /// What trains.
@@ -116,8 +120,10 @@ pub(super) struct Training {
     mode: Mode,
     optimizer: Option<Optimizer>,
     sizes: Sizes,
+    /// Without room for a single token until the first pass, and after each rollout.
     arena: Arena,
-    buffer: CudaSlice<u8>,
+    /// Where the arena is, unless it is in the [`Room`] of keys and values.
+    buffer: Option<CudaSlice<u8>>,
     unpacked: Unpacked,
     /// What the last [`Pass::Train`] left for `backward`.
     saved: Option<(Run, Scored)>,
@@ -181,7 +187,6 @@ impl Training {
             }
         };
         let sizes = sizes(trainable, tokens, kept, gpu.multiprocessors);
-        let (arena, buffer) = carve(on, &sizes)?;
         Ok(Self {
             kernels,
             gemm,
@@ -190,8 +195,8 @@ impl Training {
             mode,
             optimizer,
             sizes,
-            arena,
-            buffer,
+            arena: Arena::default(),
+            buffer: None,
             unpacked: Unpacked::new(on)?,
             saved: None,
             logits: None,
@@ -199,25 +204,6 @@ impl Training {
             clock: Clock::default(),
             reducer: None,
         })
-    }
-
-    /// Makes room for a pass of `tokens` tokens, which forgets the last one.
-    fn reserve(&mut self, on: On<'_>, tokens: usize) -> Result<(), CudaError> {
-        if tokens <= self.arena.tokens {
-            return Ok(());
-        }
-        let (what, most) = ("tokens", MAX_TOKENS);
-        if tokens > most {
-            let asked = tokens;
-            return Err(CudaError::Capacity { what, asked, most });
-        }
-        (self.saved, self.logits) = (None, None);
-        self.sizes.tokens = tokens;
-        // The old one is freed first: both might not fit. Without a new one there is room for nothing.
-        self.arena.tokens = 0;
-        self.buffer = on.gpu.stream.alloc_zeros(1)?;
-        (self.arena, self.buffer) = carve(on, &self.sizes)?;
-        Ok(())
     }
 
     /// The weights that a pass reads.
@@ -285,15 +271,6 @@ fn sizes(trainable: &Trainable, tokens: usize, kept: Kept, multiprocessors: usiz
     }
 }
 
-fn carve(on: On<'_>, sizes: &Sizes) -> Result<(Arena, CudaSlice<u8>), CudaError> {
-    let arena = Arena::new(on.spec, sizes);
-    let buffer = on.gpu.stream.alloc_zeros::<u8>(arena.bytes)?;
-    let base = buffer.device_ptr(&on.gpu.stream).0;
-    let arena = arena.at(base);
-    on.gpu.write(arena.ones, &vec![1f32; arena.chunk_rows])?;
-    Ok((arena, buffer))
-}
-
 impl CudaBackend {
     /// Makes room for training: masters, gradients and moments of what trains, and what passes of `tokens` tokens keep.
     /// `given` are the weights that the model was made of. A longer pass is let in where the GPU has room for it. `merge`: whether
@@ -312,6 +289,7 @@ impl CudaBackend {
             gpu: &self.gpu,
             weights: &self.weights,
             spec: &self.spec,
+            room: None,
         };
         let cache = self.cache.as_deref();
         let what = (trainable, merge);
@@ -343,6 +321,7 @@ impl CudaBackend {
             gpu: &self.gpu,
             weights: &self.weights,
             spec: &self.spec,
+            room: self.kv.as_ref().map(super::KvPool::room),
         };
         let training = self.training.as_deref_mut().ok_or(NOTHING_TRAINS)?;
         Ok((training, on))
@@ -360,7 +339,7 @@ impl CudaBackend {
         pass: Pass,
     ) -> Result<TokenScores, PolicyError> {
         check_batch(batch, self.spec.vocab_size, self.longest())?;
-        let (training, on) = self.with_training()?;
+        let (training, on) = self.begin_passes()?;
         let (run, scored) = training.forward_batch(on, batch, temperature, pass)?;
         let scores = training.score_rows(on, &run, &scored)?;
         if pass == Pass::Train {
@@ -392,7 +371,7 @@ impl CudaBackend {
     ) -> Result<f64, PolicyError> {
         check_batch(batch, self.spec.vocab_size, self.longest())?;
         check_targets(batch, targets, self.spec.vocab_size)?;
-        let (training, on) = self.with_training()?;
+        let (training, on) = self.begin_passes()?;
         training.trains()?;
         let (run, scored) = training.forward_batch(on, batch, temperature, Pass::Train)?;
         let lesson = Lesson::soft(on.gpu, targets, weight)?;
