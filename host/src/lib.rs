@@ -19,6 +19,7 @@ pub mod placement;
 pub mod plugin;
 pub mod policy;
 pub mod record;
+pub mod registry;
 pub mod replay;
 pub mod replicas;
 pub mod rollout;

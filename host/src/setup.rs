@@ -1,30 +1,30 @@
 //! From a validated config to the parts of a run: model, rows, plugins. The only place that decides
-//! what a name on the command line stands for (embedded, file, hub).
+//! what a name on the command line stands for (embedded, file, hub, registry).
 
-use std::{
-    io::Read,
-    path::{Path, PathBuf},
-};
+mod plugins;
+mod sources;
+
+use std::path::PathBuf;
 
 use anyhow::Context;
 use grpo_policy::weights::{self, LoadedModel};
-use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
 
 use crate::{
-    cli::{COMPILE_TRIAL, Environment},
-    config::{GenerationConfig, PluginConfig, RunConfig},
+    cli::Environment,
+    config::{GenerationConfig, RunConfig},
     data::{Dataset, HubDataset, LoadOptions, Source, load, load_hub},
     defaults,
     hub::{Hub, HubConfig, Progress, Repo},
     placement::Capacity,
-    plugin::{
-        CurriculumPlugin, FormatterPlugin, Limits, LogSink, MAX_COMPONENT_BYTES, Plugin,
-        PluginHost, RewardPlugin, RewardSet, RowText, Warm, Weighted, try_compile,
-    },
+    plugin::{FormatterPlugin, RowText},
     policy::draft_head_file,
-    run::LockedPlugin,
-    types::{Role, Row},
+    types::Row,
+};
+
+pub(crate) use plugins::{Loaded, load_whole};
+pub use plugins::{Plugins, WrongSettings, limits, load_plugin, pinned, plugins};
+pub use sources::{
+    Component, MissingPlugin, PluginSources, read_component, sidecar, sidecar_path, text_if_there,
 };
 
 /// Name under which the tiny arithmetic model stands in configs and adapters.
@@ -223,209 +223,4 @@ fn hub(environment: &Environment) -> anyhow::Result<Hub> {
     config.token.clone_from(&environment.hf_token);
     config.offline = environment.hf_hub_offline;
     Ok(Hub::new(&config)?)
-}
-
-/// The plugins of a run in their roles.
-pub struct Plugins {
-    pub formatter: FormatterPlugin,
-    pub rewards: RewardSet,
-    pub curriculum: CurriculumPlugin,
-    /// Judges the accuracy of evaluations, whatever the rewards are.
-    pub math: RewardPlugin,
-    /// For `plugins.lock`; without `math`, which touches no training sample.
-    pub locked: Vec<LockedPlugin>,
-}
-
-/// Loads the configured components. Roles that none of them plays go to the shipped plugins:
-/// `reward-math`, `formatter-chat`, `curriculum-uniform`.
-/// What they log goes to `sink`.
-pub fn plugins(config: &RunConfig, sink: LogSink) -> anyhow::Result<Plugins> {
-    let host = PluginHost::new(sink)?;
-    let mut slots = Slots::default();
-    for plugin in &config.plugins.plugins {
-        slots.add(&host, plugin)?;
-    }
-    for (role, name) in [
-        (Role::Formatter, "formatter-chat"),
-        (Role::Reward, "reward-math"),
-        (Role::Curriculum, "curriculum-uniform"),
-    ] {
-        if !slots.locked.iter().any(|l| l.id.role == role) {
-            let source = name.to_owned();
-            slots.add(
-                &host,
-                &PluginConfig {
-                    source,
-                    ..PluginConfig::default()
-                },
-            )?;
-        }
-    }
-    let math = PluginConfig {
-        source: "reward-math".to_owned(),
-        ..PluginConfig::default()
-    };
-    let Plugin::Reward(math) = load_plugin(&host, &math)? else {
-        anyhow::bail!("the shipped reward-math is not a reward");
-    };
-    Ok(Plugins {
-        formatter: slots.formatter.context("no formatter was loaded")?,
-        rewards: RewardSet::new(slots.rewards)?,
-        curriculum: slots.curriculum.context("no curriculum was loaded")?,
-        math,
-        locked: slots.locked,
-    })
-}
-
-#[derive(Default)]
-struct Slots {
-    formatter: Option<FormatterPlugin>,
-    rewards: Vec<Weighted>,
-    curriculum: Option<CurriculumPlugin>,
-    locked: Vec<LockedPlugin>,
-}
-
-impl Slots {
-    fn add(&mut self, host: &PluginHost, config: &PluginConfig) -> anyhow::Result<()> {
-        let plugin = load_plugin(host, config)?;
-        let id = plugin.id().clone();
-        let taken = match (&plugin, &self.formatter, &self.curriculum) {
-            (Plugin::Formatter(_), Some(other), _) => Some(other.id().name.clone()),
-            (Plugin::Curriculum(_), _, Some(other)) => Some(other.id().name.clone()),
-            _ => None,
-        };
-        if let Some(other) = taken {
-            anyhow::bail!(
-                "`{}` and `{other}` are both a {:?}; a run has one",
-                id.name,
-                id.role
-            );
-        }
-        let weight = matches!(plugin, Plugin::Reward(_)).then_some(config.weight);
-        let source = config.source.clone();
-        self.locked.push(LockedPlugin {
-            id,
-            source,
-            weight,
-            since_step: 1,
-        });
-        match plugin {
-            Plugin::Formatter(formatter) => self.formatter = Some(formatter),
-            Plugin::Curriculum(curriculum) => self.curriculum = Some(curriculum),
-            Plugin::Reward(reward) => {
-                self.rewards.push(Weighted {
-                    reward,
-                    weight: config.weight,
-                });
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Loads one component: a shipped one by its name, or a file.
-pub fn load_plugin(host: &PluginHost, config: &PluginConfig) -> anyhow::Result<Plugin> {
-    Ok(load_with_bytes(host, config)?.0)
-}
-
-/// The same with the component's bytes.
-pub(crate) fn load_with_bytes(
-    host: &PluginHost,
-    config: &PluginConfig,
-) -> anyhow::Result<(Plugin, Vec<u8>)> {
-    let limits = limits(&config.source, &config.limits)?;
-    let warm = config.warm.as_ref();
-    let warm = warm.map(|warm| settings::<Warm>(("warm", WARM_KEYS), &config.source, warm));
-    let warm = warm.transpose()?;
-    let (name, bytes) = component(&config.source, &limits)?;
-    let settings = Value::Object(config.config.clone());
-    let prepared = host.prepare(&name, &bytes, &limits)?;
-    Ok((prepared.configure(&settings, warm)?, bytes))
-}
-
-/// Name and bytes of a component. A file, unlike a shipped one, has been compiled on trial in a child
-/// process, under `limits.compile_ms`.
-pub fn component(source: &str, limits: &Limits) -> anyhow::Result<(String, Vec<u8>)> {
-    let path = Path::new(source);
-    if let Some(bytes) = defaults::component(source).filter(|_| !path.exists()) {
-        return Ok((source.to_owned(), bytes.to_vec()));
-    }
-    let bytes = read_component(path).map_err(|error| MissingPlugin {
-        source_name: source.to_owned(),
-        error,
-    })?;
-    let name = path
-        .file_stem()
-        .map_or(source.into(), |stem| stem.to_string_lossy());
-    let program = std::env::current_exe().context("cannot find this program's own file")?;
-    try_compile(&program, &COMPILE_TRIAL, &name, &bytes, limits)?;
-    Ok((name.into_owned(), bytes))
-}
-
-/// No more of a file than tells that it is too large: it may be a device that never ends.
-pub fn read_component(path: &Path) -> std::io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let limit = MAX_COMPONENT_BYTES as u64 + 1;
-    let mut file = std::fs::File::open(path)?.take(limit);
-    file.read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-const LIMIT_KEYS: &str = "docs/plugins.md lists limits and their ranges";
-const WARM_KEYS: &str = "its keys are `size`, 1 to 8, and `max_calls`, 1 to 1000000";
-
-/// Settings of a plugin that the host reads, with a wrong key or type.
-#[derive(Debug, thiserror::Error)]
-#[error("`{key}` of plugin `{plugin}`: {source}")]
-pub struct WrongSettings {
-    key: &'static str,
-    plugin: String,
-    source: serde_json::Error,
-    keys: &'static str,
-}
-
-impl WrongSettings {
-    /// Which keys there are.
-    pub fn hint(&self) -> Option<String> {
-        Some(self.keys.to_owned())
-    }
-}
-
-/// The limits of a plugin.
-///
-/// # Errors
-/// A key that is none, a value of another type.
-pub fn limits(plugin: &str, values: &Map<String, Value>) -> Result<Limits, WrongSettings> {
-    settings(("limits", LIMIT_KEYS), plugin, values)
-}
-
-fn settings<T: DeserializeOwned>(
-    (key, keys): (&'static str, &'static str),
-    plugin: &str,
-    values: &Map<String, Value>,
-) -> Result<T, WrongSettings> {
-    serde_json::from_value(Value::Object(values.clone())).map_err(|source| WrongSettings {
-        key,
-        plugin: plugin.to_owned(),
-        source,
-        keys,
-    })
-}
-
-/// A plugin file that cannot be read.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot read plugin `{source_name}`: {error}")]
-pub struct MissingPlugin {
-    source_name: String,
-    error: std::io::Error,
-}
-
-impl MissingPlugin {
-    /// The shipped plugins by name.
-    pub fn hint(&self) -> Option<String> {
-        let names = defaults::COMPONENTS.map(|(name, _)| name).join(", ");
-        Some(format!(
-            "give the path of a .wasm component, or one of {names}"
-        ))
-    }
 }

@@ -1,6 +1,7 @@
 //! `cargo xtask test`: what CI runs, step by step, in the one release profile.
 //!
-//! Installs nothing, but for the compilers of `languages` into target/. A missing tool ends the run with the command that installs it; without nextest
+//! Installs nothing but the registry that the tests of sharing speak to, from Debian, and the compilers of `languages` into target/. Another missing
+//! tool ends the run with the command that installs it; without nextest
 //! the tests run under `cargo test`. The last line is always `N passed, N failed`.
 
 use std::{
@@ -68,6 +69,7 @@ fn steps(tally: &mut Tally) -> anyhow::Result<()> {
         )?;
     }
     timed("plugins --check", || plugins::run(true))?;
+    timed("docker-registry", registry)?;
     if found(&["nextest", "--version"]) {
         step(
             "tests",
@@ -100,6 +102,20 @@ fn steps(tally: &mut Tally) -> anyhow::Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// Makes sure of `docker-registry`, which `tests/tests/registry.rs` starts.
+fn registry() -> anyhow::Result<()> {
+    let runs = |program: &str, args: &[&str]| {
+        let mut command = Command::new(program);
+        command.args(args).stdout(Stdio::null());
+        command.status().is_ok_and(|status| status.success())
+    };
+    let there = || runs("docker-registry", &["--version"]);
+    if there() || (runs("apt-get", &["install", "-y", "docker-registry"]) && there()) {
+        return Ok(());
+    }
+    bail!("docker-registry is not installed; run `apt-get install docker-registry`")
 }
 
 /// Whether `cargo ARGS` runs at all.

@@ -5,6 +5,7 @@
 
 mod environment;
 mod plugin_arg;
+mod sharing;
 #[cfg(test)]
 mod tests;
 mod tools;
@@ -18,6 +19,10 @@ use crate::config::{ConfigError, Device, DraftKind, DraftTokens, PluginConfig, R
 
 pub use environment::Environment;
 pub use plugin_arg::PluginArg;
+pub use sharing::{
+    PluginPullArgs, PluginPushArgs, PluginSearchArgs, PluginSignArgs, PluginVerifyArgs,
+    SharingCommand,
+};
 pub use tools::{
     BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchSpecArgs, BenchStepArgs, BenchTrainArgs,
     COMPILE_TRIAL, DoctorArgs, PluginBuildArgs, PluginCheckArgs, PluginCommand, PluginFileArgs,
@@ -90,6 +95,7 @@ impl Command {
             Self::Plugin(PluginCommand::Inspect(args)) => args.output,
             Self::Plugin(PluginCommand::Check(args)) => args.output,
             Self::Plugin(PluginCommand::Swap(args)) => args.output,
+            Self::Plugin(PluginCommand::Sharing(command)) => command.output(),
             Self::Plugin(PluginCommand::CompileTrial { .. }) => OutputArgs::default(),
         }
     }

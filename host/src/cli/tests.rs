@@ -188,4 +188,10 @@ fn environment_follows_hugging_face() {
         read(&[("HOME", "/h"), ("HF_HOME", "/f")]).hf_home,
         Some("/f".into())
     );
+    assert_eq!(all.cache, Some("/x/grpo-host".into()));
+    assert_eq!(all.settings, Some("/h/.config/grpo-host".into()));
+    assert_eq!(all.docker_config, Some("/h/.docker/config.json".into()));
+    let moved = read(&[("XDG_CONFIG_HOME", "/s"), ("DOCKER_CONFIG", "/d")]);
+    assert_eq!(moved.settings, Some("/s/grpo-host".into()));
+    assert_eq!(moved.docker_config, Some("/d/config.json".into()));
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{ArgGroup, Args, Subcommand};
 use serde_json::{Map, Value};
 
-use super::{GpuArgs, ModelArgs, OutputArgs, PluginArg, set, set_plugins};
+use super::{GpuArgs, ModelArgs, OutputArgs, PluginArg, SharingCommand, set, set_plugins};
 use crate::authoring::Language;
 use crate::config::{ConfigError, DraftKind, DraftTokens, RawConfig};
 use crate::swap::MAX_SHADOW;
@@ -254,6 +254,8 @@ pub enum PluginCommand {
     Check(PluginCheckArgs),
     /// Put another reward into a run that is going on, and say what became of it
     Swap(PluginSwapArgs),
+    #[command(flatten)]
+    Sharing(SharingCommand),
     /// Compile the component on stdin and throw the code away: the child process of every command that
     /// is given a component's file
     #[command(hide = true)]
@@ -303,7 +305,7 @@ pub struct PluginTestArgs {
 
 #[derive(Args, Debug)]
 pub struct PluginCheckArgs {
-    /// Component file, or the name of a built-in plugin
+    /// Component file, name of a built-in plugin, or reference into a registry
     #[arg(value_name = "FILE|REF")]
     pub plugin: String,
     /// JSON object for its `configure`
@@ -352,7 +354,7 @@ fn json_object(text: &str) -> Result<Map<String, Value>, String> {
 
 #[derive(Args, Debug)]
 pub struct PluginFileArgs {
-    /// Component file, or the name of a built-in plugin
+    /// Component file, name of a built-in plugin, or reference into a registry
     #[arg(value_name = "FILE|REF")]
     pub plugin: String,
     #[command(flatten)]

@@ -1,11 +1,11 @@
 //! `bench plugin`: what a call into a reward costs: warm, with a fresh instance each time, and as a
 //! training step makes it, without and with a warm pool. Host-side lowering and result checks are included.
 
-use crate::cli::BenchPluginArgs;
+use crate::cli::{BenchPluginArgs, Environment};
 use crate::plugin::{
     Limits, Plugin, PluginError, PluginHost, Prepared, RewardPlugin, RewardSet, Warm, Weighted,
 };
-use crate::setup;
+use crate::setup::{Component, PluginSources};
 use crate::types::{Finish, Parsed, Sample, Telemetry};
 use serde::Serialize;
 use serde_json::json;
@@ -74,9 +74,9 @@ impl PluginBenchError {
 }
 
 /// Measures, and prints a short table or one JSON object.
-pub(super) fn run(args: &BenchPluginArgs) -> anyhow::Result<()> {
+pub(super) fn run(args: &BenchPluginArgs, environment: &Environment) -> anyhow::Result<()> {
     let bench = PluginBench::of(args);
-    let measures = measure(&bench)?;
+    let measures = measure(&bench, environment)?;
     if args.output.json {
         outln!("{}", object(&bench, &measures)?);
         return Ok(());
@@ -116,8 +116,8 @@ fn object(bench: &PluginBench, measures: &[PluginMeasure]) -> anyhow::Result<ser
 /// Median and 99th percentile of a warm call, of one into a fresh instance, of a step's scoring
 /// (a fresh instance, with weights and names on top), and of that with a warm pool of one:
 /// `plugin_warm_p50` to `plugin_pool_p99`.
-fn measure(bench: &PluginBench) -> anyhow::Result<Vec<PluginMeasure>> {
-    let prepared = prepare(&bench.plugin)?;
+fn measure(bench: &PluginBench, environment: &Environment) -> anyhow::Result<Vec<PluginMeasure>> {
+    let prepared = prepare(&bench.plugin, environment)?;
     let plugin = reward(&prepared, &bench.config, None)?;
     let texts = texts(bench);
     let parsed = Parsed::default();
@@ -161,13 +161,15 @@ fn measure(bench: &PluginBench) -> anyhow::Result<Vec<PluginMeasure>> {
 pub(super) fn load_reward(
     source: &str,
     config: &serde_json::Value,
+    environment: &Environment,
 ) -> anyhow::Result<RewardPlugin> {
-    reward(&prepare(source)?, config, None)
+    reward(&prepare(source, environment)?, config, None)
 }
 
-fn prepare(source: &str) -> anyhow::Result<Prepared> {
+fn prepare(source: &str, environment: &Environment) -> anyhow::Result<Prepared> {
     let limits = Limits::default();
-    let (name, bytes) = setup::component(source, &limits)?;
+    let sources = PluginSources::new(environment, &[])?;
+    let Component { name, bytes, .. } = sources.component(source, &limits)?;
     // Printing the guest's lines would be measured with it.
     let host = PluginHost::new(Arc::new(|_| {}))?;
     Ok(host.prepare(&name, &bytes, &limits)?)
@@ -289,7 +291,7 @@ mod tests {
             sample_bytes: 2500,
             calls: 20,
         };
-        let measures = measure(&bench).unwrap();
+        let measures = measure(&bench, &Environment::default()).unwrap();
         let names: Vec<&str> = measures.iter().map(|m| m.name.as_str()).collect();
         let expected = [
             "plugin_warm_p50",
@@ -328,7 +330,7 @@ mod tests {
             sample_bytes: 100,
             calls: 1,
         };
-        let error = measure(&bench).unwrap_err();
+        let error = measure(&bench, &Environment::default()).unwrap_err();
         assert_eq!(error.to_string(), "`formatter-chat` is not a reward");
     }
 }

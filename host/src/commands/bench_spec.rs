@@ -175,7 +175,7 @@ impl<'a> Bench<'a> {
             args,
             config,
             policy,
-            plugins: setup::plugins(config, super::guest_log::guest_log())?,
+            plugins: setup::plugins(config, environment, super::guest_log::guest_log())?,
         })
     }
 

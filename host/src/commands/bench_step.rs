@@ -68,7 +68,7 @@ pub(super) fn run(args: &BenchStepArgs, environment: &Environment) -> anyhow::Re
     let flags = "--prompt-tokens and --new-tokens";
     check_fits(prompt_tokens + new_tokens, context, flags)?;
     let source = args.plugin.as_ref().map_or("reward-math", |p| &p.source);
-    let (reward, weight) = (load_reward(source, &json!({}))?, 1.0);
+    let (reward, weight) = (load_reward(source, &json!({}), environment)?, 1.0);
     measured.config.generation.max_completion_length = new_tokens as u32;
     let prompts = measured.sequences(args.prompts, prompt_tokens);
     let Measured {

@@ -18,7 +18,7 @@ pub(super) fn run(args: &EvalArgs, environment: &Environment) -> anyhow::Result<
     let config = super::config_over_defaults(|base| args.over(base))?;
     super::set_threads(config.hardware.threads)?;
     let mut on_download = downloads(args.output.quiet);
-    let plugins = setup::plugins(&config, guest_log())?;
+    let plugins = setup::plugins(&config, environment, guest_log())?;
     let rows = setup::eval_rows(&config, environment, &mut on_download)?
         .context("no rows to evaluate on: give --data")?;
     let model = setup::model(&config, environment, &mut on_download)?;

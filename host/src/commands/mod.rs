@@ -30,6 +30,7 @@ mod replay;
 mod results;
 mod rollout;
 mod sft;
+mod sharing;
 mod table;
 mod train;
 
@@ -44,6 +45,7 @@ use crate::{
 pub use bench_gpu::NothingToProfile;
 pub use bench_plugin::PluginBenchError;
 pub use plugin_project::{CasesFailed, NotBuilt};
+pub use sharing::FileExists;
 pub use train::{Interrupted, PluginChanged, ResumeChanges};
 
 /// Runs a command to its end. Results go to stdout, progress to stderr.
@@ -58,10 +60,10 @@ pub fn run(command: Command, environment: &Environment) -> anyhow::Result<()> {
         Command::Bench(BenchCommand::Step(args)) => bench_step::run(&args, environment),
         Command::Bench(BenchCommand::Spec(args)) => bench_spec::run(&args, environment),
         Command::Results(args) => results::run(&args),
-        Command::Replay(args) => replay::run(&args),
+        Command::Replay(args) => replay::run(&args, environment),
         Command::Doctor(args) => doctor::run(&args),
-        Command::Plugin(command) => plugin::run(&command),
-        Command::Bench(BenchCommand::Plugin(args)) => bench_plugin::run(&args),
+        Command::Plugin(command) => plugin::run(&command, environment),
+        Command::Bench(BenchCommand::Plugin(args)) => bench_plugin::run(&args, environment),
     }
 }
 

@@ -4,22 +4,24 @@
 use serde_json::json;
 
 use crate::{
-    cli::{PluginCheckArgs, PluginCommand, PluginFileArgs},
+    cli::{Environment, PluginCheckArgs, PluginCommand, PluginFileArgs},
     config::PluginConfig,
     plugin::{Limits, PluginHost, compile_stdin, digest},
-    setup,
+    setup::{self, Component, PluginSources},
 };
 
-use super::{guest_log::guest_log, plugin_project};
+use super::{guest_log::guest_log, plugin_project, sharing};
 
-pub(super) fn run(command: &PluginCommand) -> anyhow::Result<()> {
+pub(super) fn run(command: &PluginCommand, environment: &Environment) -> anyhow::Result<()> {
+    let sources = || PluginSources::new(environment, &[]);
     match command {
         PluginCommand::New(args) => plugin_project::new(args),
         PluginCommand::Build(args) => plugin_project::build(args),
-        PluginCommand::Test(args) => plugin_project::test(args),
-        PluginCommand::Inspect(args) => inspect(args),
-        PluginCommand::Check(args) => check(args),
+        PluginCommand::Test(args) => plugin_project::test(args, &sources()?),
+        PluginCommand::Inspect(args) => inspect(args, &sources()?),
+        PluginCommand::Check(args) => check(args, &sources()?),
         PluginCommand::Swap(args) => super::plugin_swap::run(args),
+        PluginCommand::Sharing(command) => sharing::run(command, environment),
         PluginCommand::CompileTrial { mib, ms } => {
             if let Some(reason) = compile_stdin(*mib, *ms)? {
                 outln!("{reason}");
@@ -30,8 +32,8 @@ pub(super) fn run(command: &PluginCommand) -> anyhow::Result<()> {
 }
 
 /// Prints role, digest, size, exports and imports; runs nothing of the component.
-fn inspect(args: &PluginFileArgs) -> anyhow::Result<()> {
-    let (name, bytes) = setup::component(&args.plugin, &Limits::default())?;
+fn inspect(args: &PluginFileArgs, sources: &PluginSources) -> anyhow::Result<()> {
+    let Component { name, bytes, .. } = sources.component(&args.plugin, &Limits::default())?;
     let found = PluginHost::new(guest_log())?.describe(&name, &bytes)?;
     let digest = digest(&bytes);
     if args.output.json {
@@ -66,14 +68,14 @@ fn list(names: &[String]) -> String {
 }
 
 /// Loads the component as a run would before its first step, under the default limits or those given.
-fn check(args: &PluginCheckArgs) -> anyhow::Result<()> {
+fn check(args: &PluginCheckArgs, sources: &PluginSources) -> anyhow::Result<()> {
     let config = PluginConfig {
         source: args.plugin.clone(),
         config: args.config.clone(),
         limits: args.limits.clone(),
         ..PluginConfig::default()
     };
-    let plugin = setup::load_plugin(&PluginHost::new(guest_log())?, &config)?;
+    let plugin = setup::load_plugin(&PluginHost::new(guest_log())?, &config, sources)?;
     let id = plugin.id();
     if args.output.json {
         let object = json!({ "ok": true, "role": id.role, "name": id.name, "digest": id.digest });

@@ -11,7 +11,7 @@ use crate::{
     cases::{self, Outcome},
     cli::{PluginBuildArgs, PluginNewArgs, PluginTestArgs},
     plugin::{PluginHost, printable},
-    setup,
+    setup::{self, Component, PluginSources},
 };
 
 /// Bytes of a case's name and of a difference that are printed; both may hold a guest's text.
@@ -87,11 +87,11 @@ pub(super) fn build(args: &PluginBuildArgs) -> anyhow::Result<()> {
 }
 
 /// Scores the cases and prints those that differ, and with them how.
-pub(super) fn test(args: &PluginTestArgs) -> anyhow::Result<()> {
+pub(super) fn test(args: &PluginTestArgs, sources: &PluginSources) -> anyhow::Result<()> {
     let (source, beside) = component_and_cases(&args.plugin)?;
     let all = cases::read(args.cases.as_ref().unwrap_or(&beside))?;
     let limits = cases::strict(&setup::limits(&source, &args.limits)?);
-    let (name, bytes) = setup::component(&source, &limits)?;
+    let Component { name, bytes, .. } = sources.component(&source, &limits)?;
     let prepared = PluginHost::new(guest_log())?.prepare(&name, &bytes, &limits)?;
     let outcomes = cases::run(&prepared, &all)?;
     let failed = outcomes

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::{guest_log::guest_log, progress::Bar, train::check_lock, warn};
 use crate::{
-    cli::ReplayArgs,
+    cli::{Environment, ReplayArgs},
     config::{RawConfig, RunConfig},
     grpo::filter::DynamicSampling,
     plugin::{PluginError, PluginHost, RewardSet, SetScoring},
@@ -15,7 +15,7 @@ use crate::{
         Summary, difference, rescore_with,
     },
     run::{Figure, Line, LockedPlugin, read_plugins_lock, write_figures},
-    setup,
+    setup::{self, Plugins},
     swap::restore::{self, Timeline},
     types::{Role, Sample},
 };
@@ -24,7 +24,7 @@ use crate::{
 const FAILURES: usize = 5;
 
 /// Checks the run's own rewards, or compares them with others.
-pub(super) fn run(args: &ReplayArgs) -> anyhow::Result<()> {
+pub(super) fn run(args: &ReplayArgs, environment: &Environment) -> anyhow::Result<()> {
     let log = Log::find(&args.run)?;
     let config = RawConfig::from_file(&args.run.join("config.yaml"))?.validate()?;
     if let Some(first) = log.missing.first() {
@@ -37,18 +37,22 @@ pub(super) fn run(args: &ReplayArgs) -> anyhow::Result<()> {
         check_out(&args.run, out)?;
     }
     match args.other()? {
-        None => check(args, &log, &config),
-        Some(other) => compare(args, &log, &config, &other.validate()?),
+        None => check(args, &log, &config, environment),
+        Some(other) => {
+            let other = other.validate()?;
+            let loaded = rewards(&other, environment)?;
+            compare(args, &log, &config, &other, loaded)
+        }
     }
 }
 
-/// Rewards as a config names them, and their identities.
-fn rewards(config: &RunConfig) -> anyhow::Result<(RewardSet, Vec<LockedPlugin>)> {
-    let mut plugins = setup::plugins(config, guest_log())?;
+/// The plugins of a config; of their identities those of rewards.
+fn rewards(config: &RunConfig, environment: &Environment) -> anyhow::Result<Plugins> {
+    let mut plugins = setup::plugins(config, environment, guest_log())?;
     plugins
         .locked
         .retain(|plugin| plugin.id.role == Role::Reward);
-    Ok((plugins.rewards, plugins.locked))
+    Ok(plugins)
 }
 
 /// Scores every step again and hands it on; failures that policies dealt with, and how many.
@@ -74,15 +78,21 @@ fn each_step(
     Ok((faults, count))
 }
 
-fn check(args: &ReplayArgs, log: &Log, config: &RunConfig) -> anyhow::Result<()> {
+fn check(
+    args: &ReplayArgs,
+    log: &Log,
+    config: &RunConfig,
+    environment: &Environment,
+) -> anyhow::Result<()> {
     let kept = restore::with_kept_components(config, &args.run)?;
-    let (rewards, mut locked) = rewards(&kept)?;
+    let plugins = rewards(&kept, environment)?;
+    let (rewards, mut locked) = (plugins.rewards, plugins.locked);
     if read_plugins_lock(&args.run)?.is_empty() {
         warn("the run has no plugins.lock: whether its components are still the same is not known");
     }
     check_lock(&args.run, &locked)?;
     let host = PluginHost::new(guest_log())?;
-    let mut rewards = Timeline::of(rewards, &host, &args.run)?;
+    let mut rewards = Timeline::of(rewards, &host, &args.run, &plugins.sources)?;
     locked.extend(rewards.promoted());
     let score = |step, wave, samples: &[Sample<'_>]| rewards.score(step, wave, samples);
     let (mut samples, mut differing) = (0, 0);
@@ -143,11 +153,12 @@ fn compare(
     log: &Log,
     config: &RunConfig,
     other: &RunConfig,
+    plugins: Plugins,
 ) -> anyhow::Result<()> {
-    let (rewards, locked) = rewards(other)?;
+    let (rewards, locked) = (plugins.rewards, plugins.locked);
     let asked = |plugin: &&LockedPlugin| {
         let mut sources = other.plugins.plugins.iter().map(|p| &p.source);
-        sources.any(|source| *source == plugin.source)
+        sources.any(|source| plugin.is_from(source))
     };
     // A role that nobody plays goes to a shipped plugin, and that is not what was asked for.
     if locked.iter().find(asked).is_none() {

@@ -43,7 +43,7 @@ pub(super) fn run(args: &SftArgs, environment: &Environment) -> anyhow::Result<(
     let mode = Mode::of(&config);
     let mut policy = Policy::new(model, name, mode, Passes::of(&config), capacity, &place)?;
     super::tell_of_device(&policy, args.output.quiet);
-    let formatter = setup::plugins(&config, guest_log())?.formatter;
+    let formatter = setup::plugins(&config, environment, guest_log())?.formatter;
     let rows = examples(&policy, &formatter, &data.rows, &args.answer_column)?;
     let started = Instant::now();
     let bar = SftBar::new(args.steps, args.output.quiet);

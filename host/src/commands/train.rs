@@ -172,6 +172,7 @@ fn refuse_changes(before: &RunConfig, now: &RunConfig) -> anyhow::Result<()> {
     // The run stays where it is.
     may.output.output_dir = before.output.output_dir.clone();
     may.hardware = now.hardware.clone();
+    may.plugins.trusted_keys = now.plugins.trusted_keys.clone();
     may.plugins.watch_plugins = now.plugins.watch_plugins;
     may.plugins.swap_shadow_steps = now.plugins.swap_shadow_steps;
     may.plugins.swap_max_failure_rate = now.plugins.swap_max_failure_rate;
@@ -206,8 +207,11 @@ impl<'a> Run<'a> {
         let mut on_download = downloads(quiet);
         let sink = guest_log();
         let plugins = match &place {
-            Place::New(_) => setup::plugins(config, Arc::clone(&sink))?,
-            Place::Resumed(resumed) => plugins_of(config, resumed.dir.root(), Arc::clone(&sink))?,
+            Place::New(_) => setup::plugins(config, environment, Arc::clone(&sink))?,
+            Place::Resumed(resumed) => {
+                let root = resumed.dir.root();
+                plugins_of(config, root, environment, Arc::clone(&sink))?
+            }
         };
         let rows = setup::rows(config, environment, &mut on_download)?;
         setup::try_formatter(&plugins.formatter, &rows)?;
@@ -230,10 +234,12 @@ impl<'a> Run<'a> {
             seed: config.training.seed,
             ..TrainState::default()
         };
+        // What a tag stands for may change while the run goes on being what it is.
+        let pinned = setup::pinned(config, &plugins.locked);
         let dir = match place {
             Place::New(root) => {
                 let root = root.map_or_else(new_run_folder, Ok)?;
-                RunDir::create(&root, &config.to_yaml()?)?
+                RunDir::create(&root, &pinned.to_yaml()?)?
             }
             Place::Resumed(resumed) => {
                 check_lock(resumed.dir.root(), &plugins.locked)?;
@@ -243,7 +249,7 @@ impl<'a> Run<'a> {
                     state = checkpoint.state;
                 }
                 let mut dir = resumed.dir;
-                dir.rewrite_config(&config.to_yaml()?)?;
+                dir.rewrite_config(&pinned.to_yaml()?)?;
                 dir
             }
         };
@@ -399,9 +405,14 @@ impl<'a> Run<'a> {
 }
 
 /// The components of a run that goes on, from its own copies where it swaps them.
-fn plugins_of(config: &RunConfig, root: &Path, sink: LogSink) -> anyhow::Result<setup::Plugins> {
+fn plugins_of(
+    config: &RunConfig,
+    root: &Path,
+    environment: &Environment,
+    sink: LogSink,
+) -> anyhow::Result<setup::Plugins> {
     let kept = restore::with_kept_components(config, root)?;
-    let mut plugins = setup::plugins(&kept, sink)?;
+    let mut plugins = setup::plugins(&kept, environment, sink)?;
     restore::with_own_sources(&mut plugins.locked, config);
     Ok(plugins)
 }

@@ -61,7 +61,7 @@ impl Default for InputConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PluginConfig {
-    /// A component file, or the name of a built-in plugin. Required.
+    /// A component file, the name of a built-in plugin, or a reference into a registry. Required.
     pub source: String,
     /// Factor of a reward in the sum of rewards; other roles ignore it. Negative makes a penalty.
     pub weight: f64,
@@ -92,6 +92,9 @@ impl Default for PluginConfig {
 pub struct PluginsConfig {
     /// Several rewards add up by weight. A role without a plugin gets the built-in one.
     pub plugins: Vec<PluginConfig>,
+    /// minisign public keys, each with the place it is trusted for after a space (`RWQ… ghcr.io/me`), or without one for all.
+    /// A plugin from a registry that one of them covers must be signed by one that does.
+    pub trusted_keys: Vec<String>,
     /// Makes a reward's file that changes during the run a candidate for its place.
     pub watch_plugins: bool,
     /// Steps that a candidate shadows unless its swap says otherwise, 0 to 1000.
@@ -104,6 +107,7 @@ impl Default for PluginsConfig {
     fn default() -> Self {
         Self {
             plugins: Vec::new(),
+            trusted_keys: Vec::new(),
             watch_plugins: false,
             swap_shadow_steps: 2,
             swap_max_failure_rate: 0.1,

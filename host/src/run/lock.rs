@@ -16,12 +16,20 @@ const DRAFT_NAME: &str = "draft.lock";
 pub struct LockedPlugin {
     #[serde(flatten)]
     pub id: PluginId,
-    /// The path or reference it was loaded from, or `embedded`.
+    /// The path or name it was loaded from, or the reference, pinned to its manifest's digest.
     pub source: String,
     /// Of a reward among several.
     pub weight: Option<f64>,
     /// First step it took part in; later than 1 for one that was swapped in.
     pub since_step: u64,
+}
+
+impl LockedPlugin {
+    /// Whether this is what a config's source names: `source` itself, or pinned.
+    pub fn is_from(&self, source: &str) -> bool {
+        let rest = self.source.strip_prefix(source);
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with("@sha256:"))
+    }
 }
 
 /// The draft of a run.

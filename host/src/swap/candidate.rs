@@ -21,7 +21,7 @@ use crate::{
     error,
     plugin::{Plugin, PluginHost, RewardPlugin},
     run::keep_component,
-    setup,
+    setup::{self, Loaded, PluginSources},
     types::PluginId,
 };
 
@@ -33,6 +33,7 @@ const NICENESS: i32 = 15;
 /// What a candidate is to be.
 pub(super) struct Job {
     pub(super) root: PathBuf,
+    pub(super) sources: Arc<PluginSources>,
     pub(super) settings: PluginConfig,
     /// Steps to shadow.
     pub(super) shadow: u32,
@@ -52,7 +53,11 @@ pub(super) enum Message {
         step: u32,
         report: ShadowReport,
     },
-    Ready(Box<RewardPlugin>),
+    Ready {
+        reward: Box<RewardPlugin>,
+        /// Of the component; a reference is pinned.
+        source: String,
+    },
     Refused {
         reason: String,
         hint: Option<String>,
@@ -77,7 +82,10 @@ pub(super) fn start(host: Arc<PluginHost>, job: Job) -> std::io::Result<Worker> 
         .name("candidate".to_owned())
         .spawn(move || {
             let last = match prepare(&host, &job, &say, &waves) {
-                Ok(reward) => Message::Ready(Box::new(reward)),
+                Ok((reward, source)) => Message::Ready {
+                    reward: Box::new(reward),
+                    source,
+                },
                 Err(refusal) => {
                     let (reason, hint) = error::message_and_hint(&refusal);
                     let reason = error::one_line(&reason);
@@ -95,12 +103,16 @@ fn prepare(
     job: &Job,
     say: &Sender<Message>,
     steps: &Receiver<Vec<TappedWave>>,
-) -> anyhow::Result<RewardPlugin> {
+) -> anyhow::Result<(RewardPlugin, String)> {
     rustix::process::nice(NICENESS).context("cannot lower the priority of the candidate")?;
     let begun = Instant::now();
     let settings = &job.settings;
-    let (loaded, bytes) = setup::load_with_bytes(host, settings)?;
-    let reward = match loaded {
+    let Loaded {
+        plugin,
+        bytes,
+        source,
+    } = setup::load_whole(host, settings, &job.sources)?;
+    let reward = match plugin {
         Plugin::Reward(reward) => reward,
         other => {
             let role = format!("{:?}", other.id().role).to_lowercase();
@@ -109,7 +121,7 @@ fn prepare(
         }
     };
     vectors::check(&reward, &job.row, &job.prompt)?;
-    if Path::new(&settings.source).exists() {
+    if Path::new(&source).exists() {
         keep_component(&job.root, reward.id(), &bytes)?;
     }
     let id = reward.id().clone();
@@ -126,5 +138,5 @@ fn prepare(
         }
         drop(say.send(Message::Shadowed { step, report }));
     }
-    Ok(reward)
+    Ok((reward, source))
 }

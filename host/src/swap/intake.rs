@@ -13,6 +13,7 @@ use crate::{
     config::PluginConfig,
     defaults,
     plugin::{RewardPlugin, digest},
+    registry::is_reference,
     run::{LockedPlugin, RunError, component_path, keep_component},
     setup::read_component,
     trainer::Trainer,
@@ -76,7 +77,9 @@ pub(super) fn keep_files(
 ) -> Result<(), RunError> {
     for LockedPlugin { id, source, .. } in locked {
         let path = Path::new(source);
-        if defaults::component(source).is_some() && !path.exists() {
+        // What came from a registry is held to its keys again when it is loaded again.
+        let elsewhere = defaults::component(source).is_some() || is_reference(source);
+        if elsewhere && !path.exists() {
             continue;
         }
         match read_component(path) {

@@ -26,6 +26,7 @@ use std::{
 use crate::{
     plugin::{LogSink, PluginHost, RewardPlugin},
     run::{LockedPlugin, RunDir, SwapEvent, SwapRecord, read_plugins_lock, read_swaps},
+    setup::PluginSources,
     trainer::{RolledBack, Trainer},
 };
 
@@ -57,6 +58,7 @@ pub struct Swaps {
     /// Made for the first candidate.
     host: Option<Arc<PluginHost>>,
     sink: LogSink,
+    sources: Arc<PluginSources>,
     active: Option<Active>,
     /// Changed files that wait for the candidate before them.
     waiting: VecDeque<Incoming>,
@@ -104,6 +106,7 @@ impl Swaps {
             watch: None,
             host: None,
             sink,
+            sources: Arc::clone(&trainer.plugins.sources),
             active: None,
             waiting: VecDeque::new(),
             pending: Vec::new(),
@@ -124,11 +127,11 @@ impl Swaps {
         }
         let host = self.host()?;
         let root = self.root.clone();
-        restore::restore(trainer, &host, &root, &records)?;
+        restore::restore(trainer, (&host, &self.sources), &root, &records)?;
         let step = trainer.state.step;
         for record in records {
             if record.event == SwapEvent::Promoted && record.step > step {
-                let reward = restore::load(&host, &root, &record)?;
+                let reward = restore::load(&host, &self.sources, &root, &record)?;
                 self.pending.push((record, reward));
             }
         }
@@ -295,6 +298,7 @@ impl Swaps {
         settings.limits = request.limits.unwrap_or(settings.limits);
         let job = Job {
             root: self.root.clone(),
+            sources: Arc::clone(&self.sources),
             settings: settings.clone(),
             shadow,
             max_failure_rate: plugins.swap_max_failure_rate,
@@ -349,7 +353,8 @@ impl Swaps {
                     let of = active.shadow;
                     Event::Shadowed { step, of, report }
                 }
-                Message::Ready(reward) => {
+                Message::Ready { reward, source } => {
+                    active.settings.source = source;
                     active.ready = Some(reward);
                     return;
                 }

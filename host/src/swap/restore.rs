@@ -10,7 +10,7 @@ use crate::{
     run::{
         LockedPlugin, SwapEvent, SwapRecord, component_path, holder, read_plugins_lock, read_swaps,
     },
-    setup,
+    setup::{self, PluginSources},
     trainer::Trainer,
     types::Sample,
 };
@@ -39,13 +39,16 @@ pub fn with_kept_components(config: &RunConfig, root: &Path) -> anyhow::Result<R
 /// Puts the sources of `config` back where [`with_kept_components`] has put others.
 pub fn with_own_sources(locked: &mut [LockedPlugin], config: &RunConfig) {
     for (locked, plugin) in locked.iter_mut().zip(&config.plugins.plugins) {
-        locked.source.clone_from(&plugin.source);
+        if !locked.is_from(&plugin.source) {
+            locked.source.clone_from(&plugin.source);
+        }
     }
 }
 
 /// Loads what a promotion brought in; what the journal says of it must be so.
 pub(super) fn load(
     host: &PluginHost,
+    sources: &PluginSources,
     root: &Path,
     record: &SwapRecord,
 ) -> anyhow::Result<RewardPlugin> {
@@ -59,7 +62,7 @@ pub(super) fn load(
         ..settings(record)
     };
     let step = record.step;
-    let loaded = setup::load_plugin(host, &settings)
+    let loaded = setup::load_plugin(host, &settings, sources)
         .with_context(|| format!("the reward that was promoted at step {step}"))?;
     match loaded {
         Plugin::Reward(reward) if reward.id().digest == record.plugin.digest => Ok(reward),
@@ -86,7 +89,7 @@ pub(super) fn settings(record: &SwapRecord) -> PluginConfig {
 /// last step.
 pub(super) fn restore(
     trainer: &mut Trainer<'_>,
-    host: &PluginHost,
+    (host, sources): (&PluginHost, &PluginSources),
     root: &Path,
     records: &[SwapRecord],
 ) -> anyhow::Result<()> {
@@ -96,7 +99,7 @@ pub(super) fn restore(
         let before = held.before.flatten();
         for place in before.into_iter().chain(held.now) {
             let record = &records[place];
-            let reward = load(host, root, record)?;
+            let reward = load(host, sources, root, record)?;
             trainer.promote(slot, reward, settings(record), record.step);
         }
         if held.before.is_none() {
@@ -121,12 +124,17 @@ impl Timeline {
     ///
     /// # Errors
     /// A component that is gone or has changed.
-    pub fn of(rewards: RewardSet, host: &PluginHost, root: &Path) -> anyhow::Result<Self> {
+    pub fn of(
+        rewards: RewardSet,
+        host: &PluginHost,
+        root: &Path,
+        sources: &PluginSources,
+    ) -> anyhow::Result<Self> {
         let records = read_swaps(root)?;
         let mut shelf = HashMap::new();
         for (place, record) in records.iter().enumerate() {
             if record.event == SwapEvent::Promoted {
-                let reward = load(host, root, record)?;
+                let reward = load(host, sources, root, record)?;
                 shelf.insert((record.slot, Some(place)), reward);
             }
         }

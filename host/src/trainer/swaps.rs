@@ -74,10 +74,10 @@ impl Supervision {
             .enumerate()
             .filter(|(_, l)| l.id.role == Role::Reward);
         let slots = slots.map(|(place, locked)| Slot {
-            settings: listed.get(place).cloned().unwrap_or_else(|| PluginConfig {
+            settings: PluginConfig {
                 source: locked.source.clone(),
-                ..PluginConfig::default()
-            }),
+                ..listed.get(place).cloned().unwrap_or_default()
+            },
             predecessor: None,
         });
         Self {

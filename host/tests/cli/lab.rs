@@ -147,7 +147,8 @@ impl Lab {
         command.current_dir(self.0.path()).stdin(Stdio::null());
         command
             .env("HF_HOME", self.path("hub"))
-            .env("HF_HUB_OFFLINE", "1");
+            .env("HF_HUB_OFFLINE", "1")
+            .env("XDG_CONFIG_HOME", self.path("settings"));
     }
 
     /// Runs the program to its end.

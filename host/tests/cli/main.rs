@@ -18,6 +18,7 @@ mod hostile;
 mod lab;
 mod replay;
 mod resume;
+mod sharing;
 mod speculation;
 mod stop;
 mod swap;

@@ -17,11 +17,14 @@ mod load;
 mod logs;
 mod memory;
 mod policy;
+mod registry_server;
 mod replay;
 mod results;
 mod roles;
+mod sharing;
 mod storm;
 mod warm;
+mod wire;
 
 use grpo_host::plugin::{Call, Fault, Limits, Plugin, PluginError, PluginHost, RewardPlugin};
 use grpo_host::types::{Finish, Parsed, Sample, Score, Telemetry};

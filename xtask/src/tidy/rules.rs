@@ -13,7 +13,7 @@ const MAX_LINES: usize = 500;
 /// Files kept shorter than the rest, because they are the map of the program.
 const SHORT_FILES: [(&str, usize); 2] = [("host/src/main.rs", 60), ("host/src/trainer.rs", 300)];
 /// Rooms that never see each other nor those who put them together.
-const ROOMS: [&str; 4] = ["plugin", "grpo", "data", "run"];
+const ROOMS: [&str; 5] = ["plugin", "grpo", "data", "run", "registry"];
 const ABOVE_ROOMS: [&str; 3] = ["trainer", "commands", "cli"];
 /// Crate (by prefix of its name) → the one folder of `host/` that may name it.
 const ONLY_IN: [(&str, &str); 3] = [
