@@ -347,8 +347,10 @@ pub(crate) fn load_with_bytes(
 /// process, under `limits.compile_ms`.
 pub fn component(source: &str, limits: &Limits) -> anyhow::Result<(String, Vec<u8>)> {
     let path = Path::new(source);
-    if let Some(bytes) = defaults::component(source).filter(|_| !path.exists()) {
-        return Ok((source.to_owned(), bytes.to_vec()));
+    if !path.exists()
+        && let Some(bytes) = defaults::shipped(source)?
+    {
+        return Ok((source.to_owned(), bytes.into_owned()));
     }
     let bytes = read_component(path).map_err(|error| MissingPlugin {
         source_name: source.to_owned(),
@@ -423,7 +425,7 @@ pub struct MissingPlugin {
 impl MissingPlugin {
     /// The shipped plugins by name.
     pub fn hint(&self) -> Option<String> {
-        let names = defaults::COMPONENTS.map(|(name, _)| name).join(", ");
+        let names = defaults::names().collect::<Vec<_>>().join(", ");
         Some(format!(
             "give the path of a .wasm component, or one of {names}"
         ))

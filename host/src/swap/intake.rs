@@ -76,7 +76,7 @@ pub(super) fn keep_files(
 ) -> Result<(), RunError> {
     for LockedPlugin { id, source, .. } in locked {
         let path = Path::new(source);
-        if defaults::component(source).is_some() && !path.exists() {
+        if defaults::names().any(|name| name == source) && !path.exists() {
             continue;
         }
         match read_component(path) {
