@@ -20,7 +20,7 @@ use tokio::{
 
 use super::{
     JudgeError, JudgeSetupError,
-    health::Health,
+    health::{Health, Pass},
     ledger::Ledger,
     rate::Rate,
     wire::{self, Answer, Wrong},
@@ -158,7 +158,10 @@ impl Endpoint {
                     ticket
                 }
                 Some(_) => {
-                    self.health.check().map_err(JudgeError::Unavailable)?;
+                    if let Err(why) = self.health.check() {
+                        pass.into_iter().for_each(Pass::withdraw);
+                        return Err(JudgeError::Unavailable(why));
+                    }
                     self.rate.admit(call.estimate, deadline).await
                 }
             };
@@ -305,7 +308,7 @@ impl Endpoint {
 
 impl Fault {
     /// What it says of the endpoint.
-    fn tell(&self, pass: super::health::Pass<'_>) {
+    fn tell(&self, pass: Pass<'_>) {
         match self {
             Self::Slow => pass.failed("no answer in time"),
             Self::Transient { why, .. } => pass.failed(why),
