@@ -142,7 +142,6 @@ struct Run<'a> {
     metrics: StepLog,
     curriculum: StepLog,
     swaps: Swaps,
-    judges: Panel,
     started: Instant,
     /// Wall time of earlier sessions.
     wall_before: f64,
@@ -269,11 +268,11 @@ impl<'a> Run<'a> {
             plugins,
             rows,
             state,
+            judges,
         };
         Ok(Self {
             metrics: dir.metrics()?,
             curriculum: dir.curriculum()?,
-            judges,
             wall_before,
             swaps: Swaps::open(&dir, &mut trainer, sink)?,
             trainer,
@@ -346,11 +345,9 @@ impl<'a> Run<'a> {
 
     /// What judges were asked since the line before, an evaluation's questions included.
     fn account(&self, line: &mut record::Metrics, bar: &mut Bar) {
-        line.add_judges(&self.judges.take_usage());
-        self.judges
-            .take_notes()
-            .iter()
-            .for_each(|note| bar.warn(note));
+        line.add_judges(&self.trainer.judges.take_usage());
+        let judges = &self.trainer.judges;
+        judges.take_notes().iter().for_each(|note| bar.warn(note));
     }
 
     fn tell_of_fault(&mut self, bar: &mut Bar) {
