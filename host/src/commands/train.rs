@@ -257,10 +257,7 @@ impl<'a> Run<'a> {
         attached.odd.iter().for_each(|odd| super::warn(odd));
         super::tell_of_head(draft::untrained_head(&policy, config, true), quiet);
         super::tell_of_device(&policy, quiet);
-        // Tokens and requests of a budget are the run's, not the session's.
-        judges.count_earlier(&read_metrics(dir.root())?);
-        super::tell_of_judges(&judges, quiet);
-        let wall_before = state.wall_s;
+        take_up(&judges, &dir, quiet)?;
         let mut trainer = Trainer {
             swaps: Supervision::new(config, &plugins.locked),
             config,
@@ -273,7 +270,7 @@ impl<'a> Run<'a> {
         Ok(Self {
             metrics: dir.metrics()?,
             curriculum: dir.curriculum()?,
-            wall_before,
+            wall_before: trainer.state.wall_s,
             swaps: Swaps::open(&dir, &mut trainer, sink)?,
             trainer,
             dir,
@@ -412,6 +409,13 @@ impl<'a> Run<'a> {
         }
         Summary::of(self, outcome)
     }
+}
+
+/// Has judges know what the run has spent, since a budget is the run's and not the session's.
+fn take_up(judges: &Panel, dir: &RunDir, quiet: bool) -> anyhow::Result<()> {
+    judges.count_earlier(&read_metrics(dir.root())?);
+    super::tell_of_judges(judges, quiet);
+    Ok(())
 }
 
 /// The components of a run that goes on, from its own copies where it swaps them.

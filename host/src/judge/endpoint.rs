@@ -23,7 +23,7 @@ use super::{
     health::{Health, Pass},
     ledger::Ledger,
     rate::Rate,
-    wire::{self, Answer, Wrong},
+    wire::{self, Answer, Read, Wrong},
 };
 use crate::{config::JudgeConfig, error::one_line};
 
@@ -60,7 +60,7 @@ pub(super) struct Call<T> {
     pub(super) estimate: u64,
     /// Values that the answer must have.
     pub(super) values: usize,
-    pub(super) read: fn(&[u8], usize) -> Result<Answer<Vec<T>>, Wrong>,
+    pub(super) read: Read<T>,
 }
 
 /// What came of one attempt instead of an answer.

@@ -22,6 +22,9 @@ pub(super) struct Answer<T> {
     pub(super) completion_tokens: Option<u32>,
 }
 
+/// Reads an answer that is to have so many values.
+pub(super) type Read<T> = fn(&[u8], usize) -> Result<Answer<Vec<T>>, Wrong>;
+
 /// An answer that is none.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Wrong {

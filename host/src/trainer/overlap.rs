@@ -59,7 +59,7 @@ impl Trainer<'_> {
     ) -> anyhow::Result<Collected> {
         let mut collected = self.begin();
         let picks = self.plan(self.config.generation.prompts_per_step, &mut collected)?;
-        let parts = picks.chunks(picks.len().div_ceil(waves as usize).max(1));
+        let parts = parts(&picks, waves as usize);
         let (mut roller, mut scorer) = self.halves();
         let (rolled, scored) = thread::scope(|scope| {
             let (hand_over, rolled_out) = mpsc::channel::<Vec<Rollouts>>();
@@ -94,6 +94,12 @@ impl Trainer<'_> {
             limit: limit.map_or(self.policy.max_model_len() - 1, |n| n as usize),
         }
     }
+}
+
+/// As many parts, of sizes that differ by one at most; fewer where there are fewer picks.
+fn parts(picks: &[Pick], count: usize) -> impl Iterator<Item = &[Pick]> {
+    let (len, count) = (picks.len(), count.min(picks.len()));
+    (0..count).map(move |i| &picks[i * len / count..(i + 1) * len / count])
 }
 
 /// Generates part after part, until nobody takes them any more: then scoring has failed, and says why.

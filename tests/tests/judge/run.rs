@@ -160,7 +160,7 @@ fn waves_draw_the_same_however_slow_their_scores_are() {
     }));
     assert_eq!(quick, slow);
     let waves: Vec<u32> = quick.iter().map(|(_, wave, ..)| *wave).collect();
-    assert_eq!(waves, [0, 0, 0, 0, 1, 1, 1, 1]);
+    assert_eq!(waves, [0, 0, 1, 1, 2, 2, 2, 2]);
 }
 
 /// A step whose reward asks a judge that does not answer, or asks nobody, and skips every sample.
