@@ -196,7 +196,7 @@ fn load(
 }
 
 /// Of names, shapes and numbers, whatever the format of the file.
-fn digest(weights: &Weights) -> Result<String, PolicyError> {
+pub(crate) fn digest(weights: &Weights) -> Result<String, PolicyError> {
     let mut hash = Sha256::new();
     for (name, tensor) in weights {
         hash.update(format!("{name} {:?}\n", tensor.dims()));

@@ -20,6 +20,7 @@ use crate::{
     draft::DraftError,
     grpo::loss::LossError,
     hub::HubError,
+    judge::JudgeSetupError,
     plugin::{PluginError, WeightError},
     registry::{RegistryError, TrustError},
     replay::ReplayError,
@@ -53,6 +54,7 @@ const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
     |link| hint_of(link, HubError::hint),
     |link| hint_of(link, RegistryError::hint),
     |link| hint_of(link, TrustError::hint),
+    |link| hint_of(link, JudgeSetupError::hint),
     |link| hint_of(link, RunError::hint),
     |link| hint_of(link, LossError::hint),
     |link| hint_of(link, TrainError::hint),
@@ -71,6 +73,12 @@ const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
 const USAGE: &[fn(Link<'_>) -> bool] = &[
     |link| link.is::<ConfigError>(),
     |link| link.is::<WeightError>(),
+    |link| {
+        matches!(
+            link.downcast_ref(),
+            Some(JudgeSetupError::NoKey { .. } | JudgeSetupError::BadKey { .. })
+        )
+    },
     |link| link.is::<ResumeChanges>(),
     |link| link.is::<MissingPlugin>() || link.is::<WrongSettings>(),
     |link| link.is::<CasesError>() || link.is::<NotBuilt>(),

@@ -15,6 +15,7 @@ pub mod failures;
 pub mod grpo;
 pub mod hub;
 pub mod interrupt;
+pub mod judge;
 pub mod placement;
 pub mod plugin;
 pub mod policy;

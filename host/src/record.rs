@@ -1,5 +1,5 @@
-//! Step 12 of the loop: what a step leaves in the run directory. Metric names are TRL's; `telemetry/…`
-//! and `time/…` are ours, and only those two, `step_time` and `tokens_per_second` may differ between two
+//! Step 12 of the loop: what a step leaves in the run directory. Metric names are TRL's; `telemetry/…`,
+//! `time/…` and `judge/…` are ours, and only those three, `step_time` and `tokens_per_second` may differ between two
 //! runs with the same seed.
 
 use std::collections::HashMap;
@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use crate::{
     evaluate::{EvalReport, mean},
+    judge::Usage,
     run::Rollout,
     trainer::{Group, StepReport},
     types::{Completion, Finish, Plan, PluginId, Score, Telemetry},
@@ -30,6 +31,15 @@ impl Metrics {
     pub fn add_swaps(&mut self, numbers: &[(&'static str, f64)]) {
         for (name, value) in numbers {
             self.put(name, *value);
+        }
+    }
+
+    /// Adds what judges were asked, as `judge/NAME/…`.
+    pub fn add_judges(&mut self, usage: &[(String, Usage)]) {
+        for (judge, usage) in usage {
+            for (name, value) in usage.metrics() {
+                self.put(&format!("judge/{judge}/{name}"), value);
+            }
         }
     }
 

@@ -31,6 +31,15 @@ impl Environment {
         Self::from_lookup(|name| std::env::var(name).ok())
     }
 
+    /// A variable that a config names, such as one with a key; `None` if it is empty or no text.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the one reader of the environment"
+    )]
+    pub fn variable(name: &str) -> Option<String> {
+        std::env::var(name).ok().filter(|value| !value.is_empty())
+    }
+
     /// Reads any environment. A variable that is empty counts as not set.
     pub fn from_lookup(lookup: impl Fn(&str) -> Option<String>) -> Self {
         let get = |name| lookup(name).filter(|value| !value.is_empty());

@@ -39,6 +39,7 @@ use crate::{
     config::{ConfigError, DraftKind, RawConfig, RunConfig},
     defaults,
     draft::{self, Untrained},
+    judge::Panel,
     policy::Policy,
 };
 
@@ -140,6 +141,13 @@ fn tell_of_device(policy: &Policy, quiet: bool) {
     }
     for plan in policy.memory_plans().filter(|_| !quiet) {
         eprintln!("{plan}");
+    }
+}
+
+/// Says what judges in this process take.
+fn tell_of_judges(judges: &Panel, quiet: bool) {
+    for line in judges.in_this_process().filter(|_| !quiet) {
+        eprintln!("{line}");
     }
 }
 

@@ -20,6 +20,7 @@ use crate::{
     evaluate::EvalReport,
     failures,
     interrupt::Interrupt,
+    judge::Panel,
     placement,
     plugin::LogSink,
     policy::{Mode, Policy},
@@ -173,6 +174,7 @@ fn refuse_changes(before: &RunConfig, now: &RunConfig) -> anyhow::Result<()> {
     may.output.output_dir = before.output.output_dir.clone();
     may.hardware = now.hardware.clone();
     may.plugins.trusted_keys = now.plugins.trusted_keys.clone();
+    may.judges = before.judges.paced_as(&now.judges);
     may.plugins.watch_plugins = now.plugins.watch_plugins;
     may.plugins.swap_shadow_steps = now.plugins.swap_shadow_steps;
     may.plugins.swap_max_failure_rate = now.plugins.swap_max_failure_rate;
@@ -213,6 +215,7 @@ impl<'a> Run<'a> {
                 plugins_of(config, root, environment, Arc::clone(&sink))?
             }
         };
+        let judges = Panel::of(config, environment, &mut on_download)?;
         let rows = setup::rows(config, environment, &mut on_download)?;
         setup::try_formatter(&plugins.formatter, &rows)?;
         let model = setup::model(config, environment, &mut on_download)?;
@@ -260,7 +263,7 @@ impl<'a> Run<'a> {
         attached.odd.iter().for_each(|odd| super::warn(odd));
         super::tell_of_head(draft::untrained_head(&policy, config, true), quiet);
         super::tell_of_device(&policy, quiet);
-        let wall_before = state.wall_s;
+        take_up(&judges, &dir, quiet)?;
         let mut trainer = Trainer {
             swaps: Supervision::new(config, &plugins.locked),
             config,
@@ -268,11 +271,12 @@ impl<'a> Run<'a> {
             plugins,
             rows,
             state,
+            judges,
         };
         Ok(Self {
             metrics: dir.metrics()?,
             curriculum: dir.curriculum()?,
-            wall_before,
+            wall_before: trainer.state.wall_s,
             swaps: Swaps::open(&dir, &mut trainer, sink)?,
             trainer,
             dir,
@@ -295,6 +299,7 @@ impl<'a> Run<'a> {
             if read_metrics(self.dir.root())?.is_empty() {
                 let mut line = record::Metrics::default();
                 line.add_eval(&eval);
+                self.account(&mut line, &mut bar);
                 self.metrics.append(0, &line.0)?;
             }
         }
@@ -341,6 +346,13 @@ impl<'a> Run<'a> {
         }
     }
 
+    /// What judges were asked since the line before, an evaluation's questions included.
+    fn account(&self, line: &mut record::Metrics, bar: &mut Bar) {
+        line.add_judges(&self.trainer.judges.take_usage());
+        let judges = &self.trainer.judges;
+        judges.take_notes().iter().for_each(|note| bar.warn(note));
+    }
+
     fn tell_of_fault(&mut self, bar: &mut Bar) {
         if let Some(fault) = draft::take_fault(&mut self.trainer.policy, self.trainer.config) {
             bar.warn(&fault);
@@ -368,6 +380,7 @@ impl<'a> Run<'a> {
             let eval = self.evaluate(bar)?;
             line.add_eval(&eval);
         }
+        self.account(&mut line, bar);
         self.metrics.append(step, &line.0)?;
         let improved = self
             .trainer
@@ -402,6 +415,13 @@ impl<'a> Run<'a> {
         }
         Summary::of(self, outcome)
     }
+}
+
+/// Has judges know what the run has spent, since a budget is the run's and not the session's.
+fn take_up(judges: &Panel, dir: &RunDir, quiet: bool) -> anyhow::Result<()> {
+    judges.count_earlier(&read_metrics(dir.root())?);
+    super::tell_of_judges(judges, quiet);
+    Ok(())
 }
 
 /// The components of a run that goes on, from its own copies where it swaps them.

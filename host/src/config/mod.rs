@@ -7,6 +7,7 @@
 mod choices;
 mod draft;
 mod error;
+mod judges;
 mod sections;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ pub use choices::{
 };
 pub use draft::{DraftKind, DraftTokens};
 pub use error::{ConfigError, Origin};
+pub use judges::{JudgeConfig, JudgesConfig, MaxTokensField, SELF};
 pub use sections::{
     EvalConfig, GenerationConfig, HardwareConfig, ImportanceCorrection, InputConfig, LoraConfig,
     LossConfig, OptimizerConfig, OutputConfig, PluginConfig, PluginsConfig, TrainingConfig,
@@ -35,6 +37,8 @@ pub struct RunConfig {
     pub input: InputConfig,
     #[serde(flatten)]
     pub plugins: PluginsConfig,
+    #[serde(flatten)]
+    pub judges: JudgesConfig,
     #[serde(flatten)]
     pub generation: GenerationConfig,
     #[serde(flatten)]
@@ -182,6 +186,7 @@ impl RawConfig {
         let config = RunConfig {
             input: self.section()?,
             plugins: self.section()?,
+            judges: self.section()?,
             generation: self.section()?,
             loss: self.section()?,
             optimizer: self.section()?,

@@ -123,6 +123,8 @@ pub struct GenerationConfig {
     pub num_generations: u32,
     /// Prompts per step; a step samples `prompts_per_step × num_generations` completions.
     pub prompts_per_step: u32,
+    /// Waves that a step's prompts come in; each is scored while the next one generates, 1 to 64.
+    pub scoring_waves: u32,
     /// Softmax temperature, > 0. Training scores at the same temperature.
     pub temperature: f64,
     /// Nucleus mass, in (0, 1]. `1` is off.
@@ -157,6 +159,7 @@ impl Default for GenerationConfig {
         Self {
             num_generations: 8,
             prompts_per_step: 16,
+            scoring_waves: 1,
             temperature: 1.0,
             top_p: 1.0,
             top_k: 0,

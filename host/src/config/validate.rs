@@ -6,6 +6,7 @@ use serde_norway::{Mapping, Value};
 use super::{
     ConfigError, DraftKind, Origin, RawConfig, RunConfig,
     choices::{Device, DynamicSampling},
+    judges::{self, JudgeConfig},
     sections::{
         GenerationConfig, ImportanceCorrection, LoraConfig, LossConfig, OptimizerConfig,
         PluginConfig, PluginsConfig,
@@ -70,6 +71,13 @@ impl Document<'_> {
                 (Some("plugins"), Value::Sequence(plugins)) => {
                     for plugin in plugins.iter().filter_map(Value::as_mapping) {
                         self.refuse_others(plugin, &["plugins"], &known_keys::<PluginConfig>())?;
+                    }
+                }
+                (Some(key @ "judges"), Value::Mapping(judges)) => {
+                    for (name, judge) in judges {
+                        if let (Some(name), Value::Mapping(judge)) = (name.as_str(), judge) {
+                            self.refuse_others(judge, &[key, name], &known_keys::<JudgeConfig>())?;
+                        }
                     }
                 }
                 _ => {}
@@ -174,12 +182,12 @@ fn nearest(key: &str, known: &[String]) -> Option<String> {
 }
 
 /// Checks values one by one and names where the first bad one was set.
-struct Ranges<'a> {
+pub(super) struct Ranges<'a> {
     raw: &'a RawConfig,
 }
 
 impl Ranges<'_> {
-    fn check<V: ToString>(
+    pub(super) fn check<V: ToString>(
         &self,
         key: &str,
         value: V,
@@ -201,7 +209,7 @@ impl Ranges<'_> {
         self.check(key, value, "a number > 0", value > 0.0 && value.is_finite())
     }
 
-    fn not_negative(&self, key: &str, value: f64) -> Result<(), ConfigError> {
+    pub(super) fn not_negative(&self, key: &str, value: f64) -> Result<(), ConfigError> {
         self.check(
             key,
             value,
@@ -210,7 +218,7 @@ impl Ranges<'_> {
         )
     }
 
-    fn within(
+    pub(super) fn within(
         &self,
         key: &str,
         value: u32,
@@ -229,6 +237,7 @@ impl Ranges<'_> {
 pub(super) fn ranges(config: &RunConfig, raw: &RawConfig) -> Result<(), ConfigError> {
     let ranges = Ranges { raw };
     plugins(&ranges, &config.plugins)?;
+    judges::ranges(&ranges, &config.judges)?;
     generation(&ranges, &config.generation)?;
     loss(&ranges, &config.loss)?;
     ranges.check(
@@ -237,6 +246,14 @@ pub(super) fn ranges(config: &RunConfig, raw: &RawConfig) -> Result<(), ConfigEr
         "respend with num_generations of 3 or more, since a probe takes 2",
         config.loss.dynamic_sampling != DynamicSampling::Respend
             || config.generation.num_generations >= 3,
+    )?;
+    let waves = config.generation.scoring_waves;
+    ranges.within("scoring_waves", waves, 64, "1 to 64")?;
+    ranges.check(
+        "scoring_waves",
+        waves,
+        "1 with dynamic_sampling, whose rounds wait for scores",
+        waves == 1 || config.loss.dynamic_sampling == DynamicSampling::Off,
     )?;
     optimizer(&ranges, &config.optimizer)?;
     run(&ranges, config)

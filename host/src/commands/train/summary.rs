@@ -1,7 +1,11 @@
 //! What a run comes to: the table at its end, and the JSON object for scripts.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::{Outcome, Run};
@@ -39,7 +43,56 @@ pub(super) struct Summary {
     /// What of the deliverables is in it.
     results: Vec<&'static str>,
     plugins: Vec<PluginId>,
+    /// What each judge was asked over the run, by its name.
+    judges: BTreeMap<String, Asked>,
     stopped_early: bool,
+}
+
+/// A judge's account, from the metrics of all sessions.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+struct Asked {
+    asked: u64,
+    cached: u64,
+    requests: u64,
+    retries: u64,
+    failures: u64,
+    tokens: u64,
+    cost: f64,
+}
+
+impl Asked {
+    fn of(lines: &[Map<String, Value>], judge: &str) -> Self {
+        let total = |name: &str| sum(lines, &format!("judge/{judge}/{name}"));
+        Self {
+            asked: total("asked") as u64,
+            cached: total("cached") as u64,
+            requests: total("requests") as u64,
+            retries: total("retries") as u64,
+            failures: total("failures") as u64,
+            tokens: (total("prompt_tokens") + total("completion_tokens")) as u64,
+            cost: total("cost"),
+        }
+    }
+
+    fn show(&self, judge: &str) -> String {
+        let Self {
+            asked,
+            cached,
+            requests,
+            retries,
+            failures,
+            tokens,
+            cost,
+        } = self;
+        let cost = match *cost > 0.0 {
+            true => format!(", cost {cost:.4}"),
+            false => String::new(),
+        };
+        format!(
+            "{judge}: {asked} questions, {cached} cached, {failures} unanswered   ({requests} requests, {retries} \
+             of them retries; {tokens} tokens{cost})"
+        )
+    }
 }
 
 /// What a run can leave for its user, and how the table names it.
@@ -118,6 +171,11 @@ impl Summary {
                 .iter()
                 .map(|l| l.id.clone())
                 .collect(),
+            judges: trainer
+                .judges
+                .names()
+                .map(|name| (name.to_owned(), Asked::of(&lines, name)))
+                .collect(),
             stopped_early: outcome.stopped_early,
         })
     }
@@ -144,6 +202,7 @@ impl Summary {
             "wall_s": self.wall_s,
             "run_dir": self.run_dir,
             "plugins": self.plugins,
+            "judges": self.judges,
             "stopped_early": self.stopped_early,
         })
     }
@@ -179,6 +238,8 @@ impl Summary {
             let text = format!("{role} {} {}", plugin.name, &plugin.digest[..19]);
             rows.push(("plugin", text));
         }
+        let judges = self.judges.iter();
+        rows.extend(judges.map(|(name, asked)| ("judge", asked.show(name))));
         let run = self.run_dir.display();
         let run = match self.results.join(", ") {
             none if none.is_empty() => run.to_string(),
@@ -303,6 +364,24 @@ mod tests {
         assert_eq!((ends.first, ends.last), (Some(0.5), Some(18.5)));
         let none = Ends::of(&lines, "spec_decode/acceptance_rate");
         assert_eq!((none.first, none.last), (None, None));
+    }
+
+    #[test]
+    fn a_judge_is_accounted_for_over_all_steps() {
+        let step = |asked: u32, cost: f64| {
+            line(json!({
+                "judge/a/asked": asked, "judge/a/cached": 1, "judge/a/requests": 2, "judge/a/retries": 1,
+                "judge/a/failures": 0, "judge/a/prompt_tokens": 10, "judge/a/completion_tokens": 5,
+                "judge/a/cost": cost, "judge/ab/asked": 100,
+            }))
+        };
+        let asked = Asked::of(&[step(3, 0.25), line(json!({})), step(4, 0.5)], "a");
+        assert_eq!(
+            asked.show("a"),
+            "a: 7 questions, 2 cached, 0 unanswered   (4 requests, 2 of them retries; 30 tokens, cost 0.7500)"
+        );
+        let free = Asked::of(&[step(3, 0.0)], "a");
+        assert!(free.show("a").ends_with("15 tokens)"), "{free:?}");
     }
 
     #[test]
