@@ -61,7 +61,8 @@ impl Config {
 
 /// The code of a completion: its last fenced block, also one that is cut off. None without any fence.
 pub fn last_block(text: &str) -> Option<String> {
-    let (mut last, mut open): (Option<Vec<&str>>, Option<(usize, Vec<&str>)>) = (None, None);
+    let mut last: Option<Vec<&str>> = None;
+    let mut open: Option<(usize, Vec<&str>)> = None;
     for line in text.lines() {
         let ticks = line.trim_start().bytes().take_while(|b| *b == b'`').count();
         open = match open.take() {
@@ -144,10 +145,9 @@ fn one(test: &Value, entry: Option<&str>, code: &str) -> Result<String, String> 
 }
 
 fn last_function(code: &str) -> Option<&str> {
-    let names = code
-        .lines()
-        .filter_map(|line| line.strip_prefix("def ")?.split('(').next());
-    names.last().map(str::trim)
+    let mut lines = code.lines().rev();
+    let name = lines.find_map(|line| line.strip_prefix("def ")?.split('(').next());
+    name.map(str::trim)
 }
 
 /// A JSON value in Python's words. JSON's escapes in texts are Python's as well.
