@@ -2,14 +2,21 @@
 
 use grpo_host::defaults;
 use grpo_policy::{
-    backend::{Backend, Exit, OptimStep, Pass, cuda::Kept},
+    backend::{
+        Backend, Exit, OptimStep, Pass,
+        cuda::{CudaBackend, CudaWeights, Kept, Learns, Moments},
+    },
     tokenizer::Tokenizer,
     types::PackedBatch,
     weights::random_weights,
 };
 use serde_json::Value;
 
-use super::{FULL, STEP, cpu, gpu, lora};
+use super::{
+    FULL, STEP, cpu,
+    cuda_models::{SIZES, cache},
+    gpu, lora,
+};
 
 const STEPS: usize = 50;
 const BATCH: usize = 32;
@@ -62,7 +69,7 @@ fn fifty_steps_of_the_arithmetic_model_follow_the_cpu() {
     assert_eq!(batches.len(), STEPS);
     for trainable in [FULL, lora(&["all-linear"], 16)] {
         let expected = curve(&mut cpu(&model.spec, &tensors, &trainable), &batches);
-        let mut gpu = gpu(&model.spec, &tensors, &trainable, Kept::Activations);
+        let mut gpu = gpu(&model.spec, &tensors, &trainable, Kept::ACTIVATIONS);
         let found = curve(&mut gpu, &batches);
         let drop = expected[0] - expected[STEPS - 1];
         let apart: Vec<f64> = expected
@@ -90,4 +97,44 @@ fn fifty_steps_of_the_arithmetic_model_follow_the_cpu() {
         assert!(drop > 0.5, "nothing is learnt: {expected:?}");
         assert!(mean < 0.02 * drop && most < 0.06 * drop);
     }
+}
+
+/// With moments of half the size the loss falls as far, and a resumed run goes on with the same bits.
+#[test]
+#[ignore = "needs a GPU"]
+fn moments_of_bf16_learn_and_resume() {
+    let model = defaults::model().unwrap();
+    let tensors = random_weights(&model.spec, 1).unwrap();
+    let batches = batches(&model.tokenizer);
+    let trained = |moments| {
+        let sizes = (model.spec.clone(), SIZES);
+        let mut gpu = CudaBackend::new(0, sizes.0, &tensors, sizes.1, cache()).unwrap();
+        let learns = Learns {
+            moments,
+            ..Learns::of(&FULL)
+        };
+        let given = CudaWeights::dense(&tensors);
+        gpu.train(given, learns, (1024, Kept::ACTIVATIONS)).unwrap();
+        gpu
+    };
+    let exact = curve(&mut trained(Moments::F32), &batches);
+    let mut first = trained(Moments::Bf16);
+    let found = curve(&mut first, &batches[..40]);
+    let (weights, state) = (
+        first.export_trainable().unwrap(),
+        first.export_optimizer().unwrap(),
+    );
+    let rest = curve(&mut first, &batches[40..]);
+    println!(
+        "f32 {:.4} → {:.4}, bf16 {:.4}",
+        exact[0],
+        exact[STEPS - 1],
+        rest[9]
+    );
+    assert!(rest[9] - exact[STEPS - 1] < 0.1 * (exact[0] - exact[STEPS - 1]));
+    assert_ne!(found, exact[..40], "moments are not what was asked for");
+    let mut second = trained(Moments::Bf16);
+    second.import(&weights).unwrap();
+    second.import_optimizer(&state).unwrap();
+    assert_eq!(curve(&mut second, &batches[40..]), rest);
 }

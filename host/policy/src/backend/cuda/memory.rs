@@ -12,13 +12,10 @@ use super::{
     graph::MAX_BURST,
     launch::{CHUNK, CHUNK_WORDS},
     product,
-    train::{Kept, TrainingPlan, training_bytes},
+    train::{Kept, Learns, TrainingPlan, training_bytes},
     weights::WeightSizes,
 };
-use crate::{
-    backend::{AnyBackend, cpu::Trainable},
-    spec::ModelSpec,
-};
+use crate::{backend::AnyBackend, spec::ModelSpec};
 
 /// Kept for what the driver takes later on: captured graphs, cublasLt's own buffers, kernels that spill.
 const RESERVE: usize = 256 << 20;
@@ -203,23 +200,23 @@ impl Budget {
     }
 
     /// How passes of `tokens` tokens train beside what there is to be of a model: their activations are kept where they take
-    /// no more than three quarters of what is left, so that there is room for a draft, and else, with `may_recompute`, made
-    /// again in the backward pass. Keys and values have the same memory in turns. What trains comes with the `merge` of [`super::CudaBackend::train`].
+    /// no more than three quarters of what is left, so that there is room for a draft, and else, with [`Recompute::AsNeeded`], those
+    /// of the first layers made again in the backward pass. Keys and values have the same memory in turns.
     ///
     /// # Errors
     /// [`CudaError::TrainingTooBig`].
     pub fn admit_training(
         &self,
         (spec, given, sizes): (&ModelSpec, CudaWeights<'_>, &CudaSizes),
-        trainable: (&Trainable, Option<bool>),
-        (tokens, may_recompute): (usize, bool),
+        learns: Learns<'_>,
+        (tokens, recompute): (usize, Recompute),
     ) -> Result<(Kept, TrainingPlan), CudaError> {
         let needed = WeightSizes::of(spec, given, sizes.max_model_len);
         let workspace = self.workspace(spec, sizes) + needed.scratch;
         let Left(left) = admit(&self.memory()?, needed.weights, workspace)?;
         let (of, processors) = ((spec, given), self.multiprocessors);
-        let plan = |kept| training_bytes(of, trainable, (tokens, kept), processors);
-        choose(left, plan, may_recompute)
+        let plan = |kept| training_bytes(of, learns, (tokens, kept), processors);
+        choose(left, plan, (spec.num_hidden_layers, recompute))
     }
 
     /// Bytes that a model needs beside weights, keys and values, estimated from sizes; what is fixed is not among them, nor is
@@ -279,17 +276,32 @@ fn admit(memory: &Memory, weights: usize, workspace: usize) -> Result<Left, Cuda
     }
 }
 
+/// Layers whose activations are made again in the backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recompute {
+    /// As many as memory asks for.
+    AsNeeded,
+    /// The first so many.
+    Layers(usize),
+}
+
 fn choose(
     left: usize,
     plan: impl Fn(Kept) -> TrainingPlan,
-    may_recompute: bool,
+    (layers, recompute): (usize, Recompute),
 ) -> Result<(Kept, TrainingPlan), CudaError> {
-    let kept = plan(Kept::Activations);
-    let roomy = kept.activations <= left.saturating_sub(kept.state + kept.gradients) / 4 * 3;
-    let (chosen, plan) = match roomy || !may_recompute {
-        true => (Kept::Activations, kept),
-        false => (Kept::Inputs, plan(Kept::Inputs)),
+    let chosen = match recompute {
+        Recompute::Layers(recomputed) => recomputed,
+        Recompute::AsNeeded => {
+            let roomy = |recomputed| {
+                let plan = plan(Kept::AllBut(recomputed));
+                plan.activations <= left.saturating_sub(plan.state + plan.gradients) / 4 * 3
+            };
+            (0..layers).find(|n| roomy(*n)).unwrap_or(layers)
+        }
     };
+    let chosen = Kept::AllBut(chosen);
+    let plan = plan(chosen);
     if plan.bytes() > left {
         return Err(CudaError::TrainingTooBig {
             state: plan.state + plan.gradients,

@@ -49,12 +49,12 @@ pub use compile::{SOURCES, TRAINING_SOURCES, architecture, compile, nvrtc_versio
 pub use device::count;
 pub use error::CudaError;
 pub use graph::{DecodeShape, KernelTime, Profile};
-pub use memory::{Budget, MemoryPlan, PoolNeeds, Tenant};
+pub use memory::{Budget, MemoryPlan, PoolNeeds, Recompute, Tenant};
 pub(crate) use nccl::Communicators;
 pub use nccl::has_nccl;
 pub use propose::DeviceRow;
 pub use survey::{GpuFacts, Survey, survey};
-pub use train::{Kept, TrainingPlan, WorkTime, training_bytes};
+pub use train::{Kept, Learns, Moments, TrainingPlan, WorkTime, training_bytes};
 
 use crate::{
     backend::{Backend, BlockId, Drafted, Exit, OptimStep, Pass, Sampled, StepRow},

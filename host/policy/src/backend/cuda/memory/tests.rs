@@ -113,20 +113,25 @@ fn the_workspace_grows_by_what_a_token_a_sequence_and_a_row_take() {
 
 #[test]
 fn activations_are_kept_while_they_leave_a_quarter() {
-    let plan = |kept| TrainingPlan {
+    let plan = |kept: Kept| TrainingPlan {
         state: 3_000,
         gradients: 1_000,
-        activations: if kept == Kept::Inputs { 500 } else { 2_000 },
+        activations: 2_000 - 150 * kept.recomputed(10),
         tokens: 64,
-        recompute: kept == Kept::Inputs,
+        recomputed_layers: kept.recomputed(10),
     };
-    let chosen = |left, may_recompute| choose(left, plan, may_recompute).map(|(kept, _)| kept);
-    assert_eq!(chosen(6_668, true).unwrap(), Kept::Activations);
-    assert_eq!(chosen(6_667, true).unwrap(), Kept::Inputs);
-    assert_eq!(chosen(6_000, false).unwrap(), Kept::Activations);
-    assert_eq!(chosen(4_500, true).unwrap(), Kept::Inputs);
-    for (left, may_recompute) in [(5_999, false), (4_499, true)] {
-        let error = chosen(left, may_recompute).unwrap_err();
+    let (needed, never) = (Recompute::AsNeeded, Recompute::Layers(0));
+    let chosen = |left, recompute| choose(left, plan, (10, recompute)).map(|(kept, _)| kept);
+    assert_eq!(chosen(6_668, needed).unwrap(), Kept::ACTIVATIONS);
+    // 1,850 of three quarters of 2,667; 800 of three quarters of 1,068; 500 of less than all of 500.
+    assert_eq!(chosen(6_667, needed).unwrap(), Kept::AllBut(1));
+    assert_eq!(chosen(5_068, needed).unwrap(), Kept::AllBut(8));
+    assert_eq!(chosen(4_500, needed).unwrap(), Kept::AllBut(10));
+    assert_eq!(chosen(6_000, never).unwrap(), Kept::ACTIVATIONS);
+    let four = Recompute::Layers(4);
+    assert_eq!(chosen(100_000, four).unwrap(), Kept::AllBut(4));
+    for (left, recompute) in [(5_999, never), (5_399, four), (4_499, needed)] {
+        let error = chosen(left, recompute).unwrap_err();
         assert!(
             error.hint().unwrap().contains("micro_batch_tokens"),
             "{error}"
@@ -141,14 +146,14 @@ fn what_training_takes_is_not_workspace() {
         gradients: 20 * MIB,
         activations: 40 * MIB,
         tokens: 4096,
-        recompute: true,
+        recomputed_layers: 12,
     };
     let of_policy = (1_500 * MIB, Some(training), 7_300 * MIB);
     let plan = divide(&MEMORY, of_policy, &NEEDS).unwrap();
     assert_eq!((plan.weights, plan.workspace), (1_500 * MIB, 120 * MIB));
     let text = plan.to_string();
     let expected = "optimizer 60 MiB, gradients 20 MiB, draft 300 MiB, 5000 MiB by turns for activations (40 MiB, 4096 \
-                    tokens, recomputed) and KV 5000 MiB";
+                    tokens, 12 layers recomputed) and KV 5000 MiB";
     assert!(text.contains(expected), "{text}");
 }
 

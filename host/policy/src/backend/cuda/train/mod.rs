@@ -33,7 +33,8 @@ use cudarc::driver::{CudaSlice, DevicePtr};
 pub use arena::Kept;
 pub use clock::WorkTime;
 pub(super) use exit::ExitOptimizer;
-pub use plan::{TrainingPlan, training_bytes};
+pub use optimizer::Moments;
+pub use plan::{Learns, TrainingPlan, training_bytes};
 
 use super::{
     CudaBackend, CudaError, CudaWeights,
@@ -153,11 +154,14 @@ impl Training {
     fn new(
         on: On<'_>,
         given: CudaWeights<'_>,
-        (trainable, merge): (&Trainable, Option<bool>),
+        learns: Learns<'_>,
         (tokens, kept): (usize, Kept),
         cache: Option<&Path>,
     ) -> Result<Self, PolicyError> {
         let On { gpu, spec, .. } = on;
+        let Learns {
+            trainable, moments, ..
+        } = learns;
         let (layout, slots) = layout::of_model(spec);
         let kernels = Kernels::load(gpu, spec.head_dim, spec.hidden_size, cache)?;
         let mut gemm = Gemm::new(&gpu.stream)?;
@@ -167,7 +171,7 @@ impl Training {
                 let copy = || on.weights.copy(&gpu.stream).map(Box::new);
                 let reference = keep_reference.then(copy).transpose()?;
                 let weights = on.weights.buffers(&gpu.stream)?;
-                let optimizer = Optimizer::new(gpu, layout.clone(), weights)?;
+                let optimizer = Optimizer::new(gpu, layout.clone(), weights, moments)?;
                 for param in layout.params.iter().filter(|p| layout.slots[p.slot].matrix) {
                     let tensor = given
                         .tensors
@@ -180,8 +184,9 @@ impl Training {
             }
             Trainable::Lora { config, seed } => {
                 config.check_targets()?;
-                let merge = merges(merge, on.weights.largest_quantized() > 0)?;
-                let (lora, optimizer) = Lora::new(on, given, &layout, (config, *seed), merge)?;
+                let merge = merges(learns.merge, on.weights.largest_quantized() > 0)?;
+                let how = (merge, moments);
+                let (lora, optimizer) = Lora::new(on, given, &layout, (config, *seed), how)?;
                 lora.merge(on, &kernels, &mut gemm, &optimizer)?;
                 (Mode::Lora(Box::new(lora)), Some(optimizer))
             }
@@ -273,8 +278,7 @@ fn sizes(trainable: &Trainable, tokens: usize, kept: Kept, multiprocessors: usiz
 
 impl CudaBackend {
     /// Makes room for training: masters, gradients and moments of what trains, and what passes of `tokens` tokens keep.
-    /// `given` are the weights that the model was made of. A longer pass is let in where the GPU has room for it. `merge`: whether
-    /// LoRA is merged into the weights after every update, or applied beside them; by default where none is quantised.
+    /// `given` are the weights that the model was made of. A longer pass is let in where the GPU has room for it.
     ///
     /// # Errors
     /// [`PolicyError::LoraTarget`]; [`CudaError::StaysQuantized`] and [`CudaError::MergeQuantized`] for weights that are;
@@ -282,7 +286,7 @@ impl CudaBackend {
     pub fn train(
         &mut self,
         given: CudaWeights<'_>,
-        (trainable, merge): (&Trainable, Option<bool>),
+        learns: Learns<'_>,
         (tokens, kept): (usize, Kept),
     ) -> Result<(), PolicyError> {
         let on = On {
@@ -292,8 +296,7 @@ impl CudaBackend {
             room: None,
         };
         let cache = self.cache.as_deref();
-        let what = (trainable, merge);
-        let training = Training::new(on, given, what, (tokens, kept), cache)?;
+        let training = Training::new(on, given, learns, (tokens, kept), cache)?;
         let adapters = training.adapters(on, self.work.max_tokens)?;
         if adapters.is_some() && self.deterministic {
             return Err(CudaError::UnmergedDeterministic.into());
@@ -315,7 +318,7 @@ impl CudaBackend {
         if self.training.is_none() {
             let none = BTreeMap::new();
             let (given, nothing) = (CudaWeights::dense(&none), &Trainable::Nothing);
-            self.train(given, (nothing, None), (0, Kept::Nothing))?;
+            self.train(given, Learns::of(nothing), (0, Kept::Nothing))?;
         }
         let on = On {
             gpu: &self.gpu,
