@@ -239,23 +239,8 @@ impl<'a> Run<'a> {
         };
         // What a tag stands for may change while the run goes on being what it is.
         let pinned = setup::pinned(config, &plugins.locked);
-        let dir = match place {
-            Place::New(root) => {
-                let root = root.map_or_else(new_run_folder, Ok)?;
-                RunDir::create(&root, &pinned.to_yaml()?)?
-            }
-            Place::Resumed(resumed) => {
-                check_lock(resumed.dir.root(), &plugins.locked)?;
-                check_draft_lock(&resumed.dir, locked_draft.as_ref())?;
-                if let Some(checkpoint) = resumed.checkpoint {
-                    policy.load_checkpoint(&checkpoint.path)?;
-                    state = checkpoint.state;
-                }
-                let mut dir = resumed.dir;
-                dir.rewrite_config(&pinned.to_yaml()?)?;
-                dir
-            }
-        };
+        let locks = (&plugins.locked[..], locked_draft.as_ref());
+        let dir = folder(place, &pinned, locks, (&mut policy, &mut state))?;
         if let Some(locked) = &locked_draft {
             dir.write_draft_lock(locked)?;
         }
@@ -414,6 +399,32 @@ impl<'a> Run<'a> {
             self.trainer.policy.export(self.dir.root())?;
         }
         Summary::of(self, outcome)
+    }
+}
+
+/// The run directory, and with that of an earlier session what its last checkpoint holds.
+fn folder(
+    place: Place,
+    pinned: &RunConfig,
+    (plugins, draft): (&[LockedPlugin], Option<&LockedDraft>),
+    (policy, state): (&mut Policy, &mut TrainState),
+) -> anyhow::Result<RunDir> {
+    match place {
+        Place::New(root) => {
+            let root = root.map_or_else(new_run_folder, Ok)?;
+            Ok(RunDir::create(&root, &pinned.to_yaml()?)?)
+        }
+        Place::Resumed(resumed) => {
+            check_lock(resumed.dir.root(), plugins)?;
+            check_draft_lock(&resumed.dir, draft)?;
+            if let Some(checkpoint) = resumed.checkpoint {
+                policy.load_checkpoint(&checkpoint.path)?;
+                *state = checkpoint.state;
+            }
+            let mut dir = resumed.dir;
+            dir.rewrite_config(&pinned.to_yaml()?)?;
+            Ok(dir)
+        }
     }
 }
 

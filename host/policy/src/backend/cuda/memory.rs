@@ -395,10 +395,9 @@ impl fmt::Display for MemoryPlan {
             write!(f, "draft {} MiB, ", mib(self.draft))?;
         }
         if let Some(training) = &self.training {
-            let recomputed = if training.recompute {
-                ", recomputed"
-            } else {
-                ""
+            let recomputed = match training.recomputed_layers {
+                0 => String::new(),
+                n => format!(", {n} layers recomputed"),
             };
             write!(
                 f,
