@@ -1,6 +1,8 @@
 //! What the binary carries so that it runs without any file: the shipped plugins and the arithmetic
 //! task (`examples/arith`) with its tiny model and config.
 
+use std::borrow::Cow;
+
 use grpo_policy::{
     error::PolicyError,
     weights::{self, LoadedModel},
@@ -11,7 +13,7 @@ use crate::{
     data::{DataError, Dataset, LoadOptions, parse_jsonl},
 };
 
-/// The shipped components by name.
+/// The shipped components by name, but for those that are packed.
 pub const COMPONENTS: [(&str, &[u8]); 10] = [
     (
         "reward-math",
@@ -55,7 +57,32 @@ pub const COMPONENTS: [(&str, &[u8]); 10] = [
     ),
 ];
 
-/// The bytes of a shipped component by its name, or `None` if there is none of that name.
+/// Shipped components that are kept compressed (zstd), since they bring an interpreter.
+const PACKED: [(&str, &[u8]); 1] = [(
+    "reward-code",
+    include_bytes!("../../plugins/dist/reward-code.wasm.zst"),
+)];
+
+/// The names of all shipped components.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    let plain = COMPONENTS.iter().map(|(name, _)| *name);
+    plain.chain(PACKED.iter().map(|(name, _)| *name))
+}
+
+/// The bytes of any shipped component by its name, those of [`component`] and those that have to be unpacked.
+///
+/// # Errors
+/// Never, unless the program itself is damaged.
+pub fn shipped(name: &str) -> std::io::Result<Option<Cow<'static, [u8]>>> {
+    if let Some(bytes) = component(name) {
+        return Ok(Some(bytes.into()));
+    }
+    let packed = PACKED.iter().find(|(packed, _)| *packed == name);
+    let unpacked = packed.map(|(_, bytes)| zstd::decode_all(*bytes));
+    Ok(unpacked.transpose()?.map(Cow::from))
+}
+
+/// The bytes of a shipped component by its name, but for those that are packed, or `None` if there is none of that name.
 pub fn component(name: &str) -> Option<&'static [u8]> {
     COMPONENTS
         .iter()

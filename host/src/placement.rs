@@ -8,8 +8,8 @@ use grpo_policy::{
         AnyBackend, Backend,
         cpu::{CpuBackend, Trainable},
         cuda::{
-            self, Budget, CudaBackend, CudaError, CudaSizes, CudaWeights, Kept, MemoryPlan,
-            PoolNeeds, TrainingPlan,
+            self, Budget, CudaBackend, CudaError, CudaSizes, CudaWeights, Kept, Learns, MemoryPlan,
+            Moments, PoolNeeds, Recompute, Tenant, TrainingPlan,
         },
     },
     engine::EngineConfig,
@@ -20,7 +20,7 @@ use grpo_policy::{
 
 use crate::{
     cli::Environment,
-    config::{Device, QuantizedWeights, RunConfig},
+    config::{Device, MomentType, QuantizedWeights, RunConfig},
 };
 
 /// Tokens per KV block on a CPU (vLLM's default).
@@ -75,8 +75,12 @@ pub struct Passes {
     pub micro_batch_tokens: usize,
     /// Make activations again in the backward pass: always on a CPU, on a GPU where they would not fit.
     pub gradient_checkpointing: bool,
+    /// On a GPU, of so many layers.
+    pub recompute_layers: Option<usize>,
     /// On a GPU, whether LoRA is merged into the weights ([`CudaBackend::train`]).
     pub merge_adapters: Option<bool>,
+    /// On a GPU, the numbers of AdamW's moments; on a CPU they are f32.
+    pub moments: Moments,
 }
 
 impl Passes {
@@ -85,7 +89,20 @@ impl Passes {
         Self {
             micro_batch_tokens: config.training.micro_batch_tokens as usize,
             gradient_checkpointing: config.training.gradient_checkpointing,
+            recompute_layers: config.training.recompute_layers.map(|n| n as usize),
             merge_adapters: config.training.lora.as_ref().and_then(|lora| lora.merge),
+            moments: match config.optimizer.moments {
+                MomentType::F32 => Moments::F32,
+                MomentType::Bf16 => Moments::Bf16,
+            },
+        }
+    }
+
+    fn recompute(&self) -> Recompute {
+        match (self.gradient_checkpointing, self.recompute_layers) {
+            (false, _) => Recompute::Layers(0),
+            (true, Some(layers)) => Recompute::Layers(layers),
+            (true, None) => Recompute::AsNeeded,
         }
     }
 }
@@ -98,9 +115,13 @@ pub struct Learning {
 }
 
 impl Learning {
-    /// What trains, and whether adapters are merged.
-    fn what(&self) -> (&Trainable, Option<bool>) {
-        (&self.trainable, self.passes.merge_adapters)
+    /// For a GPU.
+    fn learns(&self) -> Learns<'_> {
+        Learns {
+            trainable: &self.trainable,
+            merge: self.passes.merge_adapters,
+            moments: self.passes.moments,
+        }
     }
 }
 
@@ -254,7 +275,7 @@ impl Place {
         let folder = cache.as_deref();
         let mut backend = CudaBackend::with_weights(ordinal, spec.clone(), weights, sizes, folder)?;
         if let Some((kept, plan)) = admitted {
-            backend.train(weights, learning.what(), (plan.tokens, kept))?;
+            backend.train(weights, learning.learns(), (plan.tokens, kept))?;
         }
         if self.deterministic {
             backend.set_deterministic()?;
@@ -262,7 +283,8 @@ impl Place {
         let weights = backend.weight_bytes();
         let free_without_draft = budget.free()?;
         let needs = PoolNeeds {
-            token_bytes: backend.kv_bytes_per_token(),
+            policy: Tenant::new(&backend),
+            draft: Tenant::default(),
             blocks: gpu_blocks(&sizes, capacity.kv_tokens),
             longest: sizes.max_model_len,
         };
@@ -305,16 +327,11 @@ fn admit_training(
     if learning.trainable == Trainable::Nothing {
         return Ok(None);
     }
-    let Passes {
-        micro_batch_tokens,
-        gradient_checkpointing,
-        ..
-    } = learning.passes;
     let passes = (
-        micro_batch_tokens.max(sizes.max_model_len),
-        gradient_checkpointing,
+        learning.passes.micro_batch_tokens.max(sizes.max_model_len),
+        learning.passes.recompute(),
     );
-    let admitted = budget.admit_training((spec, weights, sizes), learning.what(), passes);
+    let admitted = budget.admit_training((spec, weights, sizes), learning.learns(), passes);
     admitted.map(Some)
 }
 
@@ -404,21 +421,18 @@ impl Share {
         let mut draft =
             CudaBackend::with_weights(ordinal, spec.clone(), weights, self.sizes, cache)?;
         if let Some((kept, plan)) = admitted {
-            draft.train(weights, learning.what(), (plan.tokens, kept))?;
+            draft.train(weights, learning.learns(), (plan.tokens, kept))?;
         }
         Ok(AnyBackend::Cuda(Box::new(draft)))
     }
 
-    /// Makes room for a draft whose keys and values take `token_bytes` a token.
+    /// Makes room for a draft that needs this.
     ///
     /// # Errors
     /// [`CudaError::OneSequence`].
-    pub(crate) fn divide_with_draft(
-        &mut self,
-        token_bytes: usize,
-    ) -> Result<EngineConfig, CudaError> {
+    pub(crate) fn divide_with_draft(&mut self, draft: Tenant) -> Result<EngineConfig, CudaError> {
         let needs = PoolNeeds {
-            token_bytes: self.needs.token_bytes + token_bytes,
+            draft,
             ..self.needs
         };
         let budget = &self.budget;

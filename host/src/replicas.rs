@@ -11,7 +11,7 @@ use std::{ops::Range, sync::mpsc, thread};
 
 use anyhow::Context;
 use grpo_policy::{
-    backend::{AnyBackend, Exit, Group},
+    backend::{AnyBackend, Exit, Group, cuda::Tenant},
     engine::{
         Engine, Progress,
         draft::{Draft, DraftFault},
@@ -76,10 +76,10 @@ impl Replica {
     /// # Errors
     /// A GPU without room for the draft's keys and values.
     pub(crate) fn set_draft(&mut self, draft: Draft<AnyBackend>) -> Result<(), PolicyError> {
-        let token_bytes = draft.kv_bytes_per_token();
+        let needs = draft.model().map(Tenant::of).unwrap_or_default();
         self.draft = Some(draft);
         if let Some(share) = &mut self.gpu {
-            self.engine = Engine::new(share.divide_with_draft(token_bytes)?)?;
+            self.engine = Engine::new(share.divide_with_draft(needs)?)?;
         }
         Ok(())
     }

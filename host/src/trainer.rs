@@ -2,6 +2,7 @@
 //! only says in which order, and keeps what must survive from step to step.
 
 mod collect;
+mod overlap;
 mod report;
 mod respend;
 mod swaps;
@@ -18,6 +19,7 @@ use crate::{
         advantage::{Advantages, advantages},
         config::LossConfig,
     },
+    judge::Panel,
     policy::Policy,
     rollout::Rollouts,
     run::{Best, TrainState},
@@ -38,6 +40,7 @@ pub struct Trainer<'a> {
     pub rows: Rows,
     pub state: TrainState,
     pub swaps: Supervision,
+    pub judges: Panel,
 }
 
 impl Trainer<'_> {

@@ -71,7 +71,7 @@ fn policy(device: Device, replicas: usize, mode: Mode) -> Policy {
     let passes = Passes {
         micro_batch_tokens: 128,
         gradient_checkpointing: false,
-        merge_adapters: None,
+        ..Passes::default()
     };
     let capacity = Capacity {
         max_batch: Some(32),

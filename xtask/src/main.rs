@@ -1,6 +1,7 @@
 //! `cargo xtask NAME`: the chores of this repository. Owns the dispatch only.
 
 mod bench;
+mod fuzz;
 mod kernels;
 mod languages;
 mod plugins;
@@ -17,6 +18,7 @@ usage: cargo xtask <command>
   component IN OUT  make a component of a guest's core module, as `plugins` does for ours
   compose WRAPPER INNER OUT  make one component of two: INNER answers what WRAPPER imports
   languages [--write]  build and test a plugin of every template of `plugin new`; --write: into plugins/dist
+  fuzz [--seconds N] [TARGET]  libFuzzer against the plugin API: component, verdicts
   kernels           compile every CUDA kernel for every GPU; needs none
   tidy              the layering, size and naming rules alone";
 
@@ -43,6 +45,7 @@ fn run() -> anyhow::Result<()> {
         }
         ["languages"] => languages::run(false),
         ["languages", "--write"] => languages::run(true),
+        ["fuzz", ref rest @ ..] => fuzz::run(rest),
         ["kernels"] => kernels::run(),
         ["tidy"] => tidy(),
         ["bench", ref rest @ ..] => bench::run(rest),

@@ -31,6 +31,9 @@ const GUESTS: [Guest; 10] = [
     guest("curriculum-kde", &["curriculum-walk"]),
 ];
 
+/// Guests with a workspace and a lock file of their own, whose components are kept compressed: they bring an interpreter.
+const APART: [&str; 1] = ["reward-code"];
+
 /// A component in `dist` made of two others there: `inner` is what `wrapper` imports.
 struct Composed {
     name: &'static str,
@@ -63,17 +66,18 @@ pub(crate) fn run(check_only: bool) -> Result<()> {
     if check_only {
         return check(&root);
     }
-    build_modules(&root)?;
+    build_modules(&root, &root.join("plugins"))?;
     let dist = root.join("plugins/dist");
     fs::create_dir_all(&dist)?;
     for Guest { name, .. } in GUESTS {
-        let module = format!("{}.wasm", name.replace('-', "_"));
-        let path = root
-            .join("plugins/target")
-            .join(TARGET)
-            .join("release")
-            .join(module);
-        component(&path, &dist_file(&root, name))?;
+        component(&module_path(&root, name), &dist_file(&root, name))?;
+    }
+    for name in APART {
+        build_modules(&root, &root.join("plugins").join(name))?;
+        let bytes = componentize(&module_path(&root, name))?;
+        let path = packed_file(&root, name);
+        fs::write(&path, zstd::encode_all(bytes.as_slice(), 19)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
     for made in COMPOSED {
         let [wrapper, inner, out] =
@@ -107,8 +111,19 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
     fs::read(path).with_context(|| format!("cannot read {}", path.display()))
 }
 
+/// The core module of a guest, once it is built.
+fn module_path(root: &Path, name: &str) -> PathBuf {
+    let module = format!("{}.wasm", name.replace('-', "_"));
+    let built = root.join("plugins/target").join(TARGET).join("release");
+    built.join(module)
+}
+
 fn dist_file(root: &Path, name: &str) -> PathBuf {
     root.join("plugins/dist").join(format!("{name}.wasm"))
+}
+
+fn packed_file(root: &Path, name: &str) -> PathBuf {
+    root.join("plugins/dist").join(format!("{name}.wasm.zst"))
 }
 
 fn root() -> Result<PathBuf> {
@@ -130,7 +145,7 @@ fn componentize(module: &Path) -> Result<Vec<u8>> {
 
 /// Compiles with an installed rustup target if there is one, else with a distribution's compiler and
 /// its `rust-src`, which can build the standard library for wasm32 itself.
-fn build_modules(root: &Path) -> Result<()> {
+fn build_modules(root: &Path, workspace: &Path) -> Result<()> {
     let mut command = if rustup_target_installed() {
         let mut cargo = Command::new("cargo");
         cargo.args(["build", "--release", "--target", TARGET]);
@@ -156,7 +171,9 @@ fn build_modules(root: &Path) -> Result<()> {
     let status = command
         .env("RUSTFLAGS", path_flags())
         .env_remove("RUSTUP_TOOLCHAIN")
-        .current_dir(root.join("plugins"))
+        .arg("--target-dir")
+        .arg(root.join("plugins/target"))
+        .current_dir(workspace)
         .status()
         .context("cannot run cargo")?;
     ensure!(status.success(), "the guests do not build");
@@ -223,21 +240,26 @@ fn sources(root: &Path) -> Result<String> {
     let mut text = String::new();
     for Guest { name, libraries } in GUESTS {
         let inputs = hash_inputs(root, name, libraries)?;
-        line(&mut text, root, name, &inputs)?;
+        line(&mut text, &dist_file(root, name), name, &inputs)?;
+    }
+    for name in APART {
+        let inputs = hash_files(root, apart_inputs(root, name)?)?;
+        line(&mut text, &packed_file(root, name), name, &inputs)?;
     }
     for made in COMPOSED {
         let mut hash = Sha256::new();
         for part in [made.wrapper, made.inner] {
             hash.update(Sha256::digest(read(&dist_file(root, part))?));
         }
-        line(&mut text, root, made.name, &hex(&hash.finalize()))?;
+        let file = dist_file(root, made.name);
+        line(&mut text, &file, made.name, &hex(&hash.finalize()))?;
     }
     text.push_str(&crate::languages::sources(root)?);
     Ok(text)
 }
 
-fn line(text: &mut String, root: &Path, name: &str, inputs: &str) -> Result<()> {
-    let component = hex(&Sha256::digest(read(&dist_file(root, name))?));
+fn line(text: &mut String, file: &Path, name: &str, inputs: &str) -> Result<()> {
+    let component = hex(&Sha256::digest(read(file)?));
     writeln!(text, "{name} sources:{inputs} component:{component}")?;
     Ok(())
 }
@@ -255,6 +277,23 @@ fn hash_inputs(root: &Path, guest: &str, libraries: &[&str]) -> Result<String> {
     }
     files.extend(files_in(&root.join("wit/v0.1"), "wit")?);
     hash_files(root, files)
+}
+
+/// All that goes into a guest with a workspace of its own.
+fn apart_inputs(root: &Path, name: &str) -> Result<Vec<PathBuf>> {
+    let folder = root.join("plugins").join(name);
+    let mut files = files_in(&root.join("wit/v0.1"), "wit")?;
+    files.push(folder.join("Cargo.lock"));
+    let mut crates = vec![folder.clone()];
+    let stubs = folder.join("stubs");
+    for entry in fs::read_dir(&stubs).with_context(|| format!("cannot read {}", stubs.display()))? {
+        crates.push(entry?.path());
+    }
+    for folder in crates.iter().filter(|folder| folder.is_dir()) {
+        files.push(folder.join("Cargo.toml"));
+        files.extend(files_in(&folder.join("src"), "rs")?);
+    }
+    Ok(files)
 }
 
 /// Hash over names and contents of files.

@@ -40,7 +40,14 @@ pub(crate) fn run() -> anyhow::Result<()> {
 fn steps(tally: &mut Tally) -> anyhow::Result<()> {
     let root = xtask::tidy::workspace_root();
     let guests = root.join("plugins/Cargo.toml").is_file();
-    let in_guests = ["--manifest-path", "plugins/Cargo.toml"];
+    // A workspace of its own is the one with an interpreter in it.
+    let in_guests = [
+        ("plugins", ["--manifest-path", "plugins/Cargo.toml"]),
+        (
+            "reward-code",
+            ["--manifest-path", "plugins/reward-code/Cargo.toml"],
+        ),
+    ];
     let clippy = ["clippy", "--quiet", "--release", "--all-targets"];
     let deny = ["--", "-D", "warnings"];
 
@@ -58,15 +65,11 @@ fn steps(tally: &mut Tally) -> anyhow::Result<()> {
 
     step("format", &["fmt", "--all", "--check"])?;
     step("clippy", &[&clippy[..], &["--workspace"], &deny].concat())?;
-    if guests {
-        step(
-            "format of plugins",
-            &[&["fmt", "--all", "--check"], &in_guests[..]].concat(),
-        )?;
-        step(
-            "clippy of plugins",
-            &[&clippy[..], &in_guests, &deny].concat(),
-        )?;
+    for (name, place) in in_guests.iter().filter(|_| guests) {
+        let format = [&["fmt", "--all", "--check"], &place[..]].concat();
+        step(&format!("format of {name}"), &format)?;
+        let lints = [&clippy[..], place, &deny].concat();
+        step(&format!("clippy of {name}"), &lints)?;
     }
     timed("plugins --check", || plugins::run(true))?;
     timed("docker-registry", registry)?;
@@ -95,11 +98,9 @@ fn steps(tally: &mut Tally) -> anyhow::Result<()> {
     timed("kernels", crate::kernels::run)?;
     timed("languages", || crate::languages::run(false))?;
     step("doc tests", &["test", "--release", "--workspace", "--doc"])?;
-    if guests {
-        step(
-            "tests of plugins",
-            &[&["test", "--release"], &in_guests[..]].concat(),
-        )?;
+    for (name, place) in in_guests.iter().filter(|_| guests) {
+        let tests = [&["test", "--release"], &place[..]].concat();
+        step(&format!("tests of {name}"), &tests)?;
     }
     Ok(())
 }

@@ -127,7 +127,7 @@ fn report(
         "tokens_per_second": (args.batch as usize * tokens) as f64 / seconds,
         "batch": args.batch, "tokens": tokens,
         "micro_batch_tokens": config.training.micro_batch_tokens,
-        "gradient_checkpointing": training.map_or(checkpointing, |plan| plan.recompute),
+        "gradient_checkpointing": training.map_or(checkpointing, |plan| plan.recomputed_layers > 0),
         "trains": trains, "trainable_parameters": trainable,
         "steps": args.steps, "seconds": steps.seconds, "losses": steps.losses,
         "flops_per_second": flops, "mfu": peak(policy.device()).map(|peak| flops / peak / gpus as f64),

@@ -11,7 +11,12 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
     let simd = simd();
     let memory = memory_mib();
     let cuda = survey();
-    let plugins = defaults::COMPONENTS.map(|(name, bytes)| (name, digest(bytes), bytes.len()));
+    let mut plugins = Vec::new();
+    for name in defaults::names() {
+        if let Some(bytes) = defaults::shipped(name)? {
+            plugins.push((name, digest(&bytes), bytes.len()));
+        }
+    }
     if args.output.json {
         let facts = json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -21,7 +26,7 @@ pub(super) fn run(args: &DoctorArgs) -> anyhow::Result<()> {
             "memory_available_mib": memory.map(|memory| memory.available),
             "devices": devices(cuda.as_ref().ok()),
             "cuda": cuda_json(&cuda),
-            "plugins": plugins.map(|(name, digest, bytes)| json!({ "name": name, "digest": digest, "bytes": bytes })),
+            "plugins": plugins.iter().map(|(name, digest, bytes)| json!({ "name": name, "digest": digest, "bytes": bytes })).collect::<Vec<_>>(),
         });
         outln!("{facts}");
         return Ok(());

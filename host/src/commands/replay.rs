@@ -26,7 +26,11 @@ const FAILURES: usize = 5;
 /// Checks the run's own rewards, or compares them with others.
 pub(super) fn run(args: &ReplayArgs, environment: &Environment) -> anyhow::Result<()> {
     let log = Log::find(&args.run)?;
-    let config = RawConfig::from_file(&args.run.join("config.yaml"))?.validate()?;
+    let mut config = RawConfig::from_file(&args.run.join("config.yaml"))?.validate()?;
+    if args.other()?.is_none() {
+        // The run's own rewards are to repeat what they said, by the answers that they had.
+        config.judges = config.judges.offline();
+    }
     if let Some(first) = log.missing.first() {
         let steps = log.missing.len();
         warn(&format!(

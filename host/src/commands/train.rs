@@ -141,7 +141,6 @@ struct Run<'a> {
     metrics: StepLog,
     curriculum: StepLog,
     swaps: Swaps,
-    judges: Panel,
     started: Instant,
     /// Wall time of earlier sessions.
     wall_before: f64,
@@ -246,23 +245,8 @@ impl<'a> Run<'a> {
         };
         // What a tag stands for may change while the run goes on being what it is.
         let pinned = setup::pinned(config, &plugins.locked);
-        let dir = match place {
-            Place::New(root) => {
-                let root = root.map_or_else(new_run_folder, Ok)?;
-                RunDir::create(&root, &pinned.to_yaml()?)?
-            }
-            Place::Resumed(resumed) => {
-                check_lock(resumed.dir.root(), &plugins.locked)?;
-                check_draft_lock(&resumed.dir, locked_draft.as_ref())?;
-                if let Some(checkpoint) = resumed.checkpoint {
-                    policy.load_checkpoint(&checkpoint.path)?;
-                    state = checkpoint.state;
-                }
-                let mut dir = resumed.dir;
-                dir.rewrite_config(&pinned.to_yaml()?)?;
-                dir
-            }
-        };
+        let locks = (&plugins.locked[..], locked_draft.as_ref());
+        let dir = folder(place, &pinned, locks, (&mut policy, &mut state))?;
         if let Some(locked) = &locked_draft {
             dir.write_draft_lock(locked)?;
         }
@@ -270,10 +254,7 @@ impl<'a> Run<'a> {
         attached.odd.iter().for_each(|odd| super::warn(odd));
         super::tell_of_head(draft::untrained_head(&policy, config, true), quiet);
         super::tell_of_device(&policy, quiet);
-        // Tokens and requests of a budget are the run's, not the session's.
-        judges.count_earlier(&read_metrics(dir.root())?);
-        super::tell_of_judges(&judges, quiet);
-        let wall_before = state.wall_s;
+        take_up(&judges, &dir, quiet)?;
         let mut trainer = Trainer {
             swaps: Supervision::new(config, &plugins.locked),
             config,
@@ -281,12 +262,12 @@ impl<'a> Run<'a> {
             plugins,
             rows,
             state,
+            judges,
         };
         Ok(Self {
             metrics: dir.metrics()?,
             curriculum: dir.curriculum()?,
-            judges,
-            wall_before,
+            wall_before: trainer.state.wall_s,
             swaps: Swaps::open(&dir, &mut trainer, sink)?,
             trainer,
             dir,
@@ -358,11 +339,9 @@ impl<'a> Run<'a> {
 
     /// What judges were asked since the line before, an evaluation's questions included.
     fn account(&self, line: &mut record::Metrics, bar: &mut Bar) {
-        line.add_judges(&self.judges.take_usage());
-        self.judges
-            .take_notes()
-            .iter()
-            .for_each(|note| bar.warn(note));
+        line.add_judges(&self.trainer.judges.take_usage());
+        let judges = &self.trainer.judges;
+        judges.take_notes().iter().for_each(|note| bar.warn(note));
     }
 
     fn tell_of_fault(&mut self, bar: &mut Bar) {
@@ -427,6 +406,39 @@ impl<'a> Run<'a> {
         }
         Summary::of(self, outcome)
     }
+}
+
+/// The run directory, and with that of an earlier session what its last checkpoint holds.
+fn folder(
+    place: Place,
+    pinned: &RunConfig,
+    (plugins, draft): (&[LockedPlugin], Option<&LockedDraft>),
+    (policy, state): (&mut Policy, &mut TrainState),
+) -> anyhow::Result<RunDir> {
+    match place {
+        Place::New(root) => {
+            let root = root.map_or_else(new_run_folder, Ok)?;
+            Ok(RunDir::create(&root, &pinned.to_yaml()?)?)
+        }
+        Place::Resumed(resumed) => {
+            check_lock(resumed.dir.root(), plugins)?;
+            check_draft_lock(&resumed.dir, draft)?;
+            if let Some(checkpoint) = resumed.checkpoint {
+                policy.load_checkpoint(&checkpoint.path)?;
+                *state = checkpoint.state;
+            }
+            let mut dir = resumed.dir;
+            dir.rewrite_config(&pinned.to_yaml()?)?;
+            Ok(dir)
+        }
+    }
+}
+
+/// Has judges know what the run has spent, since a budget is the run's and not the session's.
+fn take_up(judges: &Panel, dir: &RunDir, quiet: bool) -> anyhow::Result<()> {
+    judges.count_earlier(&read_metrics(dir.root())?);
+    super::tell_of_judges(judges, quiet);
+    Ok(())
 }
 
 /// A component that is another than the one the run began with.

@@ -25,6 +25,15 @@ pub enum Device {
     Cuda(usize),
 }
 
+/// Which numbers AdamW's moments are on a GPU; on a CPU they are f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MomentType {
+    #[default]
+    F32,
+    Bf16,
+}
+
 /// What becomes on a GPU of matrices that a GGUF file has quantised.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

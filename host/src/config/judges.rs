@@ -127,6 +127,14 @@ impl MaxTokensField {
 }
 
 impl JudgesConfig {
+    /// These judges, which then answer from the cache or not at all.
+    pub fn offline(mut self) -> Self {
+        self.judges
+            .values_mut()
+            .for_each(|judge| judge.offline = true);
+        self
+    }
+
     /// These judges with what of `now` changes no answer: pace, patience, limits, prices and where answers come from.
     pub fn paced_as(&self, now: &Self) -> Self {
         let judges = self.judges.iter().map(|(name, judge)| {
@@ -386,6 +394,8 @@ judges:
             .unwrap()
             .judges;
         assert_eq!(before.paced_as(&now), now);
+        let offline = now.clone().offline();
+        assert!(offline.judges["a"].offline && offline.paced_as(&now) == now);
         for other in ["{a: {model: n}}", "{b: {model: m}}", "{}"] {
             let now = run(&format!("judges: {other}")).unwrap().judges;
             assert_ne!(before.paced_as(&now), now, "{other}");

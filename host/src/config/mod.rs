@@ -19,8 +19,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_norway::{Mapping, Value};
 
 pub use choices::{
-    Device, DynamicSampling, ImportanceMode, KlEstimator, LossType, LrSchedule, QuantizedWeights,
-    ScaleRewards,
+    Device, DynamicSampling, ImportanceMode, KlEstimator, LossType, LrSchedule, MomentType,
+    QuantizedWeights, ScaleRewards,
 };
 pub use draft::{DraftKind, DraftTokens};
 pub use error::{ConfigError, Origin};

@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::choices::{
-    Device, DynamicSampling, ImportanceMode, KlEstimator, LossType, LrSchedule, QuantizedWeights,
-    ScaleRewards,
+    Device, DynamicSampling, ImportanceMode, KlEstimator, LossType, LrSchedule, MomentType,
+    QuantizedWeights, ScaleRewards,
 };
 use super::draft::{DraftKind, DraftTokens};
 use grpo_policy::backend::OptimStep;
@@ -126,6 +126,8 @@ pub struct GenerationConfig {
     pub num_generations: u32,
     /// Prompts per step; a step samples `prompts_per_step × num_generations` completions.
     pub prompts_per_step: u32,
+    /// Waves that a step's prompts come in; each is scored while the next one generates, 1 to 64.
+    pub scoring_waves: u32,
     /// Softmax temperature, > 0. Training scores at the same temperature.
     pub temperature: f64,
     /// Nucleus mass, in (0, 1]. `1` is off.
@@ -160,6 +162,7 @@ impl Default for GenerationConfig {
         Self {
             num_generations: 8,
             prompts_per_step: 16,
+            scoring_waves: 1,
             temperature: 1.0,
             top_p: 1.0,
             top_k: 0,
@@ -278,6 +281,7 @@ pub struct OptimizerConfig {
     pub adam_epsilon: f64,
     /// Global gradient norm is clipped to this. `0` is off.
     pub max_grad_norm: f64,
+    pub moments: MomentType,
 }
 
 impl OptimizerConfig {
@@ -305,6 +309,7 @@ impl Default for OptimizerConfig {
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
             max_grad_norm: 1.0,
+            moments: MomentType::default(),
         }
     }
 }
@@ -350,6 +355,8 @@ pub struct TrainingConfig {
     pub share_prompts: bool,
     /// Recompute activations in the backward pass: less memory, about a third more time.
     pub gradient_checkpointing: bool,
+    /// Layers, the first so many, that `gradient_checkpointing` is for on a GPU; `null`: as many as memory asks for.
+    pub recompute_layers: Option<u32>,
     /// `null`: full fine-tuning.
     pub lora: Option<LoraConfig>,
 }
@@ -362,6 +369,7 @@ impl Default for TrainingConfig {
             micro_batch_tokens: 4096,
             share_prompts: true,
             gradient_checkpointing: true,
+            recompute_layers: None,
             lora: None,
         }
     }

@@ -247,6 +247,14 @@ pub(super) fn ranges(config: &RunConfig, raw: &RawConfig) -> Result<(), ConfigEr
         config.loss.dynamic_sampling != DynamicSampling::Respend
             || config.generation.num_generations >= 3,
     )?;
+    let waves = config.generation.scoring_waves;
+    ranges.within("scoring_waves", waves, 64, "1 to 64")?;
+    ranges.check(
+        "scoring_waves",
+        waves,
+        "1 with dynamic_sampling, whose rounds wait for scores",
+        waves == 1 || config.loss.dynamic_sampling == DynamicSampling::Off,
+    )?;
     optimizer(&ranges, &config.optimizer)?;
     run(&ranges, config)
 }

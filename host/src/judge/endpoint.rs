@@ -20,10 +20,10 @@ use tokio::{
 
 use super::{
     JudgeError, JudgeSetupError,
-    health::Health,
+    health::{Health, Pass},
     ledger::Ledger,
     rate::Rate,
-    wire::{self, Answer, Wrong},
+    wire::{self, Answer, Read, Wrong},
 };
 use crate::{config::JudgeConfig, error::one_line};
 
@@ -60,7 +60,7 @@ pub(super) struct Call<T> {
     pub(super) estimate: u64,
     /// Values that the answer must have.
     pub(super) values: usize,
-    pub(super) read: fn(&[u8], usize) -> Result<Answer<Vec<T>>, Wrong>,
+    pub(super) read: Read<T>,
 }
 
 /// What came of one attempt instead of an answer.
@@ -158,7 +158,10 @@ impl Endpoint {
                     ticket
                 }
                 Some(_) => {
-                    self.health.check().map_err(JudgeError::Unavailable)?;
+                    if let Err(why) = self.health.check() {
+                        pass.into_iter().for_each(Pass::withdraw);
+                        return Err(JudgeError::Unavailable(why));
+                    }
                     self.rate.admit(call.estimate, deadline).await
                 }
             };
@@ -305,7 +308,7 @@ impl Endpoint {
 
 impl Fault {
     /// What it says of the endpoint.
-    fn tell(&self, pass: super::health::Pass<'_>) {
+    fn tell(&self, pass: Pass<'_>) {
         match self {
             Self::Slow => pass.failed("no answer in time"),
             Self::Transient { why, .. } => pass.failed(why),

@@ -81,6 +81,11 @@ impl Pass<'_> {
         self.sent = true;
     }
 
+    /// Nothing was found out that others have not.
+    pub(super) fn withdraw(mut self) {
+        self.sent = false;
+    }
+
     /// It has answered, be it with a refusal.
     pub(super) fn answered(mut self) {
         self.sent = false;

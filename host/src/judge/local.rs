@@ -90,10 +90,6 @@ impl Local {
     }
 
     /// Requests as the model sees them, and the names of their answers. A request that has none is an empty prompt.
-    #[expect(
-        clippy::type_complexity,
-        reason = "two lists, used where they are made"
-    )]
     pub(super) fn prompts(
         &self,
         requests: &[Request<'_>],

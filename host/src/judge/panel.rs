@@ -151,6 +151,11 @@ impl Panel {
         self.judges.iter().map(take).collect()
     }
 
+    /// Questions that had no answer, of all judges since they were opened.
+    pub fn failures(&self) -> u64 {
+        self.judges.values().map(|j| j.usage().failures).sum()
+    }
+
     /// Lines for the user that have come up since this was last called.
     pub fn take_notes(&self) -> Vec<String> {
         let judges = self.judges.values();

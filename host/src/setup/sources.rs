@@ -115,10 +115,12 @@ impl PluginSources {
         if is_reference(source) && (source.contains("@sha256:") || !path.exists()) {
             return self.referenced(source, limits);
         }
-        if let Some(bytes) = defaults::component(source).filter(|_| !path.exists()) {
+        if !path.exists()
+            && let Some(bytes) = defaults::shipped(source)?
+        {
             return Ok(Component {
                 name: source.to_owned(),
-                bytes: bytes.to_vec(),
+                bytes: bytes.into_owned(),
                 source: source.to_owned(),
             });
         }
@@ -232,7 +234,7 @@ pub struct MissingPlugin {
 impl MissingPlugin {
     /// The shipped plugins by name.
     pub fn hint(&self) -> Option<String> {
-        let names = defaults::COMPONENTS.map(|(name, _)| name).join(", ");
+        let names = defaults::names().collect::<Vec<_>>().join(", ");
         Some(format!(
             "give the path of a .wasm component, a reference such as ghcr.io/me/reward:1.2, or one of {names}"
         ))

@@ -78,7 +78,7 @@ pub(super) fn keep_files(
     for LockedPlugin { id, source, .. } in locked {
         let path = Path::new(source);
         // What came from a registry is held to its keys again when it is loaded again.
-        let elsewhere = defaults::component(source).is_some() || is_reference(source);
+        let elsewhere = defaults::names().any(|name| name == source) || is_reference(source);
         if elsewhere && !path.exists() {
             continue;
         }

@@ -4,12 +4,12 @@ use std::time::Instant;
 
 use grpo_policy::engine::Progress;
 
-use super::{SamplingReport, StepSeconds, TrainError, Trainer};
+use super::{SamplingReport, StepSeconds, TrainError, Trainer, swaps::Scorer};
 use crate::{
     evaluate::samples_of,
     grpo::filter::{self, DynamicSampling, Refill},
-    plugin::PluginError,
-    rollout::{Job, RolledOut, Rollouts, mix, roll},
+    plugin::{PluginError, SetScoring},
+    rollout::{RolledOut, Rollouts},
     types::{Budget, Outcome, Pick, Plan, PluginId, Score},
 };
 
@@ -20,8 +20,11 @@ pub(super) type Scored = (Rollouts, Vec<Score>);
 #[derive(Default)]
 pub(super) struct Collected {
     pub(super) groups: Vec<Scored>,
-    /// Whether any completion has a score yet.
+    /// Whether any completion has a score yet; if not, why the first one has none.
     any_scored: bool,
+    first_skip: Option<String>,
+    /// Questions that judges had left unanswered before this step.
+    judge_failures: u64,
     pub(super) outcomes: Vec<Outcome>,
     pub(super) sampling: SamplingReport,
     pub(super) skipped: Vec<(String, u32)>,
@@ -32,6 +35,16 @@ pub(super) struct Collected {
     pub(super) scored_by: Vec<(u32, Vec<PluginId>)>,
 }
 
+/// What the rewards said of a wave.
+pub(super) struct ScoredWave {
+    rollouts: Vec<Rollouts>,
+    scoring: SetScoring,
+    wave: u32,
+    /// The components that touched it.
+    ids: Vec<PluginId>,
+    seconds: f64,
+}
+
 impl Trainer<'_> {
     /// Plans and generates what the step is to learn from.
     pub(super) fn collect(
@@ -39,14 +52,25 @@ impl Trainer<'_> {
         on_progress: &mut dyn FnMut(Progress),
     ) -> anyhow::Result<Collected> {
         match self.config.loss.dynamic_sampling {
-            DynamicSampling::Off => self.collect_once(on_progress),
+            DynamicSampling::Off => match self.config.generation.scoring_waves {
+                1 => self.collect_once(on_progress),
+                waves => self.collect_in_waves(waves, on_progress),
+            },
             DynamicSampling::Refill => self.collect_refilling(on_progress),
             DynamicSampling::Respend => self.collect_respending(on_progress),
         }
     }
 
+    /// An empty step.
+    pub(super) fn begin(&self) -> Collected {
+        Collected {
+            judge_failures: self.judges.failures(),
+            ..Collected::default()
+        }
+    }
+
     fn collect_once(&mut self, on_progress: &mut dyn FnMut(Progress)) -> anyhow::Result<Collected> {
-        let mut collected = Collected::default();
+        let mut collected = self.begin();
         self.round(
             self.config.generation.prompts_per_step,
             &mut collected,
@@ -62,7 +86,7 @@ impl Trainer<'_> {
     ) -> anyhow::Result<Collected> {
         let max_rounds = self.config.loss.max_refills;
         let wanted = self.config.generation.prompts_per_step as usize;
-        let mut collected = Collected::default();
+        let mut collected = self.begin();
         let (mut prompts, mut seen) = (wanted, 0);
         loop {
             let round = collected.sampling.refills;
@@ -135,34 +159,10 @@ impl Trainer<'_> {
         collected: &mut Collected,
         on_progress: &mut dyn FnMut(Progress),
     ) -> anyhow::Result<RolledOut> {
-        let started = Instant::now();
-        let generation = &self.config.generation;
-        let row = |pick: &Pick| (&self.rows.train.rows[pick.row as usize], pick.rollouts);
-        let job = Job {
-            wave,
-            rows: picks.iter().map(row).collect(),
-            sampling: &generation.sampling(),
-            max_prompt_tokens: generation.max_prompt_length.map(|n| n as usize),
-            seed: mix(
-                mix(self.config.training.seed, self.state.step),
-                u64::from(wave),
-            ),
-        };
-        let rolled = roll(&mut self.policy, &self.plugins.formatter, &job, on_progress)?;
+        let rolled = self.halves().0.roll(picks, wave, collected, on_progress)?;
         if rolled.rollouts.is_empty() && collected.sampling.completions == 0 {
-            let limit = job
-                .max_prompt_tokens
-                .unwrap_or(self.policy.max_model_len() - 1);
-            let (step, rows) = (self.state.step + 1, picks.len());
-            return Err(TrainError::AllTooLong { step, rows, limit }.into());
+            return Err(self.all_too_long(picks.len()).into());
         }
-        let completions = rolled.rollouts.iter().flat_map(|r| &r.completions);
-        collected.sampling.completions += completions.clone().count();
-        let speculation = &mut collected.sampling.speculation;
-        completions.clone().for_each(|c| speculation.add(c));
-        collected.sampling.tokens += completions.map(|c| c.tokens.len()).sum::<usize>();
-        collected.sampling.too_long += rolled.too_long.len();
-        collected.seconds.rollout += started.elapsed().as_secs_f64();
         Ok(rolled)
     }
 
@@ -172,21 +172,31 @@ impl Trainer<'_> {
         rollouts: Vec<Rollouts>,
         collected: &mut Collected,
     ) -> anyhow::Result<Vec<Scored>> {
-        let started = Instant::now();
-        let samples: Vec<_> = rollouts.iter().flat_map(samples_of).collect();
-        let wave = rollouts
-            .first()
-            .and_then(|r| r.waves.first().copied())
-            .unwrap_or(0);
-        let scoring = self.score_supervised(&samples, wave)?;
-        let ids = self.plugins.locked.iter().map(|l| l.id.clone());
-        collected.scored_by.push((wave, ids.collect()));
-        let lines = PluginError::lines(&scoring.faults, samples.len());
-        drop(samples);
+        let scored = self.halves().1.wave(rollouts)?;
+        let groups = self.book(scored, collected);
+        self.require_scores(collected)?;
+        Ok(groups)
+    }
+
+    /// Enters a scored wave into the step's account.
+    pub(super) fn book(&self, scored: ScoredWave, collected: &mut Collected) -> Vec<Scored> {
+        let ScoredWave {
+            rollouts,
+            scoring,
+            wave,
+            ids,
+            seconds,
+        } = scored;
+        collected.scored_by.push((wave, ids));
+        let lines = PluginError::lines(&scoring.faults, scoring.scores.len());
         collected.faults.extend(lines);
-        collected.any_scored |= scoring.scores.iter().any(|s| matches!(s, Score::Value(_)));
-        if !collected.any_scored {
-            return Err(self.all_skipped(&scoring.scores).into());
+        for score in &scoring.scores {
+            match score {
+                Score::Value(_) => collected.any_scored = true,
+                Score::Skip(why) => {
+                    collected.first_skip.get_or_insert_with(|| why.clone());
+                }
+            }
         }
         collected
             .skipped
@@ -202,19 +212,42 @@ impl Trainer<'_> {
             (rollouts, mine)
         };
         let groups = rollouts.into_iter().map(of_prompt).collect();
-        collected.seconds.reward += started.elapsed().as_secs_f64();
-        Ok(groups)
+        collected.seconds.reward += seconds;
+        groups
     }
 
-    fn all_skipped(&self, scores: &[Score]) -> TrainError {
-        let reason = scores.iter().find_map(|score| match score {
-            Score::Skip(why) => Some(why.clone()),
-            Score::Value(_) => None,
-        });
-        TrainError::AllSkipped {
-            step: self.state.step + 1,
-            reason: reason.unwrap_or_default(),
+    /// A step without any score is mostly a reward that was set up wrongly, and ends the run. One in which a judge did not
+    /// answer is not: it may answer again.
+    pub(super) fn require_scores(&self, collected: &Collected) -> Result<(), TrainError> {
+        let judges_failed = self.judges.failures() > collected.judge_failures;
+        if collected.any_scored || judges_failed {
+            return Ok(());
         }
+        Err(TrainError::AllSkipped {
+            step: self.state.step + 1,
+            reason: collected.first_skip.clone().unwrap_or_default(),
+        })
+    }
+}
+
+impl Scorer<'_> {
+    /// Scores the groups of a wave in one batch.
+    pub(super) fn wave(&mut self, rollouts: Vec<Rollouts>) -> anyhow::Result<ScoredWave> {
+        let started = Instant::now();
+        let samples: Vec<_> = rollouts.iter().flat_map(samples_of).collect();
+        let wave = rollouts
+            .first()
+            .and_then(|r| r.waves.first().copied())
+            .unwrap_or(0);
+        let scoring = self.score(&samples, wave)?;
+        drop(samples);
+        Ok(ScoredWave {
+            rollouts,
+            scoring,
+            wave,
+            ids: self.locked.iter().map(|l| l.id.clone()).collect(),
+            seconds: started.elapsed().as_secs_f64(),
+        })
     }
 }
 

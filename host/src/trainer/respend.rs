@@ -52,7 +52,7 @@ impl Trainer<'_> {
         let group_size = u64::from(generation.num_generations);
         let (mut prompts, max_rounds) = (generation.prompts_per_step, self.config.loss.max_refills);
         let budget = u64::from(prompts) * group_size;
-        let (mut collected, mut kept) = (Collected::default(), Vec::new());
+        let (mut collected, mut kept) = (self.begin(), Vec::new());
         let mut free = budget;
         loop {
             kept.extend(self.probe(prompts, free, &mut collected, on_progress)?);

@@ -11,7 +11,7 @@ use crate::{
     config::{PluginConfig, RunConfig},
     evaluate::{EvalReport, EvalSettings, Judges, evaluate},
     failures::FailedCall,
-    plugin::{PluginError, RewardPlugin, SetScoring},
+    plugin::{PluginError, RewardPlugin, RewardSet, SetScoring},
     run::LockedPlugin,
     swap::shadow::Tap,
     types::{PluginId, Role, Row, Sample},
@@ -111,19 +111,28 @@ impl Supervision {
     }
 }
 
-impl Trainer<'_> {
+/// What scores, under supervision.
+pub(super) struct Scorer<'t> {
+    pub(super) rewards: &'t mut RewardSet,
+    pub(super) locked: &'t mut Vec<LockedPlugin>,
+    pub(super) swaps: &'t mut Supervision,
+    /// The step that is under way, from 1.
+    pub(super) step: u64,
+}
+
+impl Scorer<'_> {
     /// Scores a wave. A promoted reward that fails too often, or that would end the run, gives way to the one before, which
     /// then scores this wave.
-    pub(super) fn score_supervised(
+    pub(super) fn score(
         &mut self,
         samples: &[Sample<'_>],
         wave: u32,
     ) -> anyhow::Result<SetScoring> {
-        let step = self.state.step + 1;
+        let step = self.step;
         loop {
             let Supervision {
                 slots, failures, ..
-            } = &mut self.swaps;
+            } = &mut *self.swaps;
             let mut note = |slot: usize, place: usize, error: &PluginError| {
                 if let (Some(slot), true) = (slots.get(slot), failures.len() < MAX_FAILURES) {
                     failures.push(FailedCall::new(
@@ -134,7 +143,7 @@ impl Trainer<'_> {
                     ));
                 }
             };
-            let scored = self.plugins.rewards.score_noting(samples, &mut note);
+            let scored = self.rewards.score_noting(samples, &mut note);
             let bad = match &scored {
                 Ok(scoring) => self.swaps.over_limit(scoring),
                 Err(error) => self.guilty(error),
@@ -150,6 +159,46 @@ impl Trainer<'_> {
         }
     }
 
+    /// The promoted reward that an error is of, where there is one to go back to.
+    fn guilty(&self, error: &PluginError) -> Option<(usize, String)> {
+        let mut ids = self.rewards.ids().zip(&self.swaps.slots);
+        let of = |(id, slot): (&PluginId, &Slot)| {
+            *id.digest == *error.digest && slot.predecessor.is_some()
+        };
+        let place = ids.position(of)?;
+        Some((place, error.to_string()))
+    }
+
+    /// Brings the reward before back, from this wave of the coming step on.
+    fn roll_back(&mut self, place: usize, wave: u32, reason: String) {
+        let step = self.step;
+        let slot = self.swaps.slots.get_mut(place);
+        let Some((slot, predecessor)) = slot.and_then(|s| s.predecessor.take().map(|p| (s, p)))
+        else {
+            return;
+        };
+        self.rewards.exchange(place, predecessor.reward);
+        slot.settings = predecessor.settings;
+        let to = LockedPlugin {
+            since_step: step,
+            ..predecessor.locked
+        };
+        let Some(entry) = locked_reward(self.locked, place) else {
+            return;
+        };
+        self.swaps.rolled_back.push(RolledBack {
+            step,
+            wave,
+            slot: place,
+            from: std::mem::replace(entry, to.clone()),
+            to,
+            settings: slot.settings.clone(),
+            reason,
+        });
+    }
+}
+
+impl Trainer<'_> {
     /// Evaluates; a promoted reward that would end the run in doing so gives way to the one before.
     pub(super) fn evaluate_supervised(
         &mut self,
@@ -168,21 +217,12 @@ impl Trainer<'_> {
                 Ok(report) => return Ok(report),
                 Err(error) => error,
             };
-            let Some((slot, reason)) = error.downcast_ref().and_then(|e| self.guilty(e)) else {
+            let (_, mut scorer) = self.halves();
+            let Some((slot, reason)) = error.downcast_ref().and_then(|e| scorer.guilty(e)) else {
                 return Err(error);
             };
-            self.roll_back(slot, 0, reason);
+            scorer.roll_back(slot, 0, reason);
         }
-    }
-
-    /// The promoted reward that an error is of, where there is one to go back to.
-    pub(super) fn guilty(&self, error: &PluginError) -> Option<(usize, String)> {
-        let mut ids = self.plugins.rewards.ids().zip(&self.swaps.slots);
-        let of = |(id, slot): (&PluginId, &Slot)| {
-            *id.digest == *error.digest && slot.predecessor.is_some()
-        };
-        let place = ids.position(of)?;
-        Some((place, error.to_string()))
     }
 
     /// Puts `reward` into a slot, from the next step on. The one before is kept for a rollback.
@@ -224,34 +264,6 @@ impl Trainer<'_> {
         if let Some(slot) = self.swaps.slots.get_mut(slot) {
             slot.predecessor = None;
         }
-    }
-
-    /// Brings the reward before back, from this wave of the coming step on.
-    pub(super) fn roll_back(&mut self, place: usize, wave: u32, reason: String) {
-        let step = self.state.step + 1;
-        let slot = self.swaps.slots.get_mut(place);
-        let Some((slot, predecessor)) = slot.and_then(|s| s.predecessor.take().map(|p| (s, p)))
-        else {
-            return;
-        };
-        self.plugins.rewards.exchange(place, predecessor.reward);
-        slot.settings = predecessor.settings;
-        let to = LockedPlugin {
-            since_step: step,
-            ..predecessor.locked
-        };
-        let Some(entry) = locked_reward(&mut self.plugins.locked, place) else {
-            return;
-        };
-        self.swaps.rolled_back.push(RolledBack {
-            step,
-            wave,
-            slot: place,
-            from: std::mem::replace(entry, to.clone()),
-            to,
-            settings: slot.settings.clone(),
-            reason,
-        });
     }
 }
 

@@ -183,6 +183,7 @@ impl Lab {
             matches!(key, "step_time" | "tokens_per_second")
                 || key.starts_with("time/")
                 || key.starts_with("telemetry/")
+                || (key.starts_with("judge/") && key.ends_with("/seconds"))
         };
         let mut lines = read_metrics(&self.path(run)).unwrap();
         for line in &mut lines {

@@ -15,6 +15,7 @@ mod drafts;
 #[allow(dead_code, reason = "the hostile suite uses the rest")]
 mod guest;
 mod hostile;
+mod judges;
 mod lab;
 mod replay;
 mod resume;

@@ -57,6 +57,18 @@ fn the_built_in_run_is_what_its_rewards_say() {
 }
 
 #[test]
+fn waves_that_were_scored_beside_generation_are_replayed() {
+    let lab = Lab::new();
+    lab.run("train --steps 1 --set eval_rows=4 --set scoring_waves=3 --out a --quiet")
+        .fine();
+    let logged = read_rollouts(&rollout_files(&lab.path("a")).unwrap()[0].1).unwrap();
+    let waves: std::collections::BTreeSet<_> = logged.iter().map(|r| r.wave).collect();
+    assert_eq!(waves, [Some(0), Some(1), Some(2)].into());
+    let json = lab.run("replay a --json").fine().json();
+    assert_eq!((&json["steps"], &json["differing"]), (&1.into(), &0.into()));
+}
+
+#[test]
 fn a_group_scored_in_two_waves_is_replayed() {
     let lab = Lab::new();
     lab.run(&format!("{TRAIN} --set dynamic_sampling=respend --out a"))

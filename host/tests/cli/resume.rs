@@ -69,6 +69,11 @@ fn disturbed_equals_undisturbed_in(lab: &Lab, flags: &str, files: &[&str]) {
 }
 
 #[test]
+fn waves_that_are_scored_beside_generation() {
+    disturbed_equals_undisturbed("--set scoring_waves=2", &["model/model.safetensors"]);
+}
+
+#[test]
 fn full_fine_tuning_goes_on_as_if_never_killed() {
     disturbed_equals_undisturbed(
         "--set beta=0.05 --set num_iterations=2",

@@ -6,6 +6,7 @@
     reason = "clippy counts only functions marked as tests as tests"
 )]
 
+mod arithmetic;
 #[path = "../cuda_models/mod.rs"]
 mod cuda_models;
 mod distances;
@@ -22,7 +23,7 @@ use grpo_policy::{
     backend::{
         Backend, Exit, OptimStep, Pass,
         cpu::{CpuBackend, Trainable},
-        cuda::{CudaBackend, CudaWeights, Kept},
+        cuda::{CudaBackend, CudaWeights, Kept, Learns},
     },
     error::PolicyError,
     spec::{Family, ModelSpec},
@@ -91,7 +92,8 @@ fn batch(vocab: usize) -> PackedBatch {
 fn gpu(spec: &ModelSpec, tensors: &Tensors, trainable: &Trainable, kept: Kept) -> CudaBackend {
     let mut gpu = CudaBackend::new(0, spec.clone(), tensors, SIZES, cache()).unwrap();
     let given = CudaWeights::dense(tensors);
-    gpu.train(given, (trainable, None), (1024, kept)).unwrap();
+    gpu.train(given, Learns::of(trainable), (1024, kept))
+        .unwrap();
     gpu
 }
 
@@ -134,7 +136,7 @@ fn gradients_apart(spec: &ModelSpec, tensors: &Tensors) -> (f64, f64) {
     let batch = batch(spec.vocab_size);
     let (mut cpu, mut gpu) = (
         cpu(spec, tensors, &FULL),
-        gpu(spec, tensors, &FULL, Kept::Activations),
+        gpu(spec, tensors, &FULL, Kept::ACTIVATIONS),
     );
     let dlogp = coefficients(batch.n_scored());
     for temperature in [1.0, 0.7] {
@@ -191,7 +193,7 @@ fn gradients_of_adapters_are_those_of_the_cpu() {
         let (tensors, trainable) = (weights(&spec, 9), lora(&targets, r));
         let (mut cpu, mut gpu) = (
             cpu(&spec, &tensors, &trainable),
-            gpu(&spec, &tensors, &trainable, Kept::Activations),
+            gpu(&spec, &tensors, &trainable, Kept::ACTIVATIONS),
         );
         let start = cpu.export_adapter().unwrap();
         assert_eq!(bits(&start), bits(&gpu.export_adapter().unwrap()));
@@ -258,7 +260,7 @@ fn twenty_steps_follow_the_cpu() {
     let batch = batch(spec.vocab_size);
     for trainable in [FULL, lora(&["all-linear"], 16)] {
         let expected = losses(&mut cpu(&spec, &tensors, &trainable), &batch, 20);
-        let mut gpu = gpu(&spec, &tensors, &trainable, Kept::Inputs);
+        let mut gpu = gpu(&spec, &tensors, &trainable, Kept::INPUTS);
         let before = gpu.score(&batch, 1.0, Pass::Reference).unwrap();
         let found = losses(&mut gpu, &batch, 20);
         let last = (expected[19], found[19]);
@@ -291,25 +293,28 @@ fn resuming_is_exact_and_so_is_making_activations_again() {
     let tensors = random_weights(&spec, 3).unwrap();
     let batch = batch(spec.vocab_size);
     for trainable in [FULL, lora(&["all-linear"], 12)] {
-        let mut first = gpu(&spec, &tensors, &trainable, Kept::Activations);
+        let mut first = gpu(&spec, &tensors, &trainable, Kept::ACTIVATIONS);
         losses(&mut first, &batch, 3);
         let (weights, optimizer) = (
             first.export_trainable().unwrap(),
             first.export_optimizer().unwrap(),
         );
         let expected = losses(&mut first, &batch, 3);
-        let mut second = gpu(&spec, &tensors, &trainable, Kept::Inputs);
-        second.import(&weights).unwrap();
-        second.import_optimizer(&optimizer).unwrap();
-        assert_eq!(losses(&mut second, &batch, 3), expected);
         let end = |backend: &CudaBackend| {
             let state = backend.export_optimizer().unwrap();
             (bits(&backend.export_trainable().unwrap()), bits(&state))
         };
-        assert!(end(&first) == end(&second));
-        if trainable != FULL {
-            // The base comes out as it went in, though bf16 does not hold it.
-            assert!(bits(&second.export_weights().unwrap()) == bits(&tensors));
+        // All three layers are made again, or the first of them.
+        for kept in [Kept::INPUTS, Kept::AllBut(1)] {
+            let mut second = gpu(&spec, &tensors, &trainable, kept);
+            second.import(&weights).unwrap();
+            second.import_optimizer(&optimizer).unwrap();
+            assert_eq!(losses(&mut second, &batch, 3), expected);
+            assert!(end(&first) == end(&second));
+            if trainable != FULL {
+                // The base comes out as it went in, though bf16 does not hold it.
+                assert!(bits(&second.export_weights().unwrap()) == bits(&tensors));
+            }
         }
         assert!(bits(&first.export_trainable().unwrap()) != bits(&weights));
     }
@@ -335,7 +340,7 @@ fn distillation_is_that_of_the_cpu_for_the_model_and_its_early_exit() {
     let tensors = weights(&spec, 3);
     let (mut cpu, mut gpu) = (
         cpu(&spec, &tensors, &FULL),
-        gpu(&spec, &tensors, &FULL, Kept::Activations),
+        gpu(&spec, &tensors, &FULL, Kept::ACTIVATIONS),
     );
     let batch = batch(spec.vocab_size);
     let targets = likely(&batch, spec.vocab_size);
@@ -383,7 +388,7 @@ fn distillation_is_that_of_the_cpu_for_the_model_and_its_early_exit() {
     let (all, ..) = apart(&cpu.export_trainable(Exit::Early).unwrap(), &head);
     println!("heads apart {all:.4}");
     assert!(all < 0.05);
-    let mut again = self::gpu(&spec, &tensors, &FULL, Kept::Inputs);
+    let mut again = self::gpu(&spec, &tensors, &FULL, Kept::INPUTS);
     again.add_early_exit(2, Some(&head)).unwrap();
     again.import_exit_optimizer(&state).unwrap();
     for backend in [&mut gpu, &mut again] {
@@ -403,7 +408,7 @@ fn what_is_wrong_is_refused_and_changes_nothing() {
     let mut plain = CudaBackend::new(0, spec.clone(), &tensors, SIZES, cache()).unwrap();
     let batch = batch(spec.vocab_size);
     let scores = plain.score(&batch, 1.0, Pass::Score).unwrap();
-    let mut gpu = gpu(&spec, &tensors, &FULL, Kept::Activations);
+    let mut gpu = gpu(&spec, &tensors, &FULL, Kept::ACTIVATIONS);
     assert_eq!(scores, gpu.score(&batch, 1.0, Pass::Score).unwrap());
     let misuse = |e: Result<(), PolicyError>| matches!(e, Err(PolicyError::Misuse(_)));
     assert!(misuse(gpu.backward(&[0.0])));

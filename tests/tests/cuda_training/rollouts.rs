@@ -72,7 +72,7 @@ fn rollouts_and_training_see_the_same_policy() {
     let tensors = random_weights(&spec, 3).unwrap();
     let batch = batch(spec.vocab_size);
     for trainable in [FULL, lora(&["all-linear"], 16)] {
-        let mut gpu = gpu(&spec, &tensors, &trainable, Kept::Activations);
+        let mut gpu = gpu(&spec, &tensors, &trainable, Kept::ACTIVATIONS);
         losses(&mut gpu, &batch, 5);
         check_same_policy(&mut gpu, 4);
     }

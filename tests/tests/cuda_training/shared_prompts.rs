@@ -33,10 +33,10 @@ fn batches(vocab: usize) -> [PackedBatch; 2] {
 #[ignore = "needs a GPU"]
 fn gradients_of_shared_prompts_are_those_of_whole_sequences() {
     for (spec, kept) in [
-        (spec(Family::Qwen2, (14, 2, 64), 1009), Kept::Activations),
-        (spec(Family::Qwen3, (8, 1, 128), 1024), Kept::Inputs),
-        (spec(Family::Llama, (6, 3, 32), 515), Kept::Activations),
-        (spec(Family::Llama, (16, 1, 96), 263), Kept::Activations),
+        (spec(Family::Qwen2, (14, 2, 64), 1009), Kept::ACTIVATIONS),
+        (spec(Family::Qwen3, (8, 1, 128), 1024), Kept::INPUTS),
+        (spec(Family::Llama, (6, 3, 32), 515), Kept::ACTIVATIONS),
+        (spec(Family::Llama, (16, 1, 96), 263), Kept::ACTIVATIONS),
     ] {
         let tensors = fresh(&spec, 7);
         for trainable in [FULL, lora(&["all-linear"], 16)] {

@@ -16,6 +16,13 @@ struct Base {
     quantized: Quantized,
 }
 
+fn learns(trainable: &Trainable, merge: Option<bool>) -> Learns<'_> {
+    Learns {
+        merge,
+        ..Learns::of(trainable)
+    }
+}
+
 impl Base {
     /// The format of the head, then those of the layers in turn; nothing for bf16.
     fn new(spec: ModelSpec, head: Option<GgmlDType>, formats: &[GgmlDType]) -> Self {
@@ -56,7 +63,7 @@ impl Base {
     fn gpu(&self, trainable: &Trainable, kept: Kept) -> CudaBackend {
         let (spec, given) = (self.spec.clone(), self.given());
         let mut gpu = CudaBackend::with_weights(0, spec, given, SIZES, cache()).unwrap();
-        let unmerged = (trainable, Some(false));
+        let unmerged = learns(trainable, Some(false));
         gpu.train(given, unmerged, (1024, kept)).unwrap();
         gpu
     }
@@ -101,7 +108,7 @@ fn log_probs_and_gradients_beside_a_base_are_those_of_the_cpu() {
         for (targets, r) in targets {
             let trainable = lora(targets, r);
             let mut cpu = cpu(&base.spec, &dense, &trainable);
-            let mut gpu = base.gpu(&trainable, Kept::Activations);
+            let mut gpu = base.gpu(&trainable, Kept::ACTIVATIONS);
             let start = cpu.export_adapter().unwrap();
             assert_eq!(bits(&start), bits(&gpu.export_adapter().unwrap()));
             assert_eq!(cpu.parameters(), gpu.parameters());
@@ -146,7 +153,7 @@ fn steps_beside_a_base_follow_the_cpu_resume_exactly_and_roll_out_what_they_trai
         let batch = batch(base.spec.vocab_size);
         let dense = base.dense();
         let expected = losses(&mut cpu(&base.spec, &dense, &trainable), &batch, 8);
-        let mut first = base.gpu(&trainable, Kept::Activations);
+        let mut first = base.gpu(&trainable, Kept::ACTIVATIONS);
         let before = first.score(&batch, 1.0, Pass::Reference).unwrap();
         let found = losses(&mut first, &batch, 4);
         let (weights, optimizer) = (
@@ -160,7 +167,7 @@ fn steps_beside_a_base_follow_the_cpu_resume_exactly_and_roll_out_what_they_trai
         }
         assert!(expected[0] - expected[7] > 0.02);
         // What is made again, and where the adapters come from a checkpoint, is the same to the bit.
-        let mut second = base.gpu(&trainable, Kept::Inputs);
+        let mut second = base.gpu(&trainable, Kept::INPUTS);
         second.import(&weights).unwrap();
         second.import_optimizer(&optimizer).unwrap();
         assert_eq!(losses(&mut second, &batch, 4), rest);
@@ -181,7 +188,7 @@ fn distillation_and_shared_prompts_beside_a_quantised_base() {
     let base = Base::new(spec(Family::Llama, (6, 2, 64), 263), Some(Q8_0), &[Q4_0]);
     let trainable = lora(&["all-linear"], 8);
     let mut cpu = cpu(&base.spec, &base.dense(), &trainable);
-    let mut gpu = base.gpu(&trainable, Kept::Activations);
+    let mut gpu = base.gpu(&trainable, Kept::ACTIVATIONS);
     let adapter = moved(&cpu.export_adapter().unwrap());
     cpu.import(&adapter, Exit::Final).unwrap();
     gpu.import(&adapter).unwrap();
@@ -214,7 +221,7 @@ fn what_a_quantised_base_cannot_do_is_refused() {
         CudaBackend::with_weights(0, base.spec.clone(), base.given(), SIZES, cache()).unwrap();
     let lora = lora(&["all-linear"], 8);
     let mut train = |trainable, merge| {
-        let done = gpu.train(base.given(), (trainable, merge), (512, Kept::Inputs));
+        let done = gpu.train(base.given(), learns(trainable, merge), (512, Kept::INPUTS));
         match done.unwrap_err() {
             PolicyError::Cuda(error) => error,
             other => panic!("{other}"),
@@ -224,13 +231,13 @@ fn what_a_quantised_base_cannot_do_is_refused() {
     let merged = train(&lora, Some(true));
     assert!(matches!(merged, CudaError::MergeQuantized));
     if gpu.set_deterministic().is_ok() {
-        let mut train = |merge| gpu.train(base.given(), (&lora, merge), (512, Kept::Inputs));
+        let mut train = |merge| gpu.train(base.given(), learns(&lora, merge), (512, Kept::INPUTS));
         let refused = train(None).unwrap_err();
         assert!(matches!(
             refused,
             PolicyError::Cuda(CudaError::UnmergedDeterministic)
         ));
     }
-    let mut gpu = base.gpu(&lora, Kept::Inputs);
+    let mut gpu = base.gpu(&lora, Kept::INPUTS);
     assert!(gpu.set_deterministic().is_err());
 }

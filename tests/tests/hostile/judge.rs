@@ -105,7 +105,10 @@ fn a_granted_judge_answers_however_short_the_deadline() {
     let bytes = judging(&format!("{ASK} (i32.const 0)"));
     let plugin = load_with(&host, &bytes, &limits(), granted(&server)).unwrap();
     let scoring = plugin.score(&samples(&["is it so?"])).unwrap();
-    assert_eq!((totals(&scoring.scores), scoring.faults), (vec![Some(17.0)], vec![]));
+    assert_eq!(
+        (totals(&scoring.scores), scoring.faults),
+        (vec![Some(17.0)], vec![])
+    );
     assert_eq!(server.requests().len(), 1);
 }
 
@@ -124,7 +127,10 @@ fn hostile_38_a_judge_that_never_answers() {
     let bytes = judging(&format!("{ASK} (i32.const 0)"));
     let plugin = load_with(&host, &bytes, &impatient, granted(&server)).unwrap();
     let scoring = plugin.score(&samples(&["is it so?"])).unwrap();
-    assert_eq!((totals(&scoring.scores), scoring.faults), (vec![Some(-1.0)], vec![]));
+    assert_eq!(
+        (totals(&scoring.scores), scoring.faults),
+        (vec![Some(-1.0)], vec![])
+    );
     let bytes = judging(&format!("(loop $ever {ASK} (br $ever)) (unreachable)"));
     let plugin = load_with(&host, &bytes, &impatient, granted(&server)).unwrap();
     let scoring = plugin.score(&samples(&["is it so?"])).unwrap();

@@ -159,7 +159,11 @@ fn a_dead_endpoint_is_left_alone_after_a_while() {
     assert_eq!(reasons.iter().filter(rests).count(), 24);
     let tried = |why: &&String| why.starts_with("error sending request");
     assert_eq!(reasons.iter().filter(tried).count(), 16, "{reasons:?}");
-    assert_eq!(judge.usage().requests, 32);
+    // All have had their first attempt before one had its last.
+    assert_eq!(judge.usage().requests, 56);
+    let more = ask(&judge, &["one", "two"], in_time());
+    assert!(more.iter().map(unavailable).all(|why| rests(&&why)));
+    assert_eq!(judge.usage().requests, 56);
 }
 
 #[test]

@@ -8,6 +8,7 @@
 mod embeddings;
 mod limits;
 mod local;
+mod run;
 mod server;
 
 use std::{

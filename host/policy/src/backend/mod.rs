@@ -138,7 +138,8 @@ pub trait Backend {
     /// does ([`crate::engine::sampler::draft`]). Every row must sample.
     fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Drafted>, PolicyError>;
 
-    /// Log-prob and entropy of every scored token at `temperature` (> 0).
+    /// Log-prob and entropy of every scored token at `temperature` (> 0). This pass, and those of the methods below, may use the
+    /// memory of keys and values: whoever generates afterwards begins without any ([`crate::engine::Engine::invalidate_prefix_cache`]).
     fn score(
         &mut self,
         batch: &PackedBatch,

@@ -171,7 +171,7 @@ impl Summary {
                 .iter()
                 .map(|l| l.id.clone())
                 .collect(),
-            judges: run
+            judges: trainer
                 .judges
                 .names()
                 .map(|name| (name.to_owned(), Asked::of(&lines, name)))

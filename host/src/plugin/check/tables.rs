@@ -9,6 +9,8 @@ const MAX_ROWS: usize = 64;
 const MAX_NOTES: usize = 16;
 /// Titles, heads, cells and notes of one report together.
 const MAX_REPORT_BYTES: usize = 64 << 10;
+/// Of a title in an error.
+const MAX_SHOWN_BYTES: usize = 100;
 
 /// Checks a report and escapes its texts.
 ///
@@ -31,7 +33,9 @@ fn table(table: wit::Table) -> Result<Table, Fault> {
     if table.title.is_empty() {
         return Err(bad("a table without a title"));
     }
-    let (title, columns) = (printable(&table.title, MAX_REPORT_BYTES), table.columns);
+    let columns = table.columns;
+    // A title that fills the report would fill the error as well.
+    let title = printable(&table.title, MAX_SHOWN_BYTES);
     if columns.is_empty() {
         return Err(bad(&format!("table `{title}` without columns")));
     }
@@ -51,7 +55,7 @@ fn table(table: wit::Table) -> Result<Table, Fault> {
         texts.map(|t| printable(t, MAX_REPORT_BYTES)).collect()
     };
     Ok(Table {
-        title,
+        title: printable(&table.title, MAX_REPORT_BYTES),
         rows: table.rows.into_iter().map(safe).collect(),
         columns: safe(columns),
         notes: safe(table.notes),

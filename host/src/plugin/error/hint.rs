@@ -29,6 +29,10 @@ impl PluginError {
             Fault::Trap { .. } | Fault::Guest { .. } if self.call == Call::Score => {
                 "on_failure: skip leaves such samples out of training".to_owned()
             }
+            Fault::Trap { .. } | Fault::Guest { .. } => {
+                "the fault is the plugin's own: `grpo-host plugin test` tries it on cases"
+                    .to_owned()
+            }
             _ => return None,
         })
     }

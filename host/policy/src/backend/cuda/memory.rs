@@ -7,15 +7,15 @@ use cudarc::driver::{CudaContext, sys::CUdevice_attribute as Attribute};
 use serde::Serialize;
 
 use super::{
-    BLOCK_SIZE, CudaError, CudaSizes, CudaWeights, check, device, draws,
+    BLOCK_SIZE, CudaBackend, CudaError, CudaSizes, CudaWeights, check, device, draws,
     forward::{MAX_SPLITS, MIN_LOGITS},
     graph::MAX_BURST,
     launch::{CHUNK, CHUNK_WORDS},
     product,
-    train::{Kept, TrainingPlan, training_bytes},
+    train::{Kept, Learns, TrainingPlan, training_bytes},
     weights::WeightSizes,
 };
-use crate::{backend::cpu::Trainable, spec::ModelSpec};
+use crate::{backend::AnyBackend, spec::ModelSpec};
 
 /// Kept for what the driver takes later on: captured graphs, cublasLt's own buffers, kernels that spill.
 const RESERVE: usize = 256 << 20;
@@ -47,15 +47,73 @@ impl Memory {
     }
 }
 
+/// What one model keeps in its arena.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tenant {
+    /// Bytes of keys and values of one token.
+    pub token_bytes: usize,
+    /// Bytes of training passes, which have the same memory in turns.
+    pub activations: usize,
+}
+
+impl Tenant {
+    /// What a model on this GPU keeps there.
+    pub fn new(backend: &CudaBackend) -> Self {
+        Self {
+            token_bytes: super::kv_bytes_per_token(&backend.spec),
+            activations: backend.activation_bytes(),
+        }
+    }
+
+    /// The same of any model; a CPU's plans nothing.
+    pub fn of(backend: &AnyBackend) -> Self {
+        match backend {
+            AnyBackend::Cpu(_) => Self::default(),
+            AnyBackend::Cuda(cuda) => Self::new(cuda),
+        }
+    }
+}
+
 /// What the KV pool is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PoolNeeds {
-    /// Bytes of keys and values of one token, of the policy and its draft together.
-    pub token_bytes: usize,
+    pub policy: Tenant,
+    /// All zeros for a draft without keys and values of its own.
+    pub draft: Tenant,
     /// Blocks that the run can use.
     pub blocks: usize,
     /// Tokens of the longest sequence.
     pub longest: usize,
+}
+
+impl PoolNeeds {
+    /// Bytes of keys and values of one token, of both models.
+    fn token_bytes(&self) -> usize {
+        self.policy.token_bytes + self.draft.token_bytes
+    }
+
+    /// Bytes of both arenas with so many blocks.
+    fn bytes(&self, blocks: usize) -> usize {
+        let of =
+            |tenant: &Tenant| (blocks * BLOCK_SIZE * tenant.token_bytes).max(tenant.activations);
+        of(&self.policy) + of(&self.draft)
+    }
+
+    /// Most blocks, of those that can be used, whose arenas take `left` bytes; `None` where activations alone take more.
+    fn fitting(&self, left: usize) -> Option<usize> {
+        if self.bytes(0) > left {
+            return None;
+        }
+        let (mut fits, mut too_many) = (0, self.blocks + 1);
+        while too_many - fits > 1 {
+            let middle = fits.midpoint(too_many);
+            match self.bytes(middle) <= left {
+                true => fits = middle,
+                false => too_many = middle,
+            }
+        }
+        Some(fits)
+    }
 }
 
 /// A part of a GPU's memory, opened before anything is put there.
@@ -142,23 +200,23 @@ impl Budget {
     }
 
     /// How passes of `tokens` tokens train beside what there is to be of a model: their activations are kept where they take
-    /// no more than half of what is left, so that the other half is for keys and values, and else, with `may_recompute`, made
-    /// again in the backward pass. What trains comes with the `merge` of [`super::CudaBackend::train`].
+    /// no more than three quarters of what is left, so that there is room for a draft, and else, with [`Recompute::AsNeeded`], those
+    /// of the first layers made again in the backward pass. Keys and values have the same memory in turns.
     ///
     /// # Errors
     /// [`CudaError::TrainingTooBig`].
     pub fn admit_training(
         &self,
         (spec, given, sizes): (&ModelSpec, CudaWeights<'_>, &CudaSizes),
-        trainable: (&Trainable, Option<bool>),
-        (tokens, may_recompute): (usize, bool),
+        learns: Learns<'_>,
+        (tokens, recompute): (usize, Recompute),
     ) -> Result<(Kept, TrainingPlan), CudaError> {
         let needed = WeightSizes::of(spec, given, sizes.max_model_len);
         let workspace = self.workspace(spec, sizes) + needed.scratch;
         let Left(left) = admit(&self.memory()?, needed.weights, workspace)?;
         let (of, processors) = ((spec, given), self.multiprocessors);
-        let plan = |kept| training_bytes(of, trainable, (tokens, kept), processors);
-        choose(left, plan, may_recompute)
+        let plan = |kept| training_bytes(of, learns, (tokens, kept), processors);
+        choose(left, plan, (spec.num_hidden_layers, recompute))
     }
 
     /// Bytes that a model needs beside weights, keys and values, estimated from sizes; what is fixed is not among them, nor is
@@ -218,17 +276,32 @@ fn admit(memory: &Memory, weights: usize, workspace: usize) -> Result<Left, Cuda
     }
 }
 
+/// Layers whose activations are made again in the backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recompute {
+    /// As many as memory asks for.
+    AsNeeded,
+    /// The first so many.
+    Layers(usize),
+}
+
 fn choose(
     left: usize,
     plan: impl Fn(Kept) -> TrainingPlan,
-    may_recompute: bool,
+    (layers, recompute): (usize, Recompute),
 ) -> Result<(Kept, TrainingPlan), CudaError> {
-    let kept = plan(Kept::Activations);
-    let roomy = 2 * kept.activations <= left.saturating_sub(kept.state + kept.gradients);
-    let (chosen, plan) = match roomy || !may_recompute {
-        true => (Kept::Activations, kept),
-        false => (Kept::Inputs, plan(Kept::Inputs)),
+    let chosen = match recompute {
+        Recompute::Layers(recomputed) => recomputed,
+        Recompute::AsNeeded => {
+            let roomy = |recomputed| {
+                let plan = plan(Kept::AllBut(recomputed));
+                plan.activations <= left.saturating_sub(plan.state + plan.gradients) / 4 * 3
+            };
+            (0..layers).find(|n| roomy(*n)).unwrap_or(layers)
+        }
     };
+    let chosen = Kept::AllBut(chosen);
+    let plan = plan(chosen);
     if plan.bytes() > left {
         return Err(CudaError::TrainingTooBig {
             state: plan.state + plan.gradients,
@@ -245,27 +318,36 @@ fn divide(
     (weights, training, free_without_draft): (usize, Option<TrainingPlan>, usize),
     needs: &PoolNeeds,
 ) -> Result<MemoryPlan, CudaError> {
-    let block_bytes = BLOCK_SIZE * needs.token_bytes;
     let left = memory.left();
-    let kv_blocks = needs.blocks.min(left / block_bytes);
+    let kv_blocks = needs.fitting(left).ok_or(CudaError::TrainingTooBig {
+        state: 0,
+        activations: needs.bytes(0),
+        tokens: training.map_or(0, |t| t.tokens),
+        left,
+    })?;
     // A pool that was configured smaller than its longest sequence refuses those that do not fit, one by one.
     if kv_blocks < needs.blocks {
-        Left(left).hold(needs.longest, needs.token_bytes)?;
+        let sequence = needs.longest.div_ceil(BLOCK_SIZE);
+        if sequence > kv_blocks {
+            Left(left).hold(needs.longest, needs.token_bytes())?;
+        }
     }
     let of_policy = memory.free_at_start.saturating_sub(free_without_draft);
-    let kv = kv_blocks * block_bytes;
+    let resident = training.map_or(0, |t| t.state + t.gradients);
+    let arena = needs.bytes(kv_blocks);
     Ok(MemoryPlan {
         device: String::new(),
         total: memory.total,
         allowed: memory.allowed(),
         weights,
-        workspace: of_policy.saturating_sub(weights + training.map_or(0, |t| t.bytes())),
+        workspace: of_policy.saturating_sub(weights + resident),
         training,
         draft: memory.used().saturating_sub(of_policy),
-        kv,
+        arena,
+        kv: kv_blocks * BLOCK_SIZE * needs.token_bytes(),
         kv_blocks,
         kv_tokens: kv_blocks * BLOCK_SIZE,
-        free: memory.free.saturating_sub(kv),
+        free: memory.free.saturating_sub(arena),
     })
 }
 
@@ -285,6 +367,8 @@ pub struct MemoryPlan {
     pub training: Option<TrainingPlan>,
     /// Weights and workspace of a draft model.
     pub draft: usize,
+    /// What keys and values have in turns with activations: the larger of the two, of a draft model too.
+    pub arena: usize,
     /// Keys and values, of a draft model too.
     pub kv: usize,
     pub kv_blocks: usize,
@@ -304,22 +388,24 @@ impl fmt::Display for MemoryPlan {
             mib(self.workspace)
         )?;
         if let Some(training) = &self.training {
-            write!(
-                f,
-                "optimizer {} MiB, gradients {} MiB, activations {} MiB ({} tokens{}), ",
-                mib(training.state),
-                mib(training.gradients),
-                mib(training.activations),
-                training.tokens,
-                if training.recompute {
-                    ", recomputed"
-                } else {
-                    ""
-                }
-            )?;
+            let (state, gradients) = (mib(training.state), mib(training.gradients));
+            write!(f, "optimizer {state} MiB, gradients {gradients} MiB, ")?;
         }
         if self.draft > 0 {
             write!(f, "draft {} MiB, ", mib(self.draft))?;
+        }
+        if let Some(training) = &self.training {
+            let recomputed = match training.recomputed_layers {
+                0 => String::new(),
+                n => format!(", {n} layers recomputed"),
+            };
+            write!(
+                f,
+                "{} MiB by turns for activations ({} MiB, {} tokens{recomputed}) and ",
+                mib(self.arena),
+                mib(training.activations),
+                training.tokens,
+            )?;
         }
         write!(
             f,

@@ -49,12 +49,12 @@ pub use compile::{SOURCES, TRAINING_SOURCES, architecture, compile, nvrtc_versio
 pub use device::count;
 pub use error::CudaError;
 pub use graph::{DecodeShape, KernelTime, Profile};
-pub use memory::{Budget, MemoryPlan, PoolNeeds};
+pub use memory::{Budget, MemoryPlan, PoolNeeds, Recompute, Tenant};
 pub(crate) use nccl::Communicators;
 pub use nccl::has_nccl;
 pub use propose::DeviceRow;
 pub use survey::{GpuFacts, Survey, survey};
-pub use train::{Kept, TrainingPlan, WorkTime, training_bytes};
+pub use train::{Kept, Learns, Moments, TrainingPlan, WorkTime, training_bytes};
 
 use crate::{
     backend::{Backend, BlockId, Drafted, Exit, OptimStep, Pass, Sampled, StepRow},
@@ -125,12 +125,23 @@ impl<'a> CudaWeights<'a> {
     }
 }
 
-/// Keys and values of all layers.
+/// Keys and values of all layers, in memory that training passes use in turns with them.
 struct KvPool {
     /// Owns what `base` names.
-    _pool: CudaSlice<bf16>,
+    buffer: CudaSlice<u8>,
     base: u64,
     blocks: usize,
+    /// Bytes of keys and values.
+    used: usize,
+}
+
+impl KvPool {
+    fn room(&self) -> train::Room {
+        train::Room {
+            base: self.base,
+            bytes: self.buffer.len(),
+        }
+    }
 }
 
 /// The policy on one GPU. Generates and, after [`CudaBackend::train`], trains.
@@ -378,7 +389,11 @@ impl Backend for CudaBackend {
         if block_size != BLOCK_SIZE {
             return Err(PolicyError::Misuse("KV blocks on a GPU have 32 tokens"));
         }
-        let needed = self.kv_bytes_per_token() * blocks * block_size;
+        let used = self.kv_bytes_per_token() * blocks * block_size;
+        self.kv = None;
+        let needed = used.max(self.free_arena());
+        // What was freed in the stream's order goes back to the driver when somebody waits for it.
+        self.gpu.stream.synchronize().map_err(CudaError::from)?;
         let free = self.gpu.memory()?.0;
         if needed > free {
             let (needed, free) = (needed as u64, free as u64);
@@ -386,16 +401,14 @@ impl Backend for CudaBackend {
             return Err(PolicyError::Memory { what, needed, free });
         }
         // Zeros, because a key that is masked is still multiplied, and a NaN would survive that.
-        let pool = self
-            .gpu
-            .stream
-            .alloc_zeros::<bf16>(needed / size_of::<bf16>());
-        let pool = pool.map_err(CudaError::from)?;
-        let base = pool.device_ptr(&self.gpu.stream).0;
+        let buffer = self.gpu.stream.alloc_zeros::<u8>(needed);
+        let buffer = buffer.map_err(CudaError::from)?;
+        let base = buffer.device_ptr(&self.gpu.stream).0;
         self.kv = Some(KvPool {
-            _pool: pool,
+            buffer,
             base,
             blocks,
+            used,
         });
         self.ahead.forget();
         self.graphs.clear();
@@ -403,14 +416,17 @@ impl Backend for CudaBackend {
     }
 
     fn copy_kv(&mut self, copies: &[(BlockId, BlockId)]) -> Result<(), PolicyError> {
+        self.begin_rollouts()?;
         self.copy_blocks(copies)
     }
 
     fn step(&mut self, rows: &[StepRow<'_>]) -> Result<Vec<Vec<Sampled>>, PolicyError> {
+        self.begin_rollouts()?;
         self.next_step(rows)
     }
 
     fn propose(&mut self, rows: &[StepRow<'_>], exit: Exit) -> Result<Vec<Drafted>, PolicyError> {
+        self.begin_rollouts()?;
         self.propose_rows(rows, exit)
     }
 

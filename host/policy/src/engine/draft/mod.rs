@@ -259,11 +259,11 @@ impl<B: Backend> Draft<B> {
         }
     }
 
-    /// Bytes of keys and values of one token in a pool of its own; 0 for a draft without one.
-    pub fn kv_bytes_per_token(&self) -> usize {
+    /// The model that drafts, if it is one of its own.
+    pub fn model(&self) -> Option<&B> {
         match &self.source {
-            Source::Model(model) => model.backend_ref().kv_bytes_per_token(),
-            Source::Ngram | Source::Suffix(_) | Source::EarlyExit => 0,
+            Source::Model(model) => Some(model.backend_ref()),
+            Source::Ngram | Source::Suffix(_) | Source::EarlyExit => None,
         }
     }
 

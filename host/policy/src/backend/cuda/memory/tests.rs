@@ -14,7 +14,14 @@ const MEMORY: Memory = Memory {
 
 /// Blocks of 1 MiB.
 const NEEDS: PoolNeeds = PoolNeeds {
-    token_bytes: MIB / BLOCK_SIZE,
+    policy: Tenant {
+        token_bytes: MIB / BLOCK_SIZE,
+        activations: 0,
+    },
+    draft: Tenant {
+        token_bytes: 0,
+        activations: 0,
+    },
     blocks: 5_000,
     longest: 100 * BLOCK_SIZE,
 };
@@ -105,21 +112,26 @@ fn the_workspace_grows_by_what_a_token_a_sequence_and_a_row_take() {
 }
 
 #[test]
-fn activations_are_kept_while_they_leave_half_for_keys_and_values() {
-    let plan = |kept| TrainingPlan {
+fn activations_are_kept_while_they_leave_a_quarter() {
+    let plan = |kept: Kept| TrainingPlan {
         state: 3_000,
         gradients: 1_000,
-        activations: if kept == Kept::Inputs { 500 } else { 2_000 },
+        activations: 2_000 - 150 * kept.recomputed(10),
         tokens: 64,
-        recompute: kept == Kept::Inputs,
+        recomputed_layers: kept.recomputed(10),
     };
-    let chosen = |left, may_recompute| choose(left, plan, may_recompute).map(|(kept, _)| kept);
-    assert_eq!(chosen(8_000, true).unwrap(), Kept::Activations);
-    assert_eq!(chosen(7_999, true).unwrap(), Kept::Inputs);
-    assert_eq!(chosen(6_000, false).unwrap(), Kept::Activations);
-    assert_eq!(chosen(4_500, true).unwrap(), Kept::Inputs);
-    for (left, may_recompute) in [(5_999, false), (4_499, true)] {
-        let error = chosen(left, may_recompute).unwrap_err();
+    let (needed, never) = (Recompute::AsNeeded, Recompute::Layers(0));
+    let chosen = |left, recompute| choose(left, plan, (10, recompute)).map(|(kept, _)| kept);
+    assert_eq!(chosen(6_668, needed).unwrap(), Kept::ACTIVATIONS);
+    // 1,850 of three quarters of 2,667; 800 of three quarters of 1,068; 500 of less than all of 500.
+    assert_eq!(chosen(6_667, needed).unwrap(), Kept::AllBut(1));
+    assert_eq!(chosen(5_068, needed).unwrap(), Kept::AllBut(8));
+    assert_eq!(chosen(4_500, needed).unwrap(), Kept::AllBut(10));
+    assert_eq!(chosen(6_000, never).unwrap(), Kept::ACTIVATIONS);
+    let four = Recompute::Layers(4);
+    assert_eq!(chosen(100_000, four).unwrap(), Kept::AllBut(4));
+    for (left, recompute) in [(5_999, never), (5_399, four), (4_499, needed)] {
+        let error = chosen(left, recompute).unwrap_err();
         assert!(
             error.hint().unwrap().contains("micro_batch_tokens"),
             "{error}"
@@ -134,14 +146,50 @@ fn what_training_takes_is_not_workspace() {
         gradients: 20 * MIB,
         activations: 40 * MIB,
         tokens: 4096,
-        recompute: true,
+        recomputed_layers: 12,
     };
     let of_policy = (1_500 * MIB, Some(training), 7_300 * MIB);
     let plan = divide(&MEMORY, of_policy, &NEEDS).unwrap();
-    assert_eq!((plan.weights, plan.workspace), (1_500 * MIB, 80 * MIB));
+    assert_eq!((plan.weights, plan.workspace), (1_500 * MIB, 120 * MIB));
     let text = plan.to_string();
-    let expected = "optimizer 60 MiB, gradients 20 MiB, activations 40 MiB (4096 tokens, recomputed), draft 300 MiB";
+    let expected = "optimizer 60 MiB, gradients 20 MiB, draft 300 MiB, 5000 MiB by turns for activations (40 MiB, 4096 \
+                    tokens, 12 layers recomputed) and KV 5000 MiB";
     assert!(text.contains(expected), "{text}");
+}
+
+#[test]
+fn keys_and_values_take_turns_with_activations() {
+    let needs = |activations, blocks| PoolNeeds {
+        policy: Tenant {
+            activations: activations * MIB,
+            ..NEEDS.policy
+        },
+        blocks,
+        ..NEEDS
+    };
+    let divided = |needs: PoolNeeds| divide(&MEMORY, (0, None, 0), &needs);
+    // 5744 MiB are left. Each has all of them, not a part.
+    let plan = divided(needs(5_000, 50_000)).unwrap();
+    assert_eq!((plan.kv_blocks, plan.arena), (5_744, 5_744 * MIB));
+    let plan = divided(needs(5_000, 700)).unwrap();
+    assert_eq!((plan.kv_blocks, plan.kv), (700, 700 * MIB));
+    assert_eq!((plan.arena, plan.free), (5_000 * MIB, 2_000 * MIB));
+    // A draft that trains has an arena of its own: 5000 for its passes, the rest for the policy's keys.
+    let with_draft = |activations| PoolNeeds {
+        draft: Tenant {
+            token_bytes: MIB / BLOCK_SIZE / 4,
+            activations: activations * MIB,
+        },
+        ..needs(0, 50_000)
+    };
+    assert_eq!(divided(with_draft(0)).unwrap().kv_blocks, 5_744 * 4 / 5);
+    let plan = divided(with_draft(5_000)).unwrap();
+    assert_eq!((plan.kv_blocks, plan.arena), (744, 5_744 * MIB));
+    let error = divided(with_draft(5_745)).unwrap_err();
+    assert!(
+        error.hint().unwrap().contains("micro_batch_tokens"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -13,7 +13,7 @@ use super::{
     kernels::Kernels,
     layout::{self, Adapted, AdaptedLayer, Layout},
     missing,
-    optimizer::{self, Optimizer},
+    optimizer::{self, Moments, Optimizer},
 };
 use crate::{
     backend::cuda::{
@@ -123,7 +123,7 @@ impl Lora {
         given: CudaWeights<'_>,
         model: &Layout,
         (config, seed): (&LoraConfig, u64),
-        merge: bool,
+        (merge, moments): (bool, Moments),
     ) -> Result<(Self, Optimizer), PolicyError> {
         let (gpu, stream) = (on.gpu, &on.gpu.stream);
         let (layout, layers) = layout::of_adapters(on.spec, config);
@@ -133,7 +133,7 @@ impl Lora {
         let start = rounded.device_ptr(stream).0;
         let slots = layout.slots.iter();
         let weights = slots.map(|slot| start + 2 * slot.offset as u64).collect();
-        let optimizer = Optimizer::new(gpu, layout, weights)?;
+        let optimizer = Optimizer::new(gpu, layout, weights, moments)?;
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let params = optimizer.layout.params.iter();
         for param in params.filter(|p| p.name.ends_with(".lora_A.weight")) {

@@ -20,10 +20,24 @@ const CHUNK: usize = 1 << 30;
 pub enum Kept {
     /// Nothing: it has none.
     Nothing,
-    /// The residual stream before each layer; the rest is made again, one layer at a time.
-    Inputs,
+    /// What each layer's backward pass reads, but of so many of the first layers only the residual stream before them; the rest of
+    /// theirs is made again, one layer at a time (Chen et al. 2016, chosen per layer).
+    AllBut(usize),
+}
+
+impl Kept {
     /// What each layer's backward pass reads.
-    Activations,
+    pub const ACTIVATIONS: Self = Self::AllBut(0);
+    /// The residual stream before each layer.
+    pub const INPUTS: Self = Self::AllBut(usize::MAX);
+
+    /// Of a model of `layers` layers, those that are made again: the first so many.
+    pub fn recomputed(self, layers: usize) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::AllBut(recomputed) => recomputed.min(layers),
+        }
+    }
 }
 
 /// What decides how much memory there must be.
@@ -71,9 +85,9 @@ pub(super) struct HeadRows {
 /// Regions; offsets in what [`Arena::new`] returns, addresses after [`Arena::at`]. bf16 unless said otherwise.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Arena {
-    /// Of each layer, or of any; the last is for passes that keep nothing.
+    /// Of each layer that keeps its own; the last is for passes that keep nothing, and for what is made again.
     pub(super) traces: Vec<Trace>,
-    /// Residual stream before each layer, f32 `[T, H]`; with [`Kept::Inputs`].
+    /// Residual stream before each of the first layers, f32 `[T, H]`: those that are made again.
     pub(super) inputs: Vec<u64>,
     /// Of the last training pass, and of any other.
     pub(super) heads: [HeadRows; 2],
@@ -162,18 +176,16 @@ impl Arena {
         let (t, layers) = (sizes.tokens, spec.num_hidden_layers);
         let (trace, bytes) = trace(spec, t);
         self.trace_bytes = bytes;
+        let recomputed = sizes.kept.recomputed(layers);
         let kept = match sizes.kept {
-            Kept::Activations => layers,
-            Kept::Inputs | Kept::Nothing => 0,
+            Kept::Nothing => 0,
+            Kept::AllBut(_) => layers - recomputed,
         };
-        // One more for passes that keep nothing, and for what is made again.
         self.traces = (0..=kept)
             .map(|_| trace.moved(carver.take(bytes, 1)))
             .collect();
-        if sizes.kept == Kept::Inputs {
-            let size = t * spec.hidden_size;
-            self.inputs = (0..layers).map(|_| carver.take(size, 4)).collect();
-        }
+        let size = t * spec.hidden_size;
+        self.inputs = (0..recomputed).map(|_| carver.take(size, 4)).collect();
         let h = t * spec.hidden_size;
         self.heads = std::array::from_fn(|_| HeadRows {
             saved: carver.take(h, 2),
@@ -215,10 +227,15 @@ impl Arena {
         self.dlow = carver.take(t * 3 * sizes.rank, 2);
     }
 
-    /// The trace of a layer whose activations are kept, or the one that is shared.
-    pub(super) fn trace(&self, layer: Option<usize>) -> Trace {
-        let shared = self.traces.len() - 1;
-        self.traces[layer.map_or(shared, |layer| layer.min(shared))]
+    /// The trace that a training pass keeps of a layer; `None` for one that is made again.
+    pub(super) fn kept(&self, layer: usize) -> Option<Trace> {
+        let place = layer.checked_sub(self.inputs.len())?;
+        self.traces[..self.traces.len() - 1].get(place).copied()
+    }
+
+    /// The trace of any other.
+    pub(super) fn shared(&self) -> Trace {
+        self.traces[self.traces.len() - 1]
     }
 
     /// The same regions as addresses of a buffer at `base`.
@@ -341,19 +358,36 @@ mod tests {
         // dx, dx16, dqkv, dkv, dattended, row_dots; dkv: one part from 12,672 tokens on, and below no less.
         let backward = 3584 + 1792 + 2304 + 1792 + 56;
         assert_eq!(each(Kept::Nothing), trace + heads + work);
-        assert_eq!(
-            each(Kept::Inputs),
-            trace + 24 * 3584 + heads + work + backward
-        );
-        assert_eq!(
-            each(Kept::Activations),
-            25 * trace + heads + work + backward
-        );
+        for recomputed in [24, 7, 0] {
+            assert_eq!(
+                each(Kept::AllBut(recomputed)),
+                (25 - recomputed) * trace + recomputed * 3584 + heads + work + backward
+            );
+        }
+        assert_eq!(each(Kept::INPUTS), each(Kept::AllBut(24)));
+    }
+
+    #[test]
+    fn the_first_layers_are_made_again_and_the_others_have_traces_of_their_own() {
+        let arena = Arena::new(&spec(), &sizes(300, Kept::AllBut(7)));
+        assert_eq!(arena.inputs.len(), 7);
+        assert!((0..7).all(|layer| arena.kept(layer).is_none()));
+        let mut starts: Vec<u64> = (7..24).map(|l| arena.kept(l).unwrap().before).collect();
+        starts.push(arena.shared().before);
+        assert_eq!(starts.len(), 18);
+        assert!(starts.is_sorted_by(|a, b| a < b));
+        let nothing = Arena::new(&spec(), &sizes(300, Kept::Nothing));
+        assert!((0..24).all(|layer| nothing.kept(layer).is_none()));
     }
 
     #[test]
     fn regions_do_not_overlap_and_keep_their_alignment() {
-        for kept in [Kept::Nothing, Kept::Inputs, Kept::Activations] {
+        for kept in [
+            Kept::Nothing,
+            Kept::INPUTS,
+            Kept::AllBut(5),
+            Kept::ACTIVATIONS,
+        ] {
             let arena = Arena::new(&spec(), &sizes(300, kept)).at(4096);
             let mut starts: Vec<u64> = arena.traces.iter().map(|t| t.before).collect();
             starts.extend(arena.traces.iter().map(|t| t.gate_up));
@@ -381,7 +415,7 @@ mod tests {
 
     #[test]
     fn a_chunk_of_logits_is_bounded_and_never_longer_than_the_pass() {
-        let rows = |tokens| Arena::new(&spec(), &sizes(tokens, Kept::Activations)).chunk_rows;
+        let rows = |tokens| Arena::new(&spec(), &sizes(tokens, Kept::ACTIVATIONS)).chunk_rows;
         assert_eq!(rows(8192), 1152);
         assert_eq!(rows(2048), 512);
         assert_eq!(rows(100), 104);

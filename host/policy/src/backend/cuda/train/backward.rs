@@ -2,7 +2,7 @@
 
 use super::{
     Mode, On, Training,
-    arena::{COLUMN_PARTS, Kept, PARTS, Trace, qkv_width},
+    arena::{COLUMN_PARTS, PARTS, Trace, qkv_width},
     clock::Kind,
     forward::{Run, projection},
     head::{Lesson, Scored},
@@ -43,9 +43,9 @@ impl Training {
         self.head_backward(on, run, scored, lesson)?;
         self.reduce(on.gpu, 1)?;
         for layer in (0..on.spec.num_hidden_layers).rev() {
-            let trace = match self.sizes.kept {
-                Kept::Activations => self.arena.trace(Some(layer)),
-                Kept::Inputs | Kept::Nothing => self.again(on, run, layer)?,
+            let trace = match self.arena.kept(layer) {
+                Some(trace) => trace,
+                None => self.again(on, run, layer)?,
             };
             self.mlp_backward(on, run, layer, &trace)?;
             self.attention_backward(on, run, layer, &trace)?;
@@ -63,7 +63,7 @@ impl Training {
     fn again(&mut self, on: On<'_>, run: &Run, layer: usize) -> Result<Trace, CudaError> {
         let bytes = run.tokens() * on.spec.hidden_size * size_of::<f32>();
         on.gpu.copy(self.arena.inputs[layer], self.arena.x, bytes)?;
-        let trace = self.arena.trace(None);
+        let trace = self.arena.shared();
         self.layer(on, run, layer, (trace, 0, false))?;
         Ok(trace)
     }

@@ -13,7 +13,7 @@ use super::{
     head::{Lesson, Scored, Unembedding},
     layout, missing,
     operands::{Norm, NormBackward},
-    optimizer::{Optimizer, numbers},
+    optimizer::{Moments, Optimizer, numbers},
     tables::Field,
 };
 use crate::{
@@ -47,7 +47,7 @@ impl ExitOptimizer {
         let stream = &gpu.stream;
         let at = vec![norm.device_ptr(stream).0, adapter.device_ptr(stream).0];
         let mut exit = Self {
-            optimizer: Optimizer::new(gpu, layout, at)?,
+            optimizer: Optimizer::new(gpu, layout, at, Moments::F32)?,
             slots,
         };
         exit.import(gpu, weights)?;
@@ -190,7 +190,7 @@ impl CudaBackend {
         check_batch(batch, self.spec.vocab_size, self.longest())?;
         check_targets(batch, targets, self.spec.vocab_size)?;
         self.with_exit(|backend, exit| {
-            let (training, on) = backend.with_training()?;
+            let (training, on) = backend.begin_passes()?;
             let lesson = Lesson::soft(on.gpu, targets, weight)?;
             Ok(weight * training.distill_exit(on, batch, temperature, exit, &lesson)?)
         })

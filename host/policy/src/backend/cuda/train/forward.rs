@@ -118,11 +118,11 @@ impl Training {
         };
         on.gpu.embed(ids, table, x, t, h)?;
         for layer in 0..layers {
-            let kept = run.trains && self.sizes.kept == Kept::Activations;
-            let trace = self.arena.trace(kept.then_some(layer));
+            let kept = self.arena.kept(layer).filter(|_| run.trains);
+            let trace = kept.unwrap_or(self.arena.shared());
             let delta = if layer == 0 { 0 } else { self.arena.delta };
-            let keep = run.trains && self.sizes.kept == Kept::Inputs;
-            self.layer(on, run, layer, (trace, delta, keep))?;
+            let again = run.trains && kept.is_none();
+            self.layer(on, run, layer, (trace, delta, again))?;
         }
         let last = Norm {
             x,

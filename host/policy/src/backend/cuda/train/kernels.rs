@@ -8,7 +8,7 @@ use cudarc::driver::{CudaFunction, sys::CUfunction_attribute};
 use super::{
     arena::{COLUMN_PARTS, PARTS},
     operands::{Attention, Logits, Norm, NormBackward, Projection, Scores, Soft},
-    optimizer::Update,
+    optimizer::{Moments, Update},
 };
 use crate::backend::cuda::{
     CudaError, compile,
@@ -43,7 +43,8 @@ pub(super) struct Kernels {
     distill_gradient: CudaFunction,
     sum_squares: CudaFunction,
     global_norm: CudaFunction,
-    adamw: CudaFunction,
+    /// With moments of f32 and of bf16.
+    adamw: [CudaFunction; 2],
     merge_adapter: CudaFunction,
     scale_rows: CudaFunction,
 }
@@ -110,7 +111,7 @@ impl Kernels {
             distill_gradient: get("distill_gradient")?,
             sum_squares: get("sum_squares")?,
             global_norm: get("global_norm")?,
-            adamw: get("adamw_f32_f32")?,
+            adamw: [get("adamw_f32_f32")?, get("adamw_bf16_f32")?],
             merge_adapter: get("merge_adapter")?,
             scale_rows: get("scale_rows")?,
         })
@@ -353,9 +354,9 @@ impl Kernels {
         )
     }
 
-    pub(super) fn adamw(&self, gpu: &Gpu, u: &Update) -> Result<(), CudaError> {
+    pub(super) fn adamw(&self, gpu: &Gpu, u: &Update, moments: Moments) -> Result<(), CudaError> {
         let launch = blocks((u.chunks, 1, 1), 256);
-        let kernel = &self.adamw;
+        let kernel = &self.adamw[moments as usize];
         launch!(
             gpu,
             kernel,

@@ -21,6 +21,7 @@ mod operands;
 mod optimizer;
 mod plan;
 mod reduce;
+mod room;
 mod state;
 mod tables;
 mod unpacked;
@@ -32,7 +33,8 @@ use cudarc::driver::{CudaSlice, DevicePtr};
 pub use arena::Kept;
 pub use clock::WorkTime;
 pub(super) use exit::ExitOptimizer;
-pub use plan::{TrainingPlan, training_bytes};
+pub use optimizer::Moments;
+pub use plan::{Learns, TrainingPlan, training_bytes};
 
 use super::{
     CudaBackend, CudaError, CudaWeights,
@@ -58,6 +60,7 @@ use kernels::Kernels;
 use layout::{Layout, ModelSlots};
 use optimizer::Optimizer;
 use reduce::Reducer;
+pub(super) use room::Room;
 use unpacked::Unpacked;
 
 /// Most tokens of one pass: blocks of a grid's second dimension.
@@ -72,6 +75,8 @@ struct On<'a> {
     gpu: &'a Gpu,
     weights: &'a Weights,
     spec: &'a ModelSpec,
+    /// Where keys and values are kept during rollouts, and what they need not survive passes.
+    room: Option<Room>,
 }
 
 /// What trains.
@@ -116,8 +121,10 @@ pub(super) struct Training {
     mode: Mode,
     optimizer: Option<Optimizer>,
     sizes: Sizes,
+    /// Without room for a single token until the first pass, and after each rollout.
     arena: Arena,
-    buffer: CudaSlice<u8>,
+    /// Where the arena is, unless it is in the [`Room`] of keys and values.
+    buffer: Option<CudaSlice<u8>>,
     unpacked: Unpacked,
     /// What the last [`Pass::Train`] left for `backward`.
     saved: Option<(Run, Scored)>,
@@ -147,11 +154,14 @@ impl Training {
     fn new(
         on: On<'_>,
         given: CudaWeights<'_>,
-        (trainable, merge): (&Trainable, Option<bool>),
+        learns: Learns<'_>,
         (tokens, kept): (usize, Kept),
         cache: Option<&Path>,
     ) -> Result<Self, PolicyError> {
         let On { gpu, spec, .. } = on;
+        let Learns {
+            trainable, moments, ..
+        } = learns;
         let (layout, slots) = layout::of_model(spec);
         let kernels = Kernels::load(gpu, spec.head_dim, spec.hidden_size, cache)?;
         let mut gemm = Gemm::new(&gpu.stream)?;
@@ -161,7 +171,7 @@ impl Training {
                 let copy = || on.weights.copy(&gpu.stream).map(Box::new);
                 let reference = keep_reference.then(copy).transpose()?;
                 let weights = on.weights.buffers(&gpu.stream)?;
-                let optimizer = Optimizer::new(gpu, layout.clone(), weights)?;
+                let optimizer = Optimizer::new(gpu, layout.clone(), weights, moments)?;
                 for param in layout.params.iter().filter(|p| layout.slots[p.slot].matrix) {
                     let tensor = given
                         .tensors
@@ -174,14 +184,14 @@ impl Training {
             }
             Trainable::Lora { config, seed } => {
                 config.check_targets()?;
-                let merge = merges(merge, on.weights.largest_quantized() > 0)?;
-                let (lora, optimizer) = Lora::new(on, given, &layout, (config, *seed), merge)?;
+                let merge = merges(learns.merge, on.weights.largest_quantized() > 0)?;
+                let how = (merge, moments);
+                let (lora, optimizer) = Lora::new(on, given, &layout, (config, *seed), how)?;
                 lora.merge(on, &kernels, &mut gemm, &optimizer)?;
                 (Mode::Lora(Box::new(lora)), Some(optimizer))
             }
         };
         let sizes = sizes(trainable, tokens, kept, gpu.multiprocessors);
-        let (arena, buffer) = carve(on, &sizes)?;
         Ok(Self {
             kernels,
             gemm,
@@ -190,8 +200,8 @@ impl Training {
             mode,
             optimizer,
             sizes,
-            arena,
-            buffer,
+            arena: Arena::default(),
+            buffer: None,
             unpacked: Unpacked::new(on)?,
             saved: None,
             logits: None,
@@ -199,25 +209,6 @@ impl Training {
             clock: Clock::default(),
             reducer: None,
         })
-    }
-
-    /// Makes room for a pass of `tokens` tokens, which forgets the last one.
-    fn reserve(&mut self, on: On<'_>, tokens: usize) -> Result<(), CudaError> {
-        if tokens <= self.arena.tokens {
-            return Ok(());
-        }
-        let (what, most) = ("tokens", MAX_TOKENS);
-        if tokens > most {
-            let asked = tokens;
-            return Err(CudaError::Capacity { what, asked, most });
-        }
-        (self.saved, self.logits) = (None, None);
-        self.sizes.tokens = tokens;
-        // The old one is freed first: both might not fit. Without a new one there is room for nothing.
-        self.arena.tokens = 0;
-        self.buffer = on.gpu.stream.alloc_zeros(1)?;
-        (self.arena, self.buffer) = carve(on, &self.sizes)?;
-        Ok(())
     }
 
     /// The weights that a pass reads.
@@ -285,19 +276,9 @@ fn sizes(trainable: &Trainable, tokens: usize, kept: Kept, multiprocessors: usiz
     }
 }
 
-fn carve(on: On<'_>, sizes: &Sizes) -> Result<(Arena, CudaSlice<u8>), CudaError> {
-    let arena = Arena::new(on.spec, sizes);
-    let buffer = on.gpu.stream.alloc_zeros::<u8>(arena.bytes)?;
-    let base = buffer.device_ptr(&on.gpu.stream).0;
-    let arena = arena.at(base);
-    on.gpu.write(arena.ones, &vec![1f32; arena.chunk_rows])?;
-    Ok((arena, buffer))
-}
-
 impl CudaBackend {
     /// Makes room for training: masters, gradients and moments of what trains, and what passes of `tokens` tokens keep.
-    /// `given` are the weights that the model was made of. A longer pass is let in where the GPU has room for it. `merge`: whether
-    /// LoRA is merged into the weights after every update, or applied beside them; by default where none is quantised.
+    /// `given` are the weights that the model was made of. A longer pass is let in where the GPU has room for it.
     ///
     /// # Errors
     /// [`PolicyError::LoraTarget`]; [`CudaError::StaysQuantized`] and [`CudaError::MergeQuantized`] for weights that are;
@@ -305,17 +286,17 @@ impl CudaBackend {
     pub fn train(
         &mut self,
         given: CudaWeights<'_>,
-        (trainable, merge): (&Trainable, Option<bool>),
+        learns: Learns<'_>,
         (tokens, kept): (usize, Kept),
     ) -> Result<(), PolicyError> {
         let on = On {
             gpu: &self.gpu,
             weights: &self.weights,
             spec: &self.spec,
+            room: None,
         };
         let cache = self.cache.as_deref();
-        let what = (trainable, merge);
-        let training = Training::new(on, given, what, (tokens, kept), cache)?;
+        let training = Training::new(on, given, learns, (tokens, kept), cache)?;
         let adapters = training.adapters(on, self.work.max_tokens)?;
         if adapters.is_some() && self.deterministic {
             return Err(CudaError::UnmergedDeterministic.into());
@@ -337,12 +318,13 @@ impl CudaBackend {
         if self.training.is_none() {
             let none = BTreeMap::new();
             let (given, nothing) = (CudaWeights::dense(&none), &Trainable::Nothing);
-            self.train(given, (nothing, None), (0, Kept::Nothing))?;
+            self.train(given, Learns::of(nothing), (0, Kept::Nothing))?;
         }
         let on = On {
             gpu: &self.gpu,
             weights: &self.weights,
             spec: &self.spec,
+            room: self.kv.as_ref().map(super::KvPool::room),
         };
         let training = self.training.as_deref_mut().ok_or(NOTHING_TRAINS)?;
         Ok((training, on))
@@ -360,7 +342,7 @@ impl CudaBackend {
         pass: Pass,
     ) -> Result<TokenScores, PolicyError> {
         check_batch(batch, self.spec.vocab_size, self.longest())?;
-        let (training, on) = self.with_training()?;
+        let (training, on) = self.begin_passes()?;
         let (run, scored) = training.forward_batch(on, batch, temperature, pass)?;
         let scores = training.score_rows(on, &run, &scored)?;
         if pass == Pass::Train {
@@ -392,7 +374,7 @@ impl CudaBackend {
     ) -> Result<f64, PolicyError> {
         check_batch(batch, self.spec.vocab_size, self.longest())?;
         check_targets(batch, targets, self.spec.vocab_size)?;
-        let (training, on) = self.with_training()?;
+        let (training, on) = self.begin_passes()?;
         training.trains()?;
         let (run, scored) = training.forward_batch(on, batch, temperature, Pass::Train)?;
         let lesson = Lesson::soft(on.gpu, targets, weight)?;

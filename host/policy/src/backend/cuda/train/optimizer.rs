@@ -48,6 +48,25 @@ pub(super) struct Update {
     pub(super) constants: Constants,
 }
 
+/// Which numbers AdamW's moments are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Moments {
+    #[default]
+    F32,
+    /// Half the memory. Rounded to nearest: a moment that changes by less than a 512th of itself in a step stays as it is, so with
+    /// `beta2` above 0.998 the second one no longer falls.
+    Bf16,
+}
+
+impl Moments {
+    fn width(self) -> usize {
+        match self {
+            Self::F32 => size_of::<f32>(),
+            Self::Bf16 => size_of::<bf16>(),
+        }
+    }
+}
+
 /// See the file header.
 pub(super) struct Optimizer {
     pub(super) layout: Layout,
@@ -55,8 +74,9 @@ pub(super) struct Optimizer {
     weights: Vec<u64>,
     master: CudaSlice<f32>,
     gradients: CudaSlice<f32>,
-    /// First and second moments.
-    moments: [CudaSlice<f32>; 2],
+    /// First and second, as `kind` says.
+    moments: [CudaSlice<u8>; 2],
+    kind: Moments,
     /// Slots whose gradient has been written since the last update.
     filled: Vec<bool>,
     tensors: CudaSlice<u64>,
@@ -67,9 +87,11 @@ pub(super) struct Optimizer {
     steps: u64,
 }
 
-/// Bytes of the flat arrays.
-pub(super) fn bytes(layout: &Layout) -> usize {
-    4 * layout.total() * size_of::<f32>()
+/// Bytes of masters and moments, and of gradients.
+pub(super) fn bytes(layout: &Layout, moments: Moments) -> (usize, usize) {
+    let each = size_of::<f32>();
+    let total = layout.total();
+    (total * (each + 2 * moments.width()), total * each)
 }
 
 /// Tensor and chunk of every block, in order.
@@ -83,14 +105,21 @@ fn chunks(layout: &Layout) -> Vec<[i32; 2]> {
 
 impl Optimizer {
     /// `weights`: address of each slot's buffer. Masters are to be set ([`Optimizer::set`]).
-    pub(super) fn new(gpu: &Gpu, layout: Layout, weights: Vec<u64>) -> Result<Self, CudaError> {
+    pub(super) fn new(
+        gpu: &Gpu,
+        layout: Layout,
+        weights: Vec<u64>,
+        kind: Moments,
+    ) -> Result<Self, CudaError> {
         let stream = &gpu.stream;
         let flat = || stream.alloc_zeros::<f32>(layout.total());
+        let moment = || stream.alloc_zeros::<u8>(layout.total() * kind.width());
         let table = chunks(&layout);
         Ok(Self {
             master: flat()?,
             gradients: flat()?,
-            moments: [flat()?, flat()?],
+            moments: [moment()?, moment()?],
+            kind,
             filled: vec![false; layout.slots.len()],
             tensors: stream.alloc_zeros(ENTRY * layout.slots.len())?,
             table: stream.clone_htod(table.as_flattened())?,
@@ -106,6 +135,12 @@ impl Optimizer {
     /// Address of a slot in a flat array.
     fn flat(&self, gpu: &Gpu, array: &CudaSlice<f32>, slot: usize) -> u64 {
         let offset = self.layout.slots[slot].offset * size_of::<f32>();
+        array.device_ptr(&gpu.stream).0 + offset as u64
+    }
+
+    /// Address of a slot's moment.
+    fn moment(&self, gpu: &Gpu, array: &CudaSlice<u8>, slot: usize) -> u64 {
+        let offset = self.layout.slots[slot].offset * self.kind.width();
         array.device_ptr(&gpu.stream).0 + offset as u64
     }
 
@@ -225,7 +260,7 @@ impl Optimizer {
         if !norm.is_finite() {
             return Err(self.broken(gpu)?);
         }
-        kernels.adamw(gpu, &update)?;
+        kernels.adamw(gpu, &update, self.kind)?;
         self.steps += 1;
         self.filled.fill(false);
         Ok(f64::from(norm))
@@ -250,7 +285,7 @@ impl Optimizer {
         let decay = (1.0 - hyper.learning_rate * hyper.weight_decay) as f32;
         let entry = |(index, slot): (usize, &super::layout::Slot)| {
             let weight = if slot.matrix { self.weights[index] } else { 0 };
-            let [m, v] = self.moments.each_ref().map(|m| self.flat(gpu, m, index));
+            let [m, v] = self.moments.each_ref().map(|m| self.moment(gpu, m, index));
             [
                 self.master(gpu, index),
                 m,
@@ -272,8 +307,10 @@ impl Optimizer {
         let params = self.layout.params.iter().filter(|_| self.steps > 0);
         for param in params {
             for (kind, array) in MOMENTS.iter().zip(&self.moments) {
-                let at = self.flat(gpu, array, param.slot);
-                out.insert(format!("{}.{kind}", param.name), self.read(gpu, param, at)?);
+                let numbers = self.read_moment(gpu, array, param)?;
+                let values = param.split(&numbers);
+                let tensor = Tensor::from_vec(values, param.shape(), &Device::Cpu)?;
+                out.insert(format!("{}.{kind}", param.name), tensor);
             }
         }
         Ok(out)
@@ -295,21 +332,44 @@ impl Optimizer {
         let steps: Vec<f32> = get("step")?.to_vec1()?;
         self.steps = steps.first().copied().unwrap_or(0.0) as u64;
         for (kind, array) in MOMENTS.iter().zip(&self.moments) {
-            gpu.zero(
-                array.device_ptr(&gpu.stream).0,
-                array.len() * size_of::<f32>(),
-            )?;
+            gpu.zero(array.device_ptr(&gpu.stream).0, array.len())?;
             for param in self.layout.params.iter().filter(|_| self.steps > 0) {
                 let name = format!("{}.{kind}", param.name);
                 let values = numbers(&name, get(&name)?, param.count())?;
                 let window = param.window();
                 let mut joined = vec![0.0; window.len()];
                 param.join(&values, &mut joined);
-                let at = self.flat(gpu, array, param.slot) + 4 * window.start as u64;
-                gpu.write(at, &joined)?;
+                let first = (window.start * self.kind.width()) as u64;
+                let at = self.moment(gpu, array, param.slot) + first;
+                match self.kind {
+                    Moments::F32 => gpu.write(at, &joined)?,
+                    Moments::Bf16 => {
+                        let rounded: Vec<bf16> =
+                            joined.iter().map(|x| bf16::from_f32(*x)).collect();
+                        gpu.write(at, &rounded)?;
+                    }
+                }
             }
         }
         Ok(())
+    }
+
+    fn read_moment(
+        &self,
+        gpu: &Gpu,
+        array: &CudaSlice<u8>,
+        param: &Param,
+    ) -> Result<Vec<f32>, CudaError> {
+        let window = param.window();
+        let first = (window.start * self.kind.width()) as u64;
+        let at = self.moment(gpu, array, param.slot) + first;
+        match self.kind {
+            Moments::F32 => gpu.read::<f32>(at, window.len()),
+            Moments::Bf16 => {
+                let numbers = gpu.read::<bf16>(at, window.len())?;
+                Ok(numbers.into_iter().map(bf16::to_f32).collect())
+            }
+        }
     }
 }
 
@@ -363,7 +423,9 @@ mod tests {
         };
         let expected = [[0, 0], [0, 1], [1, 0], [2, 0], [2, 1]];
         assert_eq!(chunks(&layout), expected);
-        assert_eq!(bytes(&layout), 16 * (16_640 + 2 * CHUNK));
+        let total = 16_640 + 2 * CHUNK;
+        assert_eq!(bytes(&layout, Moments::F32), (12 * total, 4 * total));
+        assert_eq!(bytes(&layout, Moments::Bf16), (8 * total, 4 * total));
     }
 
     #[test]

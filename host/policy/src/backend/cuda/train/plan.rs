@@ -8,7 +8,9 @@ use serde::Serialize;
 use super::{
     adapters,
     arena::{Arena, Kept},
-    layout, optimizer, sizes,
+    layout,
+    optimizer::{self, Moments},
+    sizes,
 };
 use crate::{
     backend::{
@@ -19,13 +21,32 @@ use crate::{
         },
     },
     spec::ModelSpec,
-    weights::LoraConfig,
 };
+
+/// What trains, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct Learns<'a> {
+    pub trainable: &'a Trainable,
+    /// Whether LoRA is merged into the weights after every update, or applied beside them; `None`: where no weight is quantised.
+    pub merge: Option<bool>,
+    pub moments: Moments,
+}
+
+impl<'a> Learns<'a> {
+    /// This, in the usual way.
+    pub fn of(trainable: &'a Trainable) -> Self {
+        Self {
+            trainable,
+            merge: None,
+            moments: Moments::F32,
+        }
+    }
+}
 
 /// Bytes of training beside the weights that the decoder reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct TrainingPlan {
-    /// Masters and moments, f32; the frozen base or the reference beside the policy, and where passes make quantised matrices
+    /// Masters, f32, and moments; the frozen base or the reference beside the policy, and where passes make quantised matrices
     /// bf16.
     pub state: usize,
     /// f32.
@@ -34,8 +55,8 @@ pub struct TrainingPlan {
     pub activations: usize,
     /// Tokens of the passes that this is for.
     pub tokens: usize,
-    /// Activations are made again in the backward pass, layer by layer.
-    pub recompute: bool,
+    /// Layers whose activations are made again in the backward pass, one at a time: the first so many.
+    pub recomputed_layers: usize,
 }
 
 impl TrainingPlan {
@@ -46,39 +67,43 @@ impl TrainingPlan {
 }
 
 /// What passes of `tokens` tokens and the optimizer of `trainable` take on a GPU with so many multiprocessors, beside weights as
-/// they are given. `merge` is that of [`CudaBackend::train`](super::super::CudaBackend::train).
+/// they are given.
 pub fn training_bytes(
     (spec, given): (&ModelSpec, CudaWeights<'_>),
-    (trainable, merge): (&Trainable, Option<bool>),
+    learns: Learns<'_>,
     (tokens, kept): (usize, Kept),
     multiprocessors: usize,
 ) -> TrainingPlan {
+    let Learns {
+        trainable,
+        merge,
+        moments,
+    } = learns;
     let unpacked = unpacked_bytes(spec, given);
-    let (numbers, beside) = match trainable {
-        Trainable::Nothing => (0, 0),
+    let ((state, gradients), beside) = match trainable {
+        Trainable::Nothing => ((0, 0), 0),
         Trainable::Full { keep_reference } => {
             let (layout, _) = layout::of_model(spec);
             let none = BTreeMap::new();
             let frozen = WeightSizes::of(spec, CudaWeights::dense(&none), 0).weights;
             let beside = if *keep_reference { frozen } else { 0 };
-            (optimizer::bytes(&layout), beside)
+            (optimizer::bytes(&layout, moments), beside)
         }
-        Trainable::Lora { config, .. } => lora_bytes(spec, config, merge.unwrap_or(unpacked == 0)),
+        Trainable::Lora { config, .. } => {
+            let (layout, layers) = layout::of_adapters(spec, config);
+            let merge = merge.unwrap_or(unpacked == 0);
+            let beside = adapters::bytes(&layout, &layers, merge);
+            (optimizer::bytes(&layout, moments), beside)
+        }
     };
     let sizes = sizes(trainable, tokens, kept, multiprocessors);
     TrainingPlan {
-        state: numbers / 4 * 3 + beside + unpacked,
-        gradients: numbers / 4,
+        state: state + beside + unpacked,
+        gradients,
         activations: Arena::new(spec, &sizes).bytes,
         tokens,
-        recompute: sizes.kept == Kept::Inputs,
+        recomputed_layers: sizes.kept.recomputed(spec.num_hidden_layers),
     }
-}
-
-fn lora_bytes(spec: &ModelSpec, config: &LoraConfig, merge: bool) -> (usize, usize) {
-    let (layout, layers) = layout::of_adapters(spec, config);
-    let beside = adapters::bytes(&layout, &layers, merge);
-    (optimizer::bytes(&layout), beside)
 }
 
 /// Bytes of the largest matrix of the layers and the head that stays quantised, as bf16.
@@ -103,7 +128,7 @@ mod tests {
     use super::*;
     use crate::{
         spec::Family,
-        weights::{Quantized, QuantizedMatrix},
+        weights::{LoraConfig, Quantized, QuantizedMatrix},
     };
 
     fn spec() -> ModelSpec {
@@ -133,7 +158,7 @@ mod tests {
             let trainable = Trainable::Full { keep_reference };
             let none = BTreeMap::new();
             let given = (&spec(), CudaWeights::dense(&none));
-            training_bytes(given, (&trainable, None), (512, Kept::Activations), 132)
+            training_bytes(given, Learns::of(&trainable), (512, Kept::ACTIVATIONS), 132)
         };
         // Every size is a multiple of what buffers are rounded up to.
         let weights = spec().parameters();
@@ -141,6 +166,16 @@ mod tests {
         assert_eq!(plan(false).state, 12 * weights);
         let vectors = 5 * 256;
         assert_eq!(plan(true).state, 12 * weights + 2 * weights + 2 * vectors);
+        let halved = Learns {
+            moments: Moments::Bf16,
+            ..Learns::of(&Trainable::Full {
+                keep_reference: false,
+            })
+        };
+        let none = BTreeMap::new();
+        let given = (&spec(), CudaWeights::dense(&none));
+        let halved = training_bytes(given, halved, (512, Kept::ACTIVATIONS), 132);
+        assert_eq!((halved.state, halved.gradients), (8 * weights, 4 * weights));
         let all = plan(true);
         assert_eq!(all.bytes(), all.state + all.gradients + all.activations);
     }
@@ -158,16 +193,20 @@ mod tests {
         let none = BTreeMap::new();
         let merged = |trainable: &Trainable, kept, merge| {
             let given = (&spec(), CudaWeights::dense(&none));
-            training_bytes(given, (trainable, merge), (512, kept), 132)
+            let learns = Learns {
+                merge,
+                ..Learns::of(trainable)
+            };
+            training_bytes(given, learns, (512, kept), 132)
         };
         let plan = |trainable: &Trainable, kept| merged(trainable, kept, None);
-        let kept = plan(&full, Kept::Activations);
-        let again = plan(&full, Kept::Inputs);
-        assert!(again.recompute && !kept.recompute);
+        let kept = plan(&full, Kept::ACTIVATIONS);
+        let again = plan(&full, Kept::INPUTS);
+        assert_eq!((again.recomputed_layers, kept.recomputed_layers), (2, 0));
         assert!(again.activations < kept.activations);
         let lora = Trainable::Lora { config, seed: 1 };
-        let beside = merged(&lora, Kept::Inputs, Some(false));
-        let lora = plan(&lora, Kept::Inputs);
+        let beside = merged(&lora, Kept::INPUTS, Some(false));
+        let lora = plan(&lora, Kept::INPUTS);
         // 8 · (256 + 256) numbers a layer; the base of qkv, [512, 256], once more; a stripe.
         let numbers = 2 * 8 * 512;
         assert_eq!(lora.gradients, 4 * numbers);
@@ -177,7 +216,7 @@ mod tests {
         );
         assert_eq!(beside.state, 12 * numbers + 2 * numbers);
         assert_eq!(beside.activations, lora.activations);
-        let nothing = plan(&Trainable::Nothing, Kept::Activations);
+        let nothing = plan(&Trainable::Nothing, Kept::ACTIVATIONS);
         assert_eq!((nothing.state, nothing.gradients), (0, 0));
     }
 
@@ -210,7 +249,13 @@ mod tests {
                 quantized: &quantized,
                 keep: true,
             };
-            training_bytes((&spec(), given), (&lora, None), (512, Kept::Inputs), 132).state
+            training_bytes(
+                (&spec(), given),
+                Learns::of(&lora),
+                (512, Kept::INPUTS),
+                132,
+            )
+            .state
         };
         let numbers = 2 * 8 * 512;
         // Gate and up, [1024, 256]; the embedding, which is the head, [1024, 256]; q, k and v, [512, 256].

@@ -140,6 +140,7 @@ impl CudaBackend {
             gpu: &self.gpu,
             weights: &self.weights,
             spec: &self.spec,
+            room: None,
         };
         Ok((self.training.as_deref().ok_or(NOTHING_TRAINS)?, on))
     }
@@ -171,6 +172,7 @@ impl CudaBackend {
             gpu: &self.gpu,
             weights: &self.weights,
             spec: &self.spec,
+            room: None,
         };
         let (layout, slots) = layout::of_model(&self.spec);
         let at = addresses(&ModelAt::of(on.weights, on.gpu), &layout, &slots);
