@@ -64,7 +64,7 @@ pub fn build(dir: &Path) -> Result<Built, AuthoringError> {
         Language::Js => javascript(dir, asks, &path)?,
     }
     if let Some(manifest) = &manifest {
-        manifest::embed(manifest, &path)?;
+        manifest::embed(manifest, dir, &path)?;
     }
     let written = fs::metadata(&path).map_err(AuthoringError::file(&path))?;
     Ok(Built {

@@ -26,17 +26,21 @@ pub(super) fn read(dir: &Path) -> Result<Option<Manifest>, AuthoringError> {
         .map_err(|error| AuthoringError::Manifest { path, error })
 }
 
-/// Puts a manifest into the component at `path`.
+/// Puts a manifest into the component at `path` of the project in `dir`.
 ///
 /// # Errors
-/// A file that cannot be read or written.
-pub(super) fn embed(manifest: &Manifest, path: &Path) -> Result<(), AuthoringError> {
+/// A file that cannot be read or written; one that is no component, which is removed.
+pub(super) fn embed(manifest: &Manifest, dir: &Path, path: &Path) -> Result<(), AuthoringError> {
     let component = fs::read(path).map_err(AuthoringError::file(path))?;
-    let whole = manifest.embed(&component);
-    let whole = whole.map_err(|error| AuthoringError::Manifest {
-        path: path.to_owned(),
-        error,
-    })?;
+    let whole = manifest.embed(&component).map_err(|error| {
+        let reason = format!("its manifest {error}");
+        let dir = dir.to_owned();
+        AuthoringError::NotAPlugin { dir, reason }
+    });
+    let Ok(whole) = whole else {
+        fs::remove_file(path).map_err(AuthoringError::file(path))?;
+        return whole.map(drop);
+    };
     fs::write(path, whole).map_err(AuthoringError::file(path))
 }
 

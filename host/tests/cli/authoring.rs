@@ -102,6 +102,15 @@ fn a_tool_that_fails_leaves_no_component() {
         ("`p` is not built", "grpo-host plugin build p")
     );
     install("echo out of place\ntouch p.wasm");
+    let ended = lab.run("plugin build p --json");
+    let (error, _) = ended.refused(1);
+    assert!(
+        error.starts_with("what `p` compiles to is no plugin: "),
+        "{error}"
+    );
+    assert!(!lab.path("p/p.wasm").exists());
+    assert_eq!(ended.stdout, "");
+    std::fs::remove_file(lab.path("p/plugin.json")).unwrap();
     let ended = lab.run("plugin build p --json").fine();
     assert_eq!(ended.json()["bytes"], 0);
     assert_eq!(ended.stdout.lines().count(), 1, "{ended:?}");

@@ -54,7 +54,7 @@ fn run_config(scoring_waves: u32) -> RunConfig {
 fn trainer<'c>(config: &'c RunConfig, body: &str, sink: LogSink, judges: Panel) -> Trainer<'c> {
     let environment = Environment::default();
     let quiet = Arc::new(|_: LogLine<'_>| {});
-    let mut plugins = setup::plugins(config, &environment, quiet).unwrap();
+    let mut plugins = setup::plugins(config, &environment, &mut |_| {}, quiet).unwrap();
     let limits = Limits {
         deadline_ms: 600_000,
         wall_ms: 600_000,
