@@ -113,7 +113,10 @@ fn registry() -> anyhow::Result<()> {
         command.status().is_ok_and(|status| status.success())
     };
     let there = || runs("docker-registry", &["--version"]);
-    if there() || (runs("apt-get", &["install", "-y", "docker-registry"]) && there()) {
+    // The lists of packages of a new machine are empty or old.
+    let install =
+        || runs("apt-get", &["update"]) && runs("apt-get", &["install", "-y", "docker-registry"]);
+    if there() || (install() && there()) {
         return Ok(());
     }
     bail!("docker-registry is not installed; run `apt-get install docker-registry`")
