@@ -116,6 +116,14 @@ fn check(
         Ok(())
     })?;
     tell_failures(&faults, failures);
+    let judges = plugins.sources.judges();
+    judges.take_notes().iter().for_each(|note| warn(note));
+    if judges.failures() > 0 {
+        warn(&format!(
+            "{} questions have no answer in the judges' caches, and a replay asks nobody",
+            judges.failures()
+        ));
+    }
     let steps = log.files.len();
     if args.output.json {
         let object = json!({

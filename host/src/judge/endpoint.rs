@@ -165,8 +165,18 @@ impl Endpoint {
                     self.rate.admit(call.estimate, deadline).await
                 }
             };
-            let ticket = ticket.ok_or(JudgeError::Timeout)?;
-            let reservation = self.ledger.reserve(call.estimate, attempt > 0)?;
+            // What our own limits refuse says nothing of the endpoint.
+            let Some(ticket) = ticket else {
+                pass.into_iter().for_each(Pass::withdraw);
+                return Err(JudgeError::Timeout);
+            };
+            let reservation = match self.ledger.reserve(call.estimate, attempt > 0) {
+                Ok(reservation) => reservation,
+                Err(exhausted) => {
+                    pass.into_iter().for_each(Pass::withdraw);
+                    return Err(exhausted);
+                }
+            };
             let fault = match timeout(self.timeout, self.attempt(call)).await {
                 Ok(Ok(answer)) => {
                     let (prompt, completion) = tokens(&answer, call.estimate);

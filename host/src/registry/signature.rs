@@ -4,7 +4,10 @@
 //! signed as well, has `plugin:NAME:TAG` where it was made for a reference: else an old version with its good signature could
 //! be served as the new one.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use minisign::{PublicKey as PublicKeyOf, SecretKey, SecretKeyBox};
@@ -88,6 +91,24 @@ struct TrustedKey {
     prefix: Option<String>,
 }
 
+/// A place under its one name: a folder can be spelled in many ways and be reached through links, none of which may lead past a key.
+fn real(place: &str) -> String {
+    match place.strip_prefix("dir:") {
+        Some(folder) => format!("dir:{}", real_path(Path::new(folder)).display()),
+        None => place.to_owned(),
+    }
+}
+
+/// As [`std::fs::canonicalize`], with names at the end that stand for nothing (yet) as they are.
+fn real_path(path: &Path) -> PathBuf {
+    let whole = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    match (whole.canonicalize(), whole.parent(), whole.file_name()) {
+        (Ok(real), ..) => real,
+        (Err(_), Some(parent), Some(name)) => real_path(parent).join(name),
+        (Err(_), ..) => whole,
+    }
+}
+
 /// Keys whose signatures count. Where one of them covers a plugin, the plugin must have a signature of one that does.
 #[derive(Clone, Default)]
 pub struct TrustList(Vec<TrustedKey>);
@@ -112,7 +133,7 @@ impl TrustList {
         self.0.push(TrustedKey {
             key,
             text: text.to_owned(),
-            prefix: prefix.map(|p| p.trim_end_matches('/').to_owned()),
+            prefix: prefix.map(|p| real(p.trim_end_matches('/'))),
         });
         Ok(())
     }
@@ -144,7 +165,7 @@ impl TrustList {
     fn keys_for(&self, subject: Subject<'_>) -> impl Iterator<Item = &TrustedKey> {
         let path = match subject {
             Subject::File(_) => None,
-            Subject::Reference(reference) => Some(reference.path()),
+            Subject::Reference(reference) => Some(real(&reference.path())),
         };
         self.0.iter().filter(move |key| match (&key.prefix, &path) {
             (Some(prefix), Some(path)) => {
@@ -265,4 +286,39 @@ fn without_password(text: &str) -> Option<SecretKey> {
     // Signature algorithm, then how the password becomes a key: not at all.
     let plain = bytes.get(2..4) == Some(&[0, 0]);
     SecretKey::from_bytes(&bytes).ok().filter(|_| plain)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_spelling_of_a_folder_leads_past_a_key() {
+        let lab = tempfile::tempdir().unwrap();
+        let root = lab.path().canonicalize().unwrap();
+        std::fs::create_dir(root.join("shelf")).unwrap();
+        std::os::unix::fs::symlink(root.join("shelf"), root.join("link")).unwrap();
+        let root = root.display();
+        let public = "RWQf6LRCGA9i53mlYecO4IzT51TGPpvWucNSCh1CBM0QTaLn73Y7GFO3";
+        let mut trust = TrustList::default();
+        trust
+            .add(&format!("{public} dir:{root}/link"), "a test")
+            .unwrap();
+        let covers = |place: &str| {
+            let reference = format!("dir:{place}:1").parse::<Reference>().unwrap();
+            trust.covers(Subject::Reference(&reference))
+        };
+        for covered in [
+            "shelf/a",
+            "link/a",
+            "./shelf//a",
+            "link/../shelf/a",
+            "shelf/a/b",
+        ] {
+            assert!(covers(&format!("{root}/{covered}")), "{covered}");
+        }
+        for other in ["shelf-2/a", "a", "other/shelf/a"] {
+            assert!(!covers(&format!("{root}/{other}")), "{other}");
+        }
+    }
 }

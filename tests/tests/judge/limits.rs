@@ -118,16 +118,17 @@ fn a_budget_ends_questions_and_not_cached_answers() {
         ..config(&server)
     };
     let judge = judge(poor, cache.path());
-    let texts = texts(4);
+    // More than what an endpoint may fail in a row before it is left alone: this is no failure of its.
+    let texts = texts(40);
     let answers = ask(&judge, &texts, in_time());
     let spent = "all 2 requests of max_requests are made".to_owned();
     let spent = Err(JudgeError::Exhausted(spent));
     assert_eq!(answers.iter().filter(|a| a.is_ok()).count(), 2);
-    assert_eq!(answers.iter().filter(|a| **a == spent).count(), 2);
+    assert_eq!(answers.iter().filter(|a| **a == spent).count(), 38);
     let again = ask(&judge, &texts, in_time());
     assert_eq!(again, answers);
     let usage = judge.usage();
-    assert_eq!((usage.asked, usage.cached, usage.failures), (8, 2, 4));
+    assert_eq!((usage.asked, usage.cached, usage.failures), (80, 2, 76));
     // Two answers of 10 and 2 tokens.
     assert!((usage.cost - 60e-6).abs() < 1e-12, "{}", usage.cost);
     assert_eq!(server.requests().len(), 2);
