@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// The shipped components by name, but for those that are packed.
-pub const COMPONENTS: [(&str, &[u8]); 10] = [
+pub const COMPONENTS: [(&str, &[u8]); 12] = [
     (
         "reward-math",
         include_bytes!("../../plugins/dist/reward-math.wasm"),
@@ -42,6 +42,14 @@ pub const COMPONENTS: [(&str, &[u8]); 10] = [
     (
         "reward-repetition",
         include_bytes!("../../plugins/dist/reward-repetition.wasm"),
+    ),
+    (
+        "reward-judge",
+        include_bytes!("../../plugins/dist/reward-judge.wasm"),
+    ),
+    (
+        "reward-geo",
+        include_bytes!("../../plugins/dist/reward-geo.wasm"),
     ),
     (
         "formatter-chat",

@@ -11,6 +11,7 @@ use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use wasm_encoder::ComponentSection;
 
 /// A component in `dist` and the crates it is built from besides the one of its name.
 struct Guest {
@@ -18,7 +19,7 @@ struct Guest {
     libraries: &'static [&'static str],
 }
 
-const GUESTS: [Guest; 10] = [
+const GUESTS: [Guest; 12] = [
     guest("reward-math", &[]),
     guest("reward-format", &[]),
     guest("reward-inference", &["inference-cost"]),
@@ -26,6 +27,8 @@ const GUESTS: [Guest; 10] = [
     guest("reward-length", &["length-curve"]),
     guest("length-wrapper", &["length-curve"]),
     guest("reward-repetition", &[]),
+    guest("reward-judge", &["judge-text"]),
+    guest("reward-geo", &["judge-text"]),
     guest("formatter-chat", &[]),
     guest("curriculum-uniform", &["curriculum-walk"]),
     guest("curriculum-kde", &["curriculum-walk"]),
@@ -71,6 +74,7 @@ pub(crate) fn run(check_only: bool) -> Result<()> {
     fs::create_dir_all(&dist)?;
     for Guest { name, .. } in GUESTS {
         component(&module_path(&root, name), &dist_file(&root, name))?;
+        embed_manifest(&root, name)?;
     }
     for name in APART {
         build_modules(&root, &root.join("plugins").join(name))?;
@@ -141,6 +145,27 @@ fn componentize(module: &Path) -> Result<Vec<u8>> {
         .module(&bytes)
         .and_then(|mut encoder| encoder.encode())
         .with_context(|| format!("cannot make a component of {}", module.display()))
+}
+
+/// A guest that asks the host for something says so in its `plugin.json`, which its component carries as a custom section. The
+/// host reads it strictly, and a test there reads all shipped ones.
+fn embed_manifest(root: &Path, name: &str) -> Result<()> {
+    let manifest = manifest_file(root, name);
+    if manifest.exists() {
+        let out = dist_file(root, name);
+        let mut component = read(&out)?;
+        wasm_encoder::CustomSection {
+            name: "grpo:manifest".into(),
+            data: read(&manifest)?.into(),
+        }
+        .append_to_component(&mut component);
+        fs::write(&out, component).with_context(|| format!("cannot write {}", out.display()))?;
+    }
+    Ok(())
+}
+
+fn manifest_file(root: &Path, name: &str) -> PathBuf {
+    root.join("plugins").join(name).join("plugin.json")
 }
 
 /// Compiles with an installed rustup target if there is one, else with a distribution's compiler and
@@ -276,6 +301,10 @@ fn hash_inputs(root: &Path, guest: &str, libraries: &[&str]) -> Result<String> {
         files.extend(files_in(&crate_dir.join("src"), "rs")?);
     }
     files.extend(files_in(&root.join("wit/v0.1"), "wit")?);
+    let manifest = manifest_file(root, guest);
+    if manifest.exists() {
+        files.push(manifest);
+    }
     hash_files(root, files)
 }
 
@@ -341,6 +370,7 @@ mod tests {
             "plugins/Cargo.lock",
             "plugins/g/Cargo.toml",
             "plugins/g/src/lib.rs",
+            "plugins/g/plugin.json",
             "plugins/l/Cargo.toml",
             "plugins/l/src/lib.rs",
             "wit/v0.1/types.wit",

@@ -23,7 +23,7 @@ const ROLES: [Role; 3] = [Role::Reward, Role::Formatter, Role::Curriculum];
 
 /// What the host offers, with its functions; all but the first to those alone who are granted it.
 const OFFERED: [(&str, &[&str]); 5] = [
-    ("grpo:plugin/host@0.1.0", &["log"]),
+    ("grpo:plugin/host@0.1.0", &["log", "sample-telemetry"]),
     ("grpo:plugin/types@0.1.0", &[]),
     ("grpo:plugin/judge@0.1.0", &["complete", "embed"]),
     ("grpo:plugin/http@0.1.0", &["send"]),

@@ -7,7 +7,7 @@ use super::limits::{Isolation, OnFailure};
 use super::sandbox::{Loaded, Session, Wall};
 use super::v0_1::{scoring, wit};
 use super::warm::{Open, Pool, Share};
-use crate::types::{Finish, PluginId, Sample, Score};
+use crate::types::{Finish, PluginId, Sample, Score, Telemetry};
 use std::ptr;
 
 /// A loaded reward. Calls from several threads run side by side, each in an instance of its own.
@@ -257,7 +257,11 @@ impl RewardPlugin {
     ) -> Result<Vec<Outcome>, PluginError> {
         let (questions, lowered) = lower(samples);
         let verdicts = self.loaded.call(session, Call::Score, |store, _| {
-            guest.call_score(store, &questions, &lowered)
+            let costs = samples.iter().map(|s| lower_telemetry(&s.telemetry));
+            store.data_mut().telemetry.extend(costs);
+            let returned = guest.call_score(&mut *store, &questions, &lowered);
+            store.data_mut().telemetry.clear();
+            returned
         })?;
         let error = |fault| self.loaded.error(Call::Score, fault);
         let verdicts = check::length(verdicts, samples.len()).map_err(error)?;
@@ -307,7 +311,6 @@ fn lower<'a>(samples: &[Sample<'a>]) -> (Vec<wit::Question<'a>>, Vec<wit::Sample
 }
 
 fn lower_sample<'a>(sample: &Sample<'a>, question: u32) -> wit::Sample<'a> {
-    let t = sample.telemetry;
     wit::Sample {
         question,
         completion: sample.completion,
@@ -318,17 +321,20 @@ fn lower_sample<'a>(sample: &Sample<'a>, question: u32) -> wit::Sample<'a> {
             Finish::Length => wit::Finish::Length,
             Finish::Abort => wit::Finish::Abort,
         },
-        telemetry: wit::Telemetry {
-            latency_ms: t.latency_ms,
-            queue_ms: t.queue_ms,
-            prefill_ms: t.prefill_ms,
-            decode_ms: t.decode_ms,
-            prompt_tokens: t.prompt_tokens,
-            cached_prompt_tokens: t.cached_prompt_tokens,
-            generated_tokens: t.generated_tokens,
-            draft_tokens: t.draft_tokens,
-            accepted_tokens: t.accepted_tokens,
-            kv_bytes: t.kv_bytes,
-        },
+    }
+}
+
+fn lower_telemetry(t: &Telemetry) -> wit::Telemetry {
+    wit::Telemetry {
+        latency_ms: t.latency_ms,
+        queue_ms: t.queue_ms,
+        prefill_ms: t.prefill_ms,
+        decode_ms: t.decode_ms,
+        prompt_tokens: t.prompt_tokens,
+        cached_prompt_tokens: t.cached_prompt_tokens,
+        generated_tokens: t.generated_tokens,
+        draft_tokens: t.draft_tokens,
+        accepted_tokens: t.accepted_tokens,
+        kv_bytes: t.kv_bytes,
     }
 }

@@ -143,6 +143,8 @@ pub(super) struct CallState {
     pub(super) log: CallLog,
     pub(super) plugin: Arc<str>,
     pub(super) reach: Reach,
+    /// Of the samples of the running call, for `host.sample-telemetry`.
+    pub(super) telemetry: Vec<wit::Telemetry>,
 }
 
 /// A component that is compiled, linked and known to fit its role.
@@ -213,6 +215,7 @@ impl Loaded {
             ),
             plugin: Arc::clone(&self.name),
             reach: self.reach.clone(),
+            telemetry: Vec::new(),
         };
         let mut store = Store::new(self.pre.engine(), state);
         store.limiter(|state| &mut state.accountant);

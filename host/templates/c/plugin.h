@@ -29,7 +29,6 @@ typedef struct {
     grpo_string completion;
     grpo_option_string reasoning, answer;
     uint8_t finish; /* grpo_finish */
-    grpo_telemetry telemetry;
 } grpo_sample;
 
 typedef struct { grpo_string name; double value; } grpo_part;
@@ -48,8 +47,8 @@ typedef enum { GRPO_CONFIG, GRPO_INPUT, GRPO_INTERNAL } grpo_error_tag;
 
 typedef struct { uint8_t tag; grpo_string message; } grpo_error;
 
-_Static_assert(sizeof(grpo_question) == 16 && sizeof(grpo_sample) == 104 && sizeof(grpo_verdict) == 24
-               && sizeof(grpo_part) == 16 && offsetof(grpo_sample, telemetry) == 40, "the canonical ABI");
+_Static_assert(sizeof(grpo_question) == 16 && sizeof(grpo_sample) == 40 && sizeof(grpo_verdict) == 24
+               && sizeof(grpo_part) == 16 && sizeof(grpo_telemetry) == 64, "the canonical ABI");
 
 /* To be written by the plugin. Each returns whether it succeeded; if not, it has filled in `error`.
  * `verdicts` has room for one verdict a sample. */
@@ -108,6 +107,11 @@ static int grpo_fail(grpo_error *error, grpo_error_tag tag, grpo_string message)
 /* 0 debug, 1 info, 2 warn, 3 error. */
 __attribute__((import_module("grpo:plugin/host@0.1.0"), import_name("log")))
 void grpo_log(uint32_t level, const char *text, size_t len);
+
+/* What the samples of the running `score` cost, in their order. */
+typedef struct { grpo_telemetry *ptr; size_t len; } grpo_telemetry_list;
+__attribute__((import_module("grpo:plugin/host@0.1.0"), import_name("sample-telemetry")))
+void grpo_sample_telemetry(grpo_telemetry_list *list);
 
 __attribute__((export_name("cabi_realloc")))
 void *grpo_cabi_realloc(void *old, size_t old_size, size_t align, size_t size) {

@@ -55,7 +55,6 @@ pub const Sample = extern struct {
     reasoning: OptionString,
     answer: OptionString,
     finish: Finish,
-    telemetry: Telemetry,
 };
 
 pub const Part = extern struct { name: String, value: f64 };
@@ -76,7 +75,7 @@ pub const Verdict = extern struct {
 };
 
 comptime {
-    std.debug.assert(@sizeOf(Sample) == 104 and @offsetOf(Sample, "telemetry") == 40);
+    std.debug.assert(@sizeOf(Sample) == 40 and @sizeOf(Telemetry) == 64);
     std.debug.assert(@sizeOf(Verdict) == 24 and @sizeOf(Part) == 16 and @sizeOf(Result) == 16);
 }
 
@@ -109,6 +108,15 @@ extern "grpo:plugin/host@0.1.0" fn @"log"(level: u32, text: [*]const u8, len: us
 /// Writes a line to the run's log.
 pub fn line(level: enum(u32) { debug, info, warn, err }, text: []const u8) void {
     @"log"(@intFromEnum(level), text.ptr, text.len);
+}
+
+extern "grpo:plugin/host@0.1.0" fn @"sample-telemetry"(list: *List(Telemetry)) void;
+
+/// What the samples of the running `score` cost, in their order.
+pub fn sampleTelemetry() []const Telemetry {
+    var list: List(Telemetry) = undefined;
+    @"sample-telemetry"(&list);
+    return list.slice();
 }
 
 const Result = extern struct {

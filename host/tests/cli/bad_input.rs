@@ -68,7 +68,7 @@ fn missing_files() {
         &format!("{TRAIN} --plugin none.wasm"),
         USAGE,
         &format!("cannot read plugin `none.wasm`: {no_such}"),
-        "give the path of a .wasm component, a reference such as ghcr.io/me/reward:1.2, or one of reward-math, reward-format, reward-inference, reward-math-inference, reward-length, reward-math-length, reward-repetition, formatter-chat, curriculum-uniform, curriculum-kde, reward-code",
+        "give the path of a .wasm component, a reference such as ghcr.io/me/reward:1.2, or one of reward-math, reward-format, reward-inference, reward-math-inference, reward-length, reward-math-length, reward-repetition, reward-judge, reward-geo, formatter-chat, curriculum-uniform, curriculum-kde, reward-code",
     );
     refuses(
         &lab,

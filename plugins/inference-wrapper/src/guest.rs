@@ -7,7 +7,7 @@ use std::cell::RefCell;
 wit_bindgen::generate!({ path: "../../wit/v0.1", world: "reward-wrapper" });
 
 use exports::grpo::plugin::scoring::Guest;
-use grpo::plugin::host::{Level, log};
+use grpo::plugin::host::{Level, log, sample_telemetry};
 use grpo::plugin::scoring as inner;
 use grpo::plugin::types::{Part, PluginError, Question, Sample, Scored, Telemetry, Verdict};
 
@@ -33,11 +33,13 @@ impl Guest for InferenceWrapper {
             return Err(PluginError::Internal(text));
         }
         // A skipped sample has no total that terms could be part of, so it has no say in its group's mean.
-        let judged = |(sample, verdict): (&Sample, &Verdict)| match verdict {
-            Verdict::Value(_) => Some((sample.question, usage(&sample.telemetry))),
+        let judged = |((sample, telemetry), verdict): ((&Sample, &Telemetry), _)| match verdict {
+            &Verdict::Value(_) => Some((sample.question, usage(telemetry))),
             Verdict::Skip(_) => None,
         };
-        let used: Vec<_> = samples.iter().zip(&verdicts).filter_map(judged).collect();
+        let costs = sample_telemetry();
+        let samples = samples.iter().zip(&costs);
+        let used: Vec<_> = samples.zip(&verdicts).filter_map(judged).collect();
         CONFIG.with_borrow(|config| {
             let Priced { terms, undefined } = config
                 .inference

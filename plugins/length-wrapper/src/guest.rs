@@ -6,8 +6,11 @@ use std::cell::RefCell;
 wit_bindgen::generate!({ path: "../../wit/v0.1", world: "reward-wrapper" });
 
 use exports::grpo::plugin::scoring::Guest;
+use grpo::plugin::host::sample_telemetry;
 use grpo::plugin::scoring as inner;
-use grpo::plugin::types::{Finish, Part, PluginError, Question, Sample, Scored, Verdict};
+use grpo::plugin::types::{
+    Finish, Part, PluginError, Question, Sample, Scored, Telemetry, Verdict,
+};
 
 struct LengthWrapper;
 
@@ -32,17 +35,20 @@ impl Guest for LengthWrapper {
         }
         CONFIG.with_borrow(|config| {
             let judged = samples.iter().zip(verdicts);
-            Ok(judged.map(|(s, v)| by_length(config, s, v)).collect())
+            let judged = judged.zip(sample_telemetry());
+            Ok(judged
+                .map(|((s, v), t)| by_length(config, s, &t, v))
+                .collect())
         })
     }
 }
 
 /// A sample that the inner reward skips stays skipped.
-fn by_length(config: &Config, sample: &Sample, verdict: Verdict) -> Verdict {
+fn by_length(config: &Config, sample: &Sample, telemetry: &Telemetry, verdict: Verdict) -> Verdict {
     let Verdict::Value(scored) = verdict else {
         return verdict;
     };
-    let tokens = sample.telemetry.generated_tokens;
+    let tokens = telemetry.generated_tokens;
     let truncated = sample.finish == Finish::Length;
     let part = |name: &str, value| Part {
         name: name.to_owned(),

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 wit_bindgen::generate!({ path: "../../wit/v0.1", world: "reward" });
 
 use exports::grpo::plugin::scoring::Guest;
-use grpo::plugin::host::{Level, log};
+use grpo::plugin::host::{Level, log, sample_telemetry};
 use grpo::plugin::types::{Part, PluginError, Question, Sample, Scored, Telemetry, Verdict};
 
 struct RewardInference;
@@ -28,7 +28,8 @@ impl Guest for RewardInference {
         let weights = WEIGHTS.with_borrow(|w| *w);
         let used: Vec<(u32, Usage)> = samples
             .iter()
-            .map(|sample| (sample.question, usage(&sample.telemetry)))
+            .zip(&sample_telemetry())
+            .map(|(sample, telemetry)| (sample.question, usage(telemetry)))
             .collect();
         let Priced { terms, undefined } = weights
             .terms(&used)

@@ -6,7 +6,8 @@ use std::cell::Cell;
 wit_bindgen::generate!({ path: "../../wit/v0.1", world: "reward" });
 
 use exports::grpo::plugin::scoring::Guest;
-use grpo::plugin::types::{Part, PluginError, Question, Sample, Scored, Verdict};
+use grpo::plugin::host::sample_telemetry;
+use grpo::plugin::types::{Part, PluginError, Question, Sample, Scored, Telemetry, Verdict};
 
 struct RewardLength;
 
@@ -20,14 +21,15 @@ impl Guest for RewardLength {
         Ok(())
     }
 
-    fn score(_: Vec<Question>, samples: Vec<Sample>) -> Result<Vec<Verdict>, PluginError> {
+    fn score(_: Vec<Question>, _: Vec<Sample>) -> Result<Vec<Verdict>, PluginError> {
         let config = CONFIG.get();
-        Ok(samples.iter().map(|s| score(&config, s)).collect())
+        let costs = sample_telemetry();
+        Ok(costs.iter().map(|cost| score(&config, cost)).collect())
     }
 }
 
-fn score(config: &Config, sample: &Sample) -> Verdict {
-    let tokens = sample.telemetry.generated_tokens;
+fn score(config: &Config, telemetry: &Telemetry) -> Verdict {
+    let tokens = telemetry.generated_tokens;
     Verdict::Value(Scored {
         total: config.reward(tokens),
         parts: vec![Part {

@@ -32,7 +32,7 @@ const ASK: &str = r"
     (block $done (loop $next
       (br_if $done (i32.ge_u (local.get $i) (local.get $n)))
       (local.set $at (i32.add (i32.const 8192) (i32.mul (local.get $i) (i32.const 28))))
-      (local.set $len (i32.add (local.get $samples) (i32.mul (local.get $i) (i32.const 104))))
+      (local.set $len (i32.add (local.get $samples) (i32.mul (local.get $i) (i32.const 40))))
       (i32.store8 (local.get $at) (i32.const 0))
       (i32.store offset=4 (local.get $at) (i32.load offset=4 (local.get $len)))
       (i32.store offset=8 (local.get $at) (i32.load offset=8 (local.get $len)))

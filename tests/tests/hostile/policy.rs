@@ -5,13 +5,13 @@ use grpo_host::plugin::{Fault, Isolation, Limits, OnFailure};
 use grpo_host::types::Score;
 
 /// Traps at a completion of 3 bytes, spins at one of 4; the length of completion `i` stands at byte
-/// 8 of sample `i`, and a sample takes 104 bytes.
+/// 8 of sample `i`, and a sample takes 40 bytes.
 pub(crate) fn picky() -> Vec<u8> {
     guest::scoring_after_ones(
         "(block $done (loop $next
            (br_if $done (i32.ge_u (local.get $i) (local.get $n)))
            (local.set $len (i32.load offset=8
-             (i32.add (local.get $samples) (i32.mul (local.get $i) (i32.const 104)))))
+             (i32.add (local.get $samples) (i32.mul (local.get $i) (i32.const 40)))))
            (if (i32.eq (local.get $len) (i32.const 3)) (then (unreachable)))
            (if (i32.eq (local.get $len) (i32.const 4)) (then (loop $spin (br $spin))))
            (local.set $i (i32.add (local.get $i) (i32.const 1)))

@@ -10,6 +10,7 @@ mod limits;
 mod local;
 mod run;
 mod server;
+mod shipped;
 
 use std::{
     fs,

@@ -21,10 +21,13 @@ use grpo_host::{
     setup,
     trainer::{StepReport, Supervision, Trainer},
 };
+use grpo_policy::engine::Progress;
 use serde_json::json;
 
 use super::{Fault, Server, ask, config, in_time, panel};
 
+/// Completions of one of two waves of [`run_config`].
+const WAVE: usize = 4;
 /// Longest wait for what must happen.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -88,24 +91,41 @@ fn trainer<'c>(config: &'c RunConfig, body: &str, sink: LogSink, judges: Panel) 
     }
 }
 
-/// Counts steps of the engine, and waits for more.
+/// Sees the engine make a step while a reward scores, however fast either is: the second wave does not go on before
+/// scoring has begun, and scoring not before the engine has.
 #[derive(Default)]
 struct Engine {
-    steps: Mutex<u64>,
+    seen: Mutex<Seen>,
     more: Condvar,
 }
 
+#[derive(Default)]
+struct Seen {
+    steps: u64,
+    finished: usize,
+    scoring: bool,
+}
+
 impl Engine {
-    fn stepped(&self) {
-        *self.steps.lock().unwrap() += 1;
+    fn stepped(&self, progress: Progress) {
+        let mut seen = self.seen.lock().unwrap();
+        let second_wave = seen.finished >= WAVE;
+        seen.finished += progress.finished;
+        let early = |seen: &mut Seen| second_wave && !seen.scoring;
+        let waited = self.more.wait_timeout_while(seen, PATIENCE, early);
+        waited.unwrap().0.steps += 1;
         self.more.notify_all();
     }
 
     /// Whether the engine makes a step from now on.
     fn goes_on(&self) -> bool {
-        let steps = self.steps.lock().unwrap();
-        let now = *steps;
-        let waited = self.more.wait_timeout_while(steps, PATIENCE, |s| *s == now);
+        let mut seen = self.seen.lock().unwrap();
+        seen.scoring = true;
+        self.more.notify_all();
+        let now = seen.steps;
+        let waited = self
+            .more
+            .wait_timeout_while(seen, PATIENCE, |s| s.steps == now);
         !waited.unwrap().1.timed_out()
     }
 }
@@ -138,7 +158,9 @@ fn a_wave_is_scored_while_the_next_one_generates() {
         })
     };
     let mut trainer = trainer(&config, SAYS_SO, sink, Panel::default());
-    let report = trainer.step(&mut |_| engine.stepped()).unwrap();
+    let report = trainer
+        .step(&mut |progress| engine.stepped(progress))
+        .unwrap();
     assert_eq!(*overlapped.lock().unwrap(), [true, false]);
     let waves: Vec<u32> = drawn(&report).iter().map(|(_, wave, ..)| *wave).collect();
     assert_eq!(waves, [0, 0, 0, 0, 1, 1, 1, 1]);

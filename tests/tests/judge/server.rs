@@ -47,6 +47,8 @@ struct State {
     hung_up: usize,
     /// Answers wait until so many requests are in flight.
     gate: usize,
+    /// What it says to a question, if not the question again.
+    script: Option<fn(&str) -> &'static str>,
 }
 
 struct Shared {
@@ -83,6 +85,10 @@ impl Server {
 
     pub(crate) fn url(&self) -> String {
         format!("http://127.0.0.1:{}/v1", self.port)
+    }
+
+    pub(crate) fn say(&self, script: fn(&str) -> &'static str) {
+        self.shared.lock().script = Some(script);
     }
 
     /// What happens to the next requests, one after the other.
@@ -153,7 +159,8 @@ impl Shared {
 
     /// Whether the client hung up before the end.
     fn act(&self, stream: &mut TcpStream, request: &Request, fault: Option<Fault>) -> bool {
-        let body = answer(request).to_string();
+        let script = self.lock().script;
+        let body = answer(request, script).to_string();
         match fault {
             None => write(stream, 200, "", &body, body.len()),
             Some(Fault::Says(body)) => write(stream, 200, "", body, body.len()),
@@ -210,7 +217,7 @@ fn write(stream: &mut TcpStream, status: u16, headers: &str, body: &str, end: us
     sent.is_err()
 }
 
-fn answer(request: &Request) -> Value {
+fn answer(request: &Request, script: Option<fn(&str) -> &'static str>) -> Value {
     if request.path.ends_with("/embeddings") {
         let texts = request.body["input"].as_array().unwrap();
         let item = |(index, text): (usize, &Value)| {
@@ -223,9 +230,11 @@ fn answer(request: &Request) -> Value {
     }
     let said = request.body["messages"].as_array().unwrap().last().unwrap();
     let said = said["content"].as_str().unwrap();
+    let echo = || format!("{said}! {}", said.len());
+    let content = script.map_or_else(echo, |script| script(said).to_owned());
     json!({
         "choices": [{
-            "message": { "role": "assistant", "content": format!("{said}! {}", said.len()) },
+            "message": { "role": "assistant", "content": content },
             "finish_reason": "stop",
         }],
         "usage": { "prompt_tokens": 10, "completion_tokens": 2 },
