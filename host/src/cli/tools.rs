@@ -329,22 +329,22 @@ pub struct PluginSwapArgs {
     /// Run directory
     #[arg(value_name = "RUN")]
     pub run: PathBuf,
-    /// `reward`, or the name of one among several
+    /// `reward`, `formatter` or `curriculum`, or the name of one of the run's plugins
     #[arg(value_name = "ROLE")]
     pub role: String,
     /// Component file, or the name of a built-in plugin
     #[arg(value_name = "FILE|REF")]
     pub plugin: String,
-    /// Steps in which it scores every sample without counting [default: swap_shadow_steps of the run's config]
+    /// Steps that it works on beside the run, without counting [default: swap_shadow_steps of the run's config]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=i64::from(MAX_SHADOW)))]
     pub shadow: Option<u32>,
     /// Promote it at the next step, without shadowing
     #[arg(long, conflicts_with = "shadow")]
     pub now: bool,
-    /// JSON object for its `configure` [default: that of the reward it replaces]
+    /// JSON object for its `configure` [default: that of the plugin it replaces]
     #[arg(long, value_name = "JSON", value_parser = json_object)]
     pub config: Option<Map<String, Value>>,
-    /// JSON object with its limits [default: those of the reward it replaces]
+    /// JSON object with its limits [default: those of the plugin it replaces]
     #[arg(long, value_name = "JSON", value_parser = json_object)]
     pub limits: Option<Map<String, Value>>,
     #[command(flatten)]
