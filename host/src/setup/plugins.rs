@@ -16,7 +16,7 @@ use crate::{
         RewardSet, Warm, Weighted,
     },
     run::LockedPlugin,
-    types::Role,
+    types::{PluginId, Role},
 };
 
 /// The plugins of a run in their roles.
@@ -98,7 +98,7 @@ impl Slots {
         config: &PluginConfig,
         sources: &PluginSources,
     ) -> anyhow::Result<()> {
-        let Loaded { plugin, source, .. } = load_whole(host, config, sources)?;
+        let Loaded { plugin, source, .. } = load_whole(host, config, sources, |_| Ok(()))?;
         let id = plugin.id().clone();
         let taken = match (&plugin, &self.formatter, &self.curriculum) {
             (Plugin::Formatter(_), Some(other), _) => Some(other.id().name.clone()),
@@ -156,14 +156,15 @@ pub fn load_plugin(
     config: &PluginConfig,
     sources: &PluginSources,
 ) -> anyhow::Result<Plugin> {
-    Ok(load_whole(host, config, sources)?.plugin)
+    Ok(load_whole(host, config, sources, |_| Ok(()))?.plugin)
 }
 
-/// The same with the component's bytes and where they are from.
+/// The same with the component's bytes and where they are from. `admit` sees who it is before any of it runs.
 pub(crate) fn load_whole(
     host: &PluginHost,
     config: &PluginConfig,
     sources: &PluginSources,
+    admit: impl FnOnce(&PluginId) -> anyhow::Result<()>,
 ) -> anyhow::Result<Loaded> {
     let limits = limits(&config.source, &config.limits)?;
     let warm = config.warm.as_ref();
@@ -173,6 +174,7 @@ pub(crate) fn load_whole(
     let settings = Value::Object(config.config.clone());
     let access = sources.access(&found.name, &config.grants)?;
     let prepared = host.prepare_with(&found.name, &found.bytes, &limits, access)?;
+    admit(prepared.id())?;
     Ok(Loaded {
         plugin: prepared.configure(&settings, warm)?,
         bytes: found.bytes,

@@ -114,12 +114,8 @@ fn prepare(
         plugin,
         bytes,
         source,
-    } = setup::load_whole(host, settings, &job.sources)?;
+    } = setup::load_whole(host, settings, &job.sources, |id| is_for(job.seat, id))?;
     let id = plugin.id().clone();
-    if id.role != job.seat.role {
-        let (name, role, wanted) = (id.name, id.role, job.seat.role);
-        return Err(SwapError::AnotherRole { name, role, wanted }.into());
-    }
     match &plugin {
         Plugin::Reward(reward) => vectors::check(reward, &job.row)?,
         Plugin::Formatter(formatter) => {
@@ -146,6 +142,15 @@ fn prepare(
         drop(say.send(Message::Shadowed { step, report }));
     }
     Ok((plugin, source))
+}
+
+/// Before its `configure`, which would not know what to do with another role's settings.
+fn is_for(seat: Seat, id: &PluginId) -> anyhow::Result<()> {
+    if id.role == seat.role {
+        return Ok(());
+    }
+    let (name, role, wanted) = (id.name.clone(), id.role, seat.role);
+    Err(SwapError::AnotherRole { name, role, wanted }.into())
 }
 
 /// One for each role; a candidate has one.
