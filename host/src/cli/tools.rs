@@ -9,6 +9,7 @@ use super::{GpuArgs, ModelArgs, OutputArgs, PluginArg, SharingCommand, set, set_
 use crate::authoring::Language;
 use crate::config::{ConfigError, DraftKind, DraftTokens, RawConfig};
 use crate::swap::MAX_SHADOW;
+use crate::types::Role;
 
 #[derive(Args, Debug)]
 pub struct ResultsArgs {
@@ -246,13 +247,13 @@ pub enum PluginCommand {
     New(PluginNewArgs),
     /// Compile a project with its language's own tool
     Build(PluginBuildArgs),
-    /// Score the cases of a file and compare with the rewards that are expected
+    /// Run the cases of a file and compare with what is expected: rewards, prompts and answers, or plans
     Test(PluginTestArgs),
     /// Print a component's role, digest, imports and exports
     Inspect(PluginFileArgs),
     /// Load a component as a run would: limits, a trial instance, its `configure`
     Check(PluginCheckArgs),
-    /// Put another reward into a run that is going on, and say what became of it
+    /// Put another plugin into a run that is going on, and say what became of it
     Swap(PluginSwapArgs),
     #[command(flatten)]
     Sharing(SharingCommand),
@@ -275,8 +276,18 @@ pub struct PluginNewArgs {
     /// Folder to be made; its last part is the plugin's name
     #[arg(value_name = "NAME")]
     pub name: PathBuf,
+    /// What it is to be: `reward`, `formatter` or `curriculum`
+    #[arg(long, value_name = "ROLE", default_value = "reward", value_parser = role)]
+    pub role: Role,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+fn role(text: &str) -> Result<Role, String> {
+    let all = [Role::Reward, Role::Formatter, Role::Curriculum];
+    let mut named = all.into_iter().filter(|role| role.to_string() == text);
+    let unknown = "a plugin is a `reward`, a `formatter` or a `curriculum`";
+    named.next().ok_or_else(|| unknown.to_owned())
 }
 
 #[derive(Args, Debug)]

@@ -98,7 +98,7 @@ impl Slots {
         config: &PluginConfig,
         sources: &PluginSources,
     ) -> anyhow::Result<()> {
-        let Loaded { plugin, source, .. } = load_whole(host, config, sources, |_| Ok(()))?;
+        let Loaded { plugin, source, .. } = load_whole(host, config, sources)?;
         let id = plugin.id().clone();
         let taken = match (&plugin, &self.formatter, &self.curriculum) {
             (Plugin::Formatter(_), Some(other), _) => Some(other.id().name.clone()),
@@ -156,11 +156,20 @@ pub fn load_plugin(
     config: &PluginConfig,
     sources: &PluginSources,
 ) -> anyhow::Result<Plugin> {
-    Ok(load_whole(host, config, sources, |_| Ok(()))?.plugin)
+    Ok(load_whole(host, config, sources)?.plugin)
 }
 
-/// The same with the component's bytes and where they are from. `admit` sees who it is before any of it runs.
+/// The same with the component's bytes and where they are from.
 pub(crate) fn load_whole(
+    host: &PluginHost,
+    config: &PluginConfig,
+    sources: &PluginSources,
+) -> anyhow::Result<Loaded> {
+    load_admitted(host, config, sources, |_| Ok(()))
+}
+
+/// The same for what `admit` takes, which sees who it is before any of it runs.
+pub(crate) fn load_admitted(
     host: &PluginHost,
     config: &PluginConfig,
     sources: &PluginSources,

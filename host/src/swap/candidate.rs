@@ -114,7 +114,7 @@ fn prepare(
         plugin,
         bytes,
         source,
-    } = setup::load_whole(host, settings, &job.sources, |id| is_for(job.seat, id))?;
+    } = setup::load_admitted(host, settings, &job.sources, |id| is_for(job.seat, id))?;
     let id = plugin.id().clone();
     match &plugin {
         Plugin::Reward(reward) => vectors::check(reward, &job.row)?,
