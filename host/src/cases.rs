@@ -4,8 +4,8 @@
 //! one call as well, since a verdict must not depend on the other samples of its call.
 
 use crate::plugin::{Isolation, Limits, OnFailure, Plugin, PluginError, Prepared, RewardPlugin};
-use crate::types::{Finish, Parsed, Sample, Score, Telemetry};
-use serde::{Deserialize, Serialize};
+use crate::types::{Finish, Parsed, Role, Sample, Score, Telemetry};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -104,8 +104,8 @@ pub enum CasesError {
     },
     #[error("`{}` has no cases", path.display())]
     Empty { path: PathBuf },
-    #[error("`{name}` is not a reward")]
-    NotAReward { name: String },
+    #[error("`{name}` is not a {wanted}")]
+    AnotherRole { name: String, wanted: Role },
 }
 
 impl CasesError {
@@ -117,7 +117,7 @@ impl CasesError {
                 r#"a case is one line such as {"row": {"answer": "4"}, "completion": "4", "expect": {"total": 1}}; docs/plugins.md has all keys"#
                     .to_owned()
             }
-            Self::NotAReward { .. } => "cases are for rewards; `plugin check` takes other roles".to_owned(),
+            Self::AnotherRole { wanted, .. } => format!("these are cases of a {wanted}"),
         })
     }
 }
@@ -127,6 +127,27 @@ impl CasesError {
 /// # Errors
 /// [`CasesError::Read`], [`CasesError::Line`] for the first line that is no case, and [`CasesError::Empty`].
 pub fn read(path: &Path) -> Result<Vec<Case>, CasesError> {
+    read_with(path, |line, text| {
+        let case = serde_json::from_str(text).map(|case| Case { line, ..case });
+        case.map_err(|error| reason_of(text, &error))
+    })
+}
+
+/// The same for cases of other roles, with the number of their line.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_as<T: DeserializeOwned>(path: &Path) -> Result<Vec<(usize, T)>, CasesError> {
+    read_with(path, |line, text| {
+        let case = serde_json::from_str(text).map(|case| (line, case));
+        case.map_err(|error| format!("not a case: {error}"))
+    })
+}
+
+fn read_with<T>(
+    path: &Path,
+    parse: impl Fn(usize, &str) -> Result<T, String>,
+) -> Result<Vec<T>, CasesError> {
     let text = std::fs::read_to_string(path).map_err(|error| CasesError::Read {
         path: path.to_owned(),
         error,
@@ -135,14 +156,13 @@ pub fn read(path: &Path) -> Result<Vec<Case>, CasesError> {
         .zip(text.lines())
         .filter(|(_, text)| !text.trim().is_empty());
     let case = |(line, text): (usize, &str)| {
-        let case = serde_json::from_str(text).map(|case| Case { line, ..case });
-        case.map_err(|error| CasesError::Line {
+        parse(line, text).map_err(|reason| CasesError::Line {
             path: path.to_owned(),
             line,
-            reason: reason_of(text, &error),
+            reason,
         })
     };
-    let cases: Vec<Case> = lines.map(case).collect::<Result<_, _>>()?;
+    let cases: Vec<T> = lines.map(case).collect::<Result<_, _>>()?;
     if cases.is_empty() {
         return Err(CasesError::Empty {
             path: path.to_owned(),
@@ -187,7 +207,7 @@ pub fn strict(limits: &Limits) -> Limits {
 /// Scores all cases with a reward that was prepared under [`strict`] limits.
 ///
 /// # Errors
-/// [`CasesError::NotAReward`]. What the plugin does wrong is an outcome.
+/// [`CasesError::AnotherRole`]. What the plugin does wrong is an outcome.
 pub fn run(prepared: &Prepared, cases: &[Case]) -> Result<Vec<Outcome>, CasesError> {
     let mut configs: BTreeMap<String, Vec<usize>> = BTreeMap::new();
     for (index, case) in cases.iter().enumerate() {
@@ -211,7 +231,8 @@ fn with_one_config(prepared: &Prepared, cases: &[&Case]) -> Result<Vec<Outcome>,
         Ok(Plugin::Reward(plugin)) => plugin,
         Ok(other) => {
             let name = other.id().name.clone();
-            return Err(CasesError::NotAReward { name });
+            let wanted = Role::Reward;
+            return Err(CasesError::AnotherRole { name, wanted });
         }
         Err(error) => {
             let refused = |case: &&Case| outcome(case, of_error(&error));

@@ -8,7 +8,7 @@ use crate::{
     config::RunConfig,
     plugin::{FormatterPlugin, RewardPlugin, RewardSet},
     policy::Policy,
-    rollout::{Job, Rollouts, roll},
+    rollout::{Job, RollError, Rollouts, roll},
     speculation::Speculation,
     types::{Row, Sample, SamplingParams, Score},
 };
@@ -94,8 +94,10 @@ pub fn evaluate(
         max_prompt_tokens: None,
         seed: settings.seed,
     };
-    let rolled =
-        policy.generate_apart(|policy| roll(policy, judges.formatter, &job, on_progress))?;
+    let rolled = policy.generate_apart(|policy| {
+        let rolled = roll(policy, judges.formatter, &job, on_progress);
+        rolled.map_err(RollError::into_inner)
+    })?;
     let mut report = EvalReport {
         n: rolled.rollouts.len(),
         too_long: rolled.too_long.len(),

@@ -23,6 +23,7 @@ pub mod record;
 pub mod registry;
 pub mod replay;
 pub mod replicas;
+pub mod role_cases;
 pub mod rollout;
 pub mod run;
 pub mod setup;

@@ -6,7 +6,7 @@ use grpo_policy::engine::Progress;
 use crate::{
     plugin::{FormatterPlugin, RowText},
     policy::Policy,
-    types::{Completion, Parsed, Request, Row, SamplingParams},
+    types::{Completion, Parsed, Prompt, Request, Row, SamplingParams},
 };
 
 /// The completions of one prompt.
@@ -16,7 +16,9 @@ pub struct Rollouts {
     pub row: u64,
     /// The row as JSON text.
     pub row_json: String,
-    /// Chat template applied.
+    /// What the formatter made of the row.
+    pub formatted: Prompt,
+    /// The same with the chat template applied.
     pub prompt: String,
     pub prompt_ids: Vec<u32>,
     pub completions: Vec<Completion>,
@@ -45,21 +47,42 @@ pub struct RolledOut {
     pub too_long: Vec<u64>,
 }
 
+/// Why there are no completions, and whose doing it is.
+pub enum RollError {
+    /// The formatter failed, or made what the model's chat template or tokenizer refuses.
+    Formatter(anyhow::Error),
+    Engine(anyhow::Error),
+}
+
+impl RollError {
+    /// The error alone.
+    pub fn into_inner(self) -> anyhow::Error {
+        match self {
+            Self::Formatter(error) | Self::Engine(error) => error,
+        }
+    }
+}
+
 /// Formats, tokenises, generates and parses.
+///
+/// # Errors
+/// Whatever one of the four meets.
 pub fn roll(
     policy: &mut Policy,
     formatter: &FormatterPlugin,
     job: &Job<'_>,
     on_progress: &mut dyn FnMut(Progress),
-) -> anyhow::Result<RolledOut> {
+) -> Result<RolledOut, RollError> {
     let Prepared {
         mut rollouts,
         requests,
         too_long,
-    } = prepare(policy, formatter, job)?;
-    let completions = policy.generate(requests, on_progress)?;
+    } = prepare(policy, formatter, job).map_err(RollError::Formatter)?;
+    let completions = policy.generate(requests, on_progress);
+    let completions = completions.map_err(RollError::Engine)?;
     let texts: Vec<&str> = completions.iter().map(|c| c.text.as_str()).collect();
-    let parsed = formatter.parse(&texts)?;
+    let parsed = formatter.parse(&texts);
+    let parsed = parsed.map_err(|e| RollError::Formatter(e.into()))?;
     for (completion, parsed) in completions.into_iter().zip(parsed) {
         let of_prompt = &mut rollouts[completion.request as usize];
         of_prompt.completions.push(completion);
@@ -112,7 +135,7 @@ fn prepare(
         }
         let id = out.rollouts.len() as u64;
         let mut sampling = job.sampling.clone();
-        sampling.stop.extend(prompt.stop);
+        sampling.stop.extend(prompt.stop.iter().cloned());
         out.requests.push(Request {
             id,
             prompt: ids.clone(),
@@ -123,6 +146,7 @@ fn prepare(
         out.rollouts.push(Rollouts {
             row: row.id,
             row_json,
+            formatted: prompt,
             prompt: text,
             prompt_ids: ids,
             completions: Vec::new(),

@@ -23,7 +23,7 @@ use crate::{
 };
 
 pub use grants::GrantError;
-pub(crate) use plugins::{Loaded, load_whole};
+pub(crate) use plugins::{Loaded, load_admitted, load_whole};
 pub use plugins::{Plugins, WrongSettings, limits, load_plugin, pinned, plugins};
 pub use sources::{
     Component, MissingPlugin, PluginSources, read_component, sidecar, sidecar_path, text_if_there,

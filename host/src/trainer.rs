@@ -6,6 +6,7 @@ mod overlap;
 mod report;
 mod respend;
 mod swaps;
+mod trial;
 
 use std::time::Instant;
 
@@ -31,6 +32,7 @@ use crate::{
 use collect::{Collected, totals};
 pub use report::{Group, SamplingReport, StepReport, StepSeconds, TrainError};
 pub use swaps::{RolledBack, Supervision};
+pub use trial::Trial;
 
 /// A run in progress.
 pub struct Trainer<'a> {
@@ -94,6 +96,7 @@ impl Trainer<'_> {
     }
 
     fn advance(&mut self, collected: &mut Collected) {
+        self.settle();
         self.state.step += 1;
         self.state.optimizer_step += u64::from(self.config.loss.num_iterations);
         self.state.tokens += collected.sampling.tokens as u64;
@@ -195,7 +198,7 @@ mod tests {
     use super::*;
     use crate::{
         grpo::advantage::ScaleRewards,
-        types::{Completion, Finish, Parsed, Scored, Telemetry},
+        types::{Completion, Finish, Parsed, Prompt, PromptBody, Scored, Telemetry},
     };
 
     fn completion(index: u32) -> Completion {
@@ -225,6 +228,10 @@ mod tests {
         let rollouts = Rollouts {
             row,
             row_json: String::new(),
+            formatted: Prompt {
+                body: PromptBody::Text(String::new()),
+                stop: Vec::new(),
+            },
             prompt: String::new(),
             prompt_ids: vec![row as u32],
             completions: (0..rewards.len() as u32).map(completion).collect(),

@@ -158,6 +158,24 @@ pub enum Role {
     Curriculum,
 }
 
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Reward => "reward",
+            Self::Formatter => "formatter",
+            Self::Curriculum => "curriculum",
+        })
+    }
+}
+
+/// What a component of a run has to itself: a role, and of several rewards a place among them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Seat {
+    pub role: Role,
+    /// 0 for roles of which a run has one.
+    pub slot: usize,
+}
+
 /// Identity of a loaded component, as it stands in `plugins.lock`, logs and JSON output.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PluginId {

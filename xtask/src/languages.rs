@@ -1,7 +1,7 @@
 //! `xtask languages`: proves the templates of `grpo-host plugin new`, one per language.
 //!
 //! Each is written, built and tested with the commands that a plugin's author uses, and must give the rewards of
-//! `tests/fixtures/last_number.jsonl` bit for bit. Tools come from PyPI and npm once, into `target/languages`.
+//! `tests/fixtures/last_number.jsonl` bit for bit; those of formatters and curricula must pass their own cases. Tools come from PyPI and npm once, into `target/languages`.
 //! With `--write` the components go into `plugins/dist`, but for Python's, which has 18 MB.
 
 use crate::plugins::{files_in, hash_files, hex, read, write_sources};
@@ -125,9 +125,32 @@ pub(crate) fn run(write: bool) -> Result<()> {
             fs::write(root.join("plugins/dist").join(file), packed)?;
         }
     }
+    for role in ["formatter", "curriculum"] {
+        for language in ["rust", "js", "python"] {
+            if language != "rust" || rust_target() {
+                check_role(&tools, &projects, language, role)?;
+            }
+        }
+    }
     if write {
         write_sources(&root)?;
     }
+    Ok(())
+}
+
+/// The template of another role gives what its own cases ask for, in every language the same.
+fn check_role(tools: &Tools, projects: &Path, language: &str, role: &str) -> Result<()> {
+    let begun = Instant::now();
+    let name = format!("{role}-{language}");
+    tools.host(
+        &["plugin", "new", language, &name, "--role", role, "--quiet"],
+        projects,
+    )?;
+    tools.host(&["plugin", "build", &name], projects)?;
+    tools.host(&["plugin", "test", &name, "--quiet"], projects)?;
+    let component = format!("{name}/{name}.wasm");
+    tools.host(&["plugin", "check", &component, "--quiet"], projects)?;
+    println!("{name}: {:.1} s", begun.elapsed().as_secs_f64());
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! Building a project with its language's own tool: which one, where it is found, how it is called.
 
 use super::component::componentize;
-use super::{AuthoringError, Language, manifest};
+use super::{AuthoringError, Language, manifest, role_of};
 use crate::plugin::Asks;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -154,7 +154,7 @@ fn python(dir: &Path, asks: Option<&Asks>, out: &Path) -> Result<(), AuthoringEr
     let install = "pip install componentize-py==0.25.1";
     let mut tool = tool(dir, "componentize-py", &places, install)?.command(dir);
     tool.args(["--quiet", "-d"]).arg(wit);
-    tool.args(["-w", "reward", "componentize"]);
+    tool.args(["-w", &role_of(dir).to_string(), "componentize"]);
     tool.args(["--stub-wasi", "plugin", "-o"])
         .arg(file_name(out));
     run(tool)
@@ -169,7 +169,7 @@ fn javascript(dir: &Path, asks: Option<&Asks>, out: &Path) -> Result<(), Authori
     let install = format!("npm install --prefix {}", dir.display());
     let mut tool = tool(dir, "componentize-qjs", &places, &install)?.command(dir);
     tool.arg("--wit").arg(wit);
-    tool.args(["--world", "reward", "--js", "plugin.js"]);
+    tool.args(["--world", &role_of(dir).to_string(), "--js", "plugin.js"]);
     tool.args(["--sync", "--stub-wasi", "--output"])
         .arg(file_name(out));
     run(tool)

@@ -1,12 +1,9 @@
-//! A core module becomes a component of our world `reward`.
+//! A core module becomes a component of one of our worlds.
 
-use super::AuthoringError;
+use super::{AuthoringError, role_of};
 use std::path::Path;
 use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 use wit_parser::Resolve;
-
-/// The world that templates are written for.
-const WORLD: &str = "reward";
 
 /// Makes a component of the core module `module`, which was compiled from `dir`. Rust's bindings leave the types of
 /// the world in the module; for other languages they are read from `dir/wit`.
@@ -19,7 +16,7 @@ pub(super) fn componentize(
     has_types: bool,
 ) -> Result<Vec<u8>, AuthoringError> {
     if !has_types {
-        embed(&dir.join("wit"), &mut module)?;
+        embed(dir, &mut module)?;
     }
     ComponentEncoder::default()
         .validate(true)
@@ -31,14 +28,15 @@ pub(super) fn componentize(
         })
 }
 
-fn embed(wit: &Path, module: &mut Vec<u8>) -> Result<(), AuthoringError> {
+fn embed(dir: &Path, module: &mut Vec<u8>) -> Result<(), AuthoringError> {
+    let (wit, world) = (dir.join("wit"), role_of(dir).to_string());
     let mut resolve = Resolve::default();
-    let embedded = resolve.push_dir(wit).and_then(|(package, _)| {
-        let world = resolve.select_world(&[package], Some(WORLD))?;
+    let embedded = resolve.push_dir(&wit).and_then(|(package, _)| {
+        let world = resolve.select_world(&[package], Some(&world))?;
         embed_component_metadata(module, &resolve, world, StringEncoding::UTF8)
     });
     embedded.map_err(|error| AuthoringError::Wit {
-        path: wit.to_owned(),
+        path: wit.clone(),
         reason: format!("{error:#}"),
     })
 }

@@ -86,7 +86,7 @@ mod tests {
     fn a_template_has_a_manifest_and_a_world_of_what_it_asks() {
         let folder = tempfile::tempdir().unwrap();
         let dir = folder.path().join("brevity");
-        create(Language::Python, &dir).unwrap();
+        create(Language::Python, crate::types::Role::Reward, &dir).unwrap();
         let mut manifest = read(&dir).unwrap().unwrap();
         assert_eq!(manifest.name, "brevity");
         assert_eq!(manifest.asks, Asks::default());

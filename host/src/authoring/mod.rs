@@ -9,6 +9,7 @@ mod manifest;
 mod template;
 
 use crate::plugin::ManifestError;
+use crate::types::Role;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -37,6 +38,16 @@ impl Language {
             Self::Zig => "plugin.zig",
             Self::Python => "plugin.py",
             Self::Js => "plugin.js",
+        }
+    }
+
+    /// The command that gets its tool.
+    fn install(self) -> &'static str {
+        match self {
+            Self::Rust => "rustup target add wasm32-unknown-unknown",
+            Self::C | Self::Zig => "pip install ziglang==0.17.1",
+            Self::Python => "pip install componentize-py==0.25.1",
+            Self::Js => "npm install                         # componentize-qjs, into node_modules",
         }
     }
 
@@ -74,11 +85,26 @@ impl fmt::Display for Language {
     }
 }
 
+/// The role of the project in `dir`: that of the only world in its `wit/`, and a reward where there are several, as in projects
+/// of rewards.
+pub fn role_of(dir: &Path) -> Role {
+    let has = |role: &Role| dir.join(format!("wit/{role}.wit")).is_file();
+    let mut worlds = [Role::Reward, Role::Formatter, Role::Curriculum]
+        .into_iter()
+        .filter(has);
+    match (worlds.next(), worlds.next()) {
+        (Some(role), None) => role,
+        _ => Role::Reward,
+    }
+}
+
 /// Why there is no project or no component.
 #[derive(Debug, thiserror::Error)]
 pub enum AuthoringError {
     #[error("`{name}` is no name for a plugin")]
     Name { name: String },
+    #[error("there is no template for a {role} in {language}")]
+    NoTemplate { language: Language, role: Role },
     #[error("`{}` is there already", dir.display())]
     Exists { dir: PathBuf },
     #[error("`{}` is no plugin project", dir.display())]
@@ -119,6 +145,10 @@ impl AuthoringError {
                 "use 1 to 64 lower-case letters, digits and hyphens, beginning with a letter"
                     .to_owned()
             }
+            Self::NoTemplate { .. } => {
+                "formatters and curricula begin in rust, python or js; rewards in c and zig too"
+                    .to_owned()
+            }
             Self::Exists { .. } => "choose another name, or remove it".to_owned(),
             Self::NoProject { .. } => format!(
                 "it needs one of {}; `grpo-host plugin new LANGUAGE NAME` makes one",
@@ -144,6 +174,7 @@ impl AuthoringError {
         matches!(
             self,
             Self::Name { .. }
+                | Self::NoTemplate { .. }
                 | Self::Exists { .. }
                 | Self::NoProject { .. }
                 | Self::ManyLanguages { .. }
@@ -167,8 +198,9 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for language in Language::ALL {
             let path = dir.path().join(format!("my-{language}").to_lowercase());
-            create(language, &path).unwrap();
+            create(language, Role::Reward, &path).unwrap();
             assert_eq!(Language::of(&path).unwrap(), language);
+            assert_eq!(role_of(&path), Role::Reward);
             for file in [
                 "README.md",
                 "cases.jsonl",
@@ -186,8 +218,34 @@ mod tests {
                     assert!(!text.contains("{{name}}"), "{}", file.display());
                 }
             }
-            let again = create(language, &path).unwrap_err();
+            let again = create(language, Role::Reward, &path).unwrap_err();
             assert!(matches!(again, AuthoringError::Exists { .. }));
+        }
+    }
+
+    #[test]
+    fn formatters_and_curricula_have_templates_in_three_languages() {
+        let dir = tempfile::tempdir().unwrap();
+        for role in [Role::Formatter, Role::Curriculum] {
+            for language in Language::ALL {
+                let path = dir
+                    .path()
+                    .join(format!("a-{role}-{language}").to_lowercase());
+                if matches!(language, Language::C | Language::Zig) {
+                    let error = create(language, role, &path).unwrap_err();
+                    let said = format!("there is no template for a {role} in {language}");
+                    assert_eq!(error.to_string(), said);
+                    assert!(error.is_usage() && error.hint().is_some() && !path.exists());
+                    continue;
+                }
+                create(language, role, &path).unwrap();
+                assert_eq!(Language::of(&path).unwrap(), language);
+                assert_eq!(role_of(&path), role);
+                for file in ["README.md", "plugin.json", "cases.jsonl"] {
+                    let text = std::fs::read_to_string(path.join(file)).unwrap();
+                    assert!(!text.contains("{{"), "{file}: {text}");
+                }
+            }
         }
     }
 
@@ -196,11 +254,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let long = "x".repeat(65);
         for bad in ["Brevity", "a b", "1st", "-a", "a_b", "ä", long.as_str()] {
-            let error = create(Language::C, &dir.path().join(bad)).unwrap_err();
+            let error = create(Language::C, Role::Reward, &dir.path().join(bad)).unwrap_err();
             assert!(matches!(error, AuthoringError::Name { .. }), "{bad}");
             assert!(!dir.path().join(bad).exists());
         }
-        assert!(create(Language::C, Path::new("..")).is_err());
+        assert!(create(Language::C, Role::Reward, Path::new("..")).is_err());
     }
 
     #[test]

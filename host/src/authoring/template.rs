@@ -1,10 +1,11 @@
-//! Writing a new project: the language's files, the WIT, a README and cases for `plugin test`.
+//! Writing a new project: the files of a language and role, the WIT, a README and cases for `plugin test`.
 
 use super::{AuthoringError, Language};
+use crate::types::Role;
 use std::fs;
 use std::path::Path;
 
-/// Path in the project, and contents. `{{name}}` stands for the plugin's name.
+/// Path in the project, and contents. `{{name}}` stands for the plugin's name; [`create`] has the others.
 type File = (&'static str, &'static str);
 
 /// A file of `host/templates`.
@@ -28,20 +29,83 @@ macro_rules! wit {
 }
 
 /// What every project has.
-const SHARED: [File; 10] = [
+const SHARED: [File; 6] = [
     wit!("types.wit"),
     wit!("host.wit"),
-    wit!("reward.wit"),
-    wit!("formatter.wit"),
-    wit!("curriculum.wit"),
     wit!("judge.wit"),
     wit!("http.wit"),
     wit!("secrets.wit"),
     ("plugin.json", include_str!("../../templates/plugin.json")),
-    ("cases.jsonl", include_str!("../../templates/cases.jsonl")),
 ];
 
-fn files(language: Language) -> &'static [File] {
+/// What every project of a role has. The only world in `wit/` is that of the project, but for rewards, which may be wrappers
+/// or built by hand.
+fn of_role(role: Role) -> &'static [File] {
+    match role {
+        Role::Reward => &[
+            wit!("reward.wit"),
+            wit!("formatter.wit"),
+            wit!("curriculum.wit"),
+            ("cases.jsonl", include_str!("../../templates/cases.jsonl")),
+        ],
+        Role::Formatter => &[
+            wit!("formatter.wit"),
+            file!("formatter", "cases.jsonl"),
+            ("README.md", README),
+        ],
+        Role::Curriculum => &[
+            wit!("curriculum.wit"),
+            file!("curriculum", "cases.jsonl"),
+            ("README.md", README),
+        ],
+    }
+}
+
+/// Of formatters and curricula.
+const README: &str = include_str!("../../templates/roles-readme.md");
+
+/// The rest of a project; `None` where nobody has written it.
+fn files(language: Language, role: Role) -> Option<&'static [File]> {
+    const CARGO: File = file!("rust", "Cargo.toml");
+    const PACKAGE: File = file!("js", "package.json");
+    Some(match (role, language) {
+        (Role::Reward, language) => of_reward(language),
+        (_, Language::C | Language::Zig) => return None,
+        (Role::Formatter, Language::Rust) => &[
+            CARGO,
+            (
+                "src/lib.rs",
+                include_str!("../../templates/formatter/lib.rs"),
+            ),
+        ],
+        (Role::Curriculum, Language::Rust) => &[
+            CARGO,
+            (
+                "src/lib.rs",
+                include_str!("../../templates/curriculum/lib.rs"),
+            ),
+        ],
+        (Role::Formatter, Language::Python) => &[file!("formatter", "plugin.py")],
+        (Role::Curriculum, Language::Python) => &[file!("curriculum", "plugin.py")],
+        (Role::Formatter, Language::Js) => &[PACKAGE, file!("formatter", "plugin.js")],
+        (Role::Curriculum, Language::Js) => &[PACKAGE, file!("curriculum", "plugin.js")],
+    })
+}
+
+/// What the plugin does as it stands.
+fn does(role: Role) -> &'static str {
+    match role {
+        Role::Reward => "compares the last number of a completion with the row's column answer",
+        Role::Formatter => {
+            "asks the row's question with an instruction, and takes what stands behind #### for the answer"
+        }
+        Role::Curriculum => {
+            "takes the rows in turn, and passes over those that were mastered when they were last answered"
+        }
+    }
+}
+
+fn of_reward(language: Language) -> &'static [File] {
     match language {
         Language::Rust => &[
             file!("rust", "Cargo.toml"),
@@ -71,8 +135,10 @@ fn files(language: Language) -> &'static [File] {
 /// Writes a project into the new folder `dir`, whose last part is the plugin's name.
 ///
 /// # Errors
-/// A name that no package could have, a folder that is there, and what the file system refuses.
-pub fn create(language: Language, dir: &Path) -> Result<(), AuthoringError> {
+/// A role that the language has no template for, a name that no package could have, a folder that is there, and what the
+/// file system refuses.
+pub fn create(language: Language, role: Role, dir: &Path) -> Result<(), AuthoringError> {
+    let files = files(language, role).ok_or(AuthoringError::NoTemplate { language, role })?;
     let name = dir.file_name().unwrap_or(dir.as_os_str()).to_string_lossy();
     if !is_name(&name) {
         return Err(AuthoringError::Name {
@@ -84,14 +150,43 @@ pub fn create(language: Language, dir: &Path) -> Result<(), AuthoringError> {
             dir: dir.to_owned(),
         });
     }
-    for (path, text) in SHARED.iter().chain(files(language)) {
-        let path = dir.join(path);
+    let description = does(role);
+    let mut does = description.chars();
+    let description = does.next().map_or_else(String::new, |first| {
+        first.to_uppercase().chain(does).collect()
+    });
+    for (path, text) in SHARED.iter().chain(of_role(role)).chain(files) {
+        let (path, name_in) = (dir.join(path), *path);
         let folder = path.parent().unwrap_or(dir);
         fs::create_dir_all(folder).map_err(AuthoringError::file(folder))?;
         let text = text.replace("{{name}}", &name);
+        let text = match name_in {
+            "plugin.json" => text.replace("{{description}}", &description),
+            "README.md" => fill(&text, language, role),
+            _ => text,
+        };
         fs::write(&path, text).map_err(AuthoringError::file(&path))?;
     }
     Ok(())
+}
+
+/// The README of a role's project; that of a reward has nothing to fill.
+fn fill(text: &str, language: Language, role: Role) -> String {
+    let case = match role {
+        Role::Formatter => "a row with its prompt, or a completion with its reasoning and answer,",
+        Role::Curriculum => "plans with what they are made of",
+        Role::Reward => "a sample and its reward",
+    };
+    let main = match language {
+        Language::Rust => "src/lib.rs",
+        language => language.main_file(),
+    };
+    text.replace("{{role}}", &role.to_string())
+        .replace("{{language}}", &language.to_string())
+        .replace("{{install}}", language.install())
+        .replace("{{main}}", main)
+        .replace("{{does}}", does(role))
+        .replace("{{case}}", case)
 }
 
 /// What Cargo, npm and the plugin host all take for a name.

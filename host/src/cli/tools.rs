@@ -9,6 +9,7 @@ use super::{GpuArgs, ModelArgs, OutputArgs, PluginArg, SharingCommand, set, set_
 use crate::authoring::Language;
 use crate::config::{ConfigError, DraftKind, DraftTokens, RawConfig};
 use crate::swap::MAX_SHADOW;
+use crate::types::Role;
 
 #[derive(Args, Debug)]
 pub struct ResultsArgs {
@@ -246,13 +247,13 @@ pub enum PluginCommand {
     New(PluginNewArgs),
     /// Compile a project with its language's own tool
     Build(PluginBuildArgs),
-    /// Score the cases of a file and compare with the rewards that are expected
+    /// Run the cases of a file and compare with what is expected: rewards, prompts and answers, or plans
     Test(PluginTestArgs),
     /// Print a component's role, digest, imports and exports
     Inspect(PluginFileArgs),
     /// Load a component as a run would: limits, a trial instance, its `configure`
     Check(PluginCheckArgs),
-    /// Put another reward into a run that is going on, and say what became of it
+    /// Put another plugin into a run that is going on, and say what became of it
     Swap(PluginSwapArgs),
     #[command(flatten)]
     Sharing(SharingCommand),
@@ -275,8 +276,18 @@ pub struct PluginNewArgs {
     /// Folder to be made; its last part is the plugin's name
     #[arg(value_name = "NAME")]
     pub name: PathBuf,
+    /// What it is to be: `reward`, `formatter` or `curriculum`
+    #[arg(long, value_name = "ROLE", default_value = "reward", value_parser = role)]
+    pub role: Role,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+fn role(text: &str) -> Result<Role, String> {
+    let all = [Role::Reward, Role::Formatter, Role::Curriculum];
+    let mut named = all.into_iter().filter(|role| role.to_string() == text);
+    let unknown = "a plugin is a `reward`, a `formatter` or a `curriculum`";
+    named.next().ok_or_else(|| unknown.to_owned())
 }
 
 #[derive(Args, Debug)]
@@ -329,22 +340,22 @@ pub struct PluginSwapArgs {
     /// Run directory
     #[arg(value_name = "RUN")]
     pub run: PathBuf,
-    /// `reward`, or the name of one among several
+    /// `reward`, `formatter` or `curriculum`, or the name of one of the run's plugins
     #[arg(value_name = "ROLE")]
     pub role: String,
     /// Component file, or the name of a built-in plugin
     #[arg(value_name = "FILE|REF")]
     pub plugin: String,
-    /// Steps in which it scores every sample without counting [default: swap_shadow_steps of the run's config]
+    /// Steps that it works on beside the run, without counting [default: swap_shadow_steps of the run's config]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=i64::from(MAX_SHADOW)))]
     pub shadow: Option<u32>,
     /// Promote it at the next step, without shadowing
     #[arg(long, conflicts_with = "shadow")]
     pub now: bool,
-    /// JSON object for its `configure` [default: that of the reward it replaces]
+    /// JSON object for its `configure` [default: that of the plugin it replaces]
     #[arg(long, value_name = "JSON", value_parser = json_object)]
     pub config: Option<Map<String, Value>>,
-    /// JSON object with its limits [default: those of the reward it replaces]
+    /// JSON object with its limits [default: those of the plugin it replaces]
     #[arg(long, value_name = "JSON", value_parser = json_object)]
     pub limits: Option<Map<String, Value>>,
     #[command(flatten)]

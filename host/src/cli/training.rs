@@ -27,7 +27,7 @@ pub struct TrainArgs {
     /// Run directory [default: a new one under runs/]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Make a reward's file that changes during the run a candidate for its place
+    /// Make a plugin's file that changes during the run a candidate for its place
     #[arg(long)]
     pub watch_plugins: bool,
     /// Go on with the run in this directory, from its last checkpoint

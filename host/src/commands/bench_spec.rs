@@ -16,7 +16,7 @@ use crate::{
     draft,
     placement::{Capacity, Passes, Place},
     policy::{Mode, Policy},
-    rollout::{Job, mix, roll},
+    rollout::{Job, RollError, mix, roll},
     setup,
     types::Row,
 };
@@ -203,7 +203,8 @@ impl<'a> Bench<'a> {
                 max_prompt_tokens: None,
                 seed: mix(self.config.training.seed, u64::from(repeat)),
             };
-            let rolled = roll(&mut self.policy, &self.plugins.formatter, &job, &mut |_| {})?;
+            let rolled = roll(&mut self.policy, &self.plugins.formatter, &job, &mut |_| {});
+            let rolled = rolled.map_err(RollError::into_inner)?;
             let seconds = started.elapsed().as_secs_f64();
             super::tell_of_fault(&mut self.policy, self.config);
             if repeat > 0 && best.as_ref().is_none_or(|b| seconds < b.seconds) {

@@ -8,10 +8,12 @@ use serde_json::json;
 use super::guest_log::guest_log;
 use crate::{
     authoring::{self, AuthoringError},
-    cases::{self, Outcome},
+    cases,
     cli::{PluginBuildArgs, PluginNewArgs, PluginTestArgs},
     plugin::{PluginHost, printable},
+    role_cases::{self, Outcome},
     setup::{self, Component, PluginSources},
+    types::Role,
 };
 
 /// Bytes of a case's name and of a difference that are printed; both may hold a guest's text.
@@ -52,14 +54,18 @@ impl NotBuilt {
 /// Writes a project and says what to do with it.
 pub(super) fn new(args: &PluginNewArgs) -> anyhow::Result<()> {
     let dir = &args.name;
-    authoring::create(args.language, dir)?;
+    authoring::create(args.language, args.role, dir)?;
     if args.output.json {
         let main_file = args.language.main_file();
-        outln!("{}", json!({ "dir": dir, "main_file": main_file }));
+        let role = args.role;
+        outln!(
+            "{}",
+            json!({ "dir": dir, "main_file": main_file, "role": role })
+        );
         return Ok(());
     }
     let (language, dir) = (args.language, dir.display());
-    outln!("{dir}: a reward in {language}");
+    outln!("{dir}: a {} in {language}", args.role);
     if !args.output.quiet {
         outln!(" next: grpo-host plugin build {dir} && grpo-host plugin test {dir}");
     }
@@ -89,12 +95,21 @@ pub(super) fn build(args: &PluginBuildArgs) -> anyhow::Result<()> {
 /// Scores the cases and prints those that differ, and with them how.
 pub(super) fn test(args: &PluginTestArgs, sources: &PluginSources) -> anyhow::Result<()> {
     let (source, beside) = component_and_cases(&args.plugin)?;
-    let all = cases::read(args.cases.as_ref().unwrap_or(&beside))?;
+    let beside = args.cases.as_ref().unwrap_or(&beside);
     let limits = cases::strict(&setup::limits(&source, &args.limits)?);
     let Component { name, bytes, .. } = sources.component(&source, &limits)?;
     let access = sources.access(&name, &args.grants)?;
     let prepared = PluginHost::new(guest_log())?.prepare_with(&name, &bytes, &limits, access)?;
-    let outcomes = cases::run(&prepared, &all)?;
+    let outcomes: Vec<Outcome> = match prepared.id().role {
+        Role::Reward => {
+            let told = cases::run(&prepared, &cases::read(beside)?)?;
+            told.into_iter()
+                .map(Outcome::of_reward)
+                .collect::<Result<_, _>>()?
+        }
+        Role::Formatter => role_cases::run_formatter(&prepared, &cases::read_as(beside)?)?,
+        Role::Curriculum => role_cases::run_curriculum(&prepared, &cases::read_as(beside)?)?,
+    };
     let failed = outcomes
         .iter()
         .filter(|o| !o.differences.is_empty())

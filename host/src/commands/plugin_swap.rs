@@ -1,4 +1,4 @@
-//! `grpo-host plugin swap RUN ROLE FILE`: asks a run that is going on for another reward, and says what becomes of it.
+//! `grpo-host plugin swap RUN ROLE FILE`: asks a run that is going on for another plugin, and says what becomes of it.
 
 use std::{
     io::{BufRead, BufReader, ErrorKind, Read},
@@ -72,7 +72,7 @@ pub(super) fn run(args: &PluginSwapArgs) -> anyhow::Result<()> {
             let hint = match &event {
                 Event::Refused { hint, .. } => hint.clone(),
                 Event::RolledBack { .. } => {
-                    Some("`failures/` in the run has the calls that failed".to_owned())
+                    Some("of a reward, `failures/` in the run has the calls that failed".to_owned())
                 }
                 _ => Some(
                     "if swaps.jsonl has its promotion, `--resume` makes it again; otherwise swap in the resumed run"

@@ -53,10 +53,12 @@ pub(super) fn run(args: &ReplayArgs, environment: &Environment) -> anyhow::Resul
 /// The plugins of a config; of their identities those of rewards.
 fn rewards(config: &RunConfig, environment: &Environment, quiet: bool) -> anyhow::Result<Plugins> {
     let mut plugins = setup::plugins(config, environment, &mut downloads(quiet), guest_log())?;
-    plugins
-        .locked
-        .retain(|plugin| plugin.id.role == Role::Reward);
+    plugins.locked.retain(is_reward);
     Ok(plugins)
+}
+
+fn is_reward(plugin: &LockedPlugin) -> bool {
+    plugin.id.role == Role::Reward
 }
 
 /// Scores every step again and hands it on; failures that policies dealt with, and how many.
@@ -89,7 +91,8 @@ fn check(
     environment: &Environment,
 ) -> anyhow::Result<()> {
     let kept = restore::with_kept_components(config, &args.run)?;
-    let plugins = rewards(&kept, environment, args.output.quiet)?;
+    let mut downloads = downloads(args.output.quiet);
+    let plugins = setup::plugins(&kept, environment, &mut downloads, guest_log())?;
     let (rewards, mut locked) = (plugins.rewards, plugins.locked);
     if read_plugins_lock(&args.run)?.is_empty() {
         warn("the run has no plugins.lock: whether its components are still the same is not known");
@@ -97,7 +100,9 @@ fn check(
     check_lock(&args.run, &locked)?;
     let host = PluginHost::new(guest_log())?;
     let mut rewards = Timeline::of(rewards, &host, &args.run, &plugins.sources)?;
+    restore::with_own_sources(&mut locked, config);
     locked.extend(rewards.promoted());
+    let (locked, others): (Vec<_>, Vec<_>) = locked.into_iter().partition(is_reward);
     let score = |step, wave, samples: &[Sample<'_>]| rewards.score(step, wave, samples);
     let (mut samples, mut differing) = (0, 0);
     let mut first: Option<Difference> = None;
@@ -129,6 +134,7 @@ fn check(
         let object = json!({
             "run_dir": args.run, "steps": steps, "missing_steps": log.missing.len(), "samples": samples,
             "differing": differing, "first": first, "failures": failures, "plugins": locked,
+            "others": others,
         });
         outln!("{object}");
     } else {

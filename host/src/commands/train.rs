@@ -303,10 +303,11 @@ impl<'a> Run<'a> {
             self.tell_of_swaps(&mut bar);
             let report = self.trainer.step(&mut |p| bar.rollout(p));
             let (root, seed) = (self.dir.root(), config.training.seed);
-            failures::save(root, seed, &mut self.trainer.swaps.failures)?;
+            failures::save(root, seed, &mut self.trainer.swaps.rewards.failures)?;
             let report = report?;
             bar.step(&report);
-            self.swaps.after_step(&mut self.trainer, &self.dir)?;
+            self.swaps
+                .after_step(&mut self.trainer, &report, &self.dir)?;
             self.tell_of_swaps(&mut bar);
             self.record(report, &mut bar)?;
         }

@@ -98,7 +98,7 @@ pub struct PluginsConfig {
     /// minisign public keys, each with the place it is trusted for after a space (`RWQ… ghcr.io/me`), or without one for all.
     /// A plugin from a registry that one of them covers must be signed by one that does.
     pub trusted_keys: Vec<String>,
-    /// Makes a reward's file that changes during the run a candidate for its place.
+    /// Makes a plugin's file that changes during the run a candidate for its place.
     pub watch_plugins: bool,
     /// Steps that a candidate shadows unless its swap says otherwise, 0 to 1000.
     pub swap_shadow_steps: u32,

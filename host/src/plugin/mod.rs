@@ -230,6 +230,11 @@ pub struct Prepared {
 }
 
 impl Prepared {
+    /// Role, name and digest.
+    pub fn id(&self) -> &PluginId {
+        &self.loaded.id
+    }
+
     /// Makes a first instance with `config` (a JSON object for its `configure`), so that a plugin that loads is one
     /// that works. With `warm`, instances stay for further requests.
     ///

@@ -21,6 +21,9 @@ use crate::types::Outcome;
 /// 2: with a manifest.
 const FORMAT: u32 = 2;
 
+/// State of a curriculum that may come back; a run that has swapped none has no such file.
+const BEFORE: &str = "curriculum-before.bin";
+
 /// Everything of a run that is not weights, optimizer or configuration.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct TrainState {
@@ -38,6 +41,9 @@ pub struct TrainState {
     /// The curriculum's opaque state; in `curriculum.bin`, not in `state.json`.
     #[serde(skip)]
     pub curriculum: Vec<u8>,
+    /// That of the curriculum before, from when the present one took its place; in `curriculum-before.bin`.
+    #[serde(skip)]
+    pub curriculum_before: Option<Vec<u8>>,
     /// Outcomes of the last step, which the curriculum has not seen yet.
     pub outcomes: Vec<Outcome>,
     pub best: Option<Best>,
@@ -150,10 +156,13 @@ impl CheckpointWriter {
             path: path.clone(),
             reason: e.to_string(),
         })?;
-        for (path, bytes) in [
+        let before = state.curriculum_before.as_ref();
+        let before = before.map(|bytes| (self.temporary.join(BEFORE), bytes));
+        let files = [
             (self.temporary.join("curriculum.bin"), &state.curriculum),
             (path, &text),
-        ] {
+        ];
+        for (path, bytes) in files.into_iter().chain(before) {
             fs::write(&path, bytes).map_err(|source| RunError::Write { path, source })?;
         }
         Ok(())
@@ -250,8 +259,10 @@ fn read(path: PathBuf, step: u64, look: Look) -> Result<Checkpoint, Damage> {
         return Err(fail(name, reason));
     }
     let curriculum = bytes("curriculum.bin")?;
+    let has_before = path.join(BEFORE).exists();
     let state = TrainState {
         curriculum,
+        curriculum_before: has_before.then(|| bytes(BEFORE)).transpose()?,
         ..file.state
     };
     Ok(Checkpoint { path, state })

@@ -1,4 +1,4 @@
-//! `swaps.jsonl`: which reward took whose place from which step and wave on. `plugins/DIGEST/NAME.wasm`: the components
+//! `swaps.jsonl`: which component took whose place from which step and wave on. `plugins/DIGEST/NAME.wasm`: the components
 //! of a run that came from files, as they were when they were loaded.
 
 use std::{
@@ -11,11 +11,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::{RunError, StepLog, atomic, step_log};
-use crate::types::PluginId;
+use crate::types::{PluginId, Seat};
 
 pub(super) const SWAPS: &str = "swaps.jsonl";
 
-/// Why another component scores from here on.
+/// Why another component is at work from here on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SwapEvent {
@@ -32,11 +32,11 @@ pub struct SwapRecord {
     /// First wave of that step that it holds for.
     pub wave: u32,
     pub event: SwapEvent,
-    /// Place among the run's rewards.
+    /// Place among the run's rewards; 0 for a formatter or curriculum.
     pub slot: usize,
-    /// The reward that scores from here on.
+    /// The component that is at work from here on; its role is that of the one before.
     pub plugin: PluginId,
-    /// The one that scored until here.
+    /// The one that was until here.
     pub replaced: PluginId,
     /// What it was loaded from, with which settings and limits.
     pub source: String,
@@ -53,7 +53,17 @@ pub struct SwapRecord {
     pub shadow: Option<Value>,
 }
 
-/// Who holds a slot, as places in the journal; `None` is what the run began with.
+impl SwapRecord {
+    /// What it is about.
+    pub fn seat(&self) -> Seat {
+        Seat {
+            role: self.plugin.role,
+            slot: self.slot,
+        }
+    }
+}
+
+/// Who holds a seat, as places in the journal; `None` is what the run began with.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Holder {
     pub now: Option<usize>,
@@ -61,12 +71,11 @@ pub struct Holder {
     pub before: Option<Option<usize>>,
 }
 
-/// Who scored in `slot` at a wave of a step.
-pub fn holder(records: &[SwapRecord], slot: usize, step: u64, wave: u32) -> Holder {
+/// Who had `seat` at a wave of a step.
+pub fn holder(records: &[SwapRecord], seat: Seat, step: u64, wave: u32) -> Holder {
+    let by_then = |r: &SwapRecord| r.seat() == seat && (r.step, r.wave) <= (step, wave);
     let mut order: Vec<usize> = (0..records.len())
-        .filter(|i| {
-            records[*i].slot == slot && (records[*i].step, records[*i].wave) <= (step, wave)
-        })
+        .filter(|i| by_then(&records[*i]))
         .collect();
     order.sort_by_key(|i| (records[*i].step, records[*i].wave));
     let mut holder = Holder::default();
@@ -210,15 +219,22 @@ mod tests {
             record(6, 1, RolledBack, 0),
             record(9, 0, Promoted, 0),
         ];
-        let now = |slot, step, wave| holder(&records, slot, step, wave).now;
+        let at = |slot| Seat {
+            role: Role::Reward,
+            slot,
+        };
+        let now = |slot, step, wave| holder(&records, at(slot), step, wave).now;
         assert_eq!(now(0, 2, 9), None);
         assert_eq!((now(0, 3, 0), now(0, 4, 7)), (Some(0), Some(0)));
         assert_eq!((now(0, 5, 0), now(0, 6, 0)), (Some(2), Some(2)));
         assert_eq!((now(0, 6, 1), now(0, 8, 0)), (Some(0), Some(0)));
         assert_eq!((now(1, 4, 0), now(1, 9, 0)), (None, Some(1)));
-        assert_eq!(holder(&records, 0, 6, 0).before, Some(Some(0)));
-        assert_eq!(holder(&records, 0, 7, 0).before, None);
-        assert_eq!(holder(&records, 1, 7, 0).before, Some(None));
+        assert_eq!(holder(&records, at(0), 6, 0).before, Some(Some(0)));
+        assert_eq!(holder(&records, at(0), 7, 0).before, None);
+        assert_eq!(holder(&records, at(1), 7, 0).before, Some(None));
+        let role = Role::Curriculum;
+        let other = Seat { role, slot: 0 };
+        assert_eq!(holder(&records, other, 9, 0), Holder::default());
     }
 
     #[test]

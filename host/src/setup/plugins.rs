@@ -16,7 +16,7 @@ use crate::{
         RewardSet, Warm, Weighted,
     },
     run::LockedPlugin,
-    types::Role,
+    types::{PluginId, Role},
 };
 
 /// The plugins of a run in their roles.
@@ -165,6 +165,16 @@ pub(crate) fn load_whole(
     config: &PluginConfig,
     sources: &PluginSources,
 ) -> anyhow::Result<Loaded> {
+    load_admitted(host, config, sources, |_| Ok(()))
+}
+
+/// The same for what `admit` takes, which sees who it is before any of it runs.
+pub(crate) fn load_admitted(
+    host: &PluginHost,
+    config: &PluginConfig,
+    sources: &PluginSources,
+    admit: impl FnOnce(&PluginId) -> anyhow::Result<()>,
+) -> anyhow::Result<Loaded> {
     let limits = limits(&config.source, &config.limits)?;
     let warm = config.warm.as_ref();
     let warm = warm.map(|warm| settings::<Warm>(("warm", WARM_KEYS), &config.source, warm));
@@ -173,6 +183,7 @@ pub(crate) fn load_whole(
     let settings = Value::Object(config.config.clone());
     let access = sources.access(&found.name, &config.grants)?;
     let prepared = host.prepare_with(&found.name, &found.bytes, &limits, access)?;
+    admit(prepared.id())?;
     Ok(Loaded {
         plugin: prepared.configure(&settings, warm)?,
         bytes: found.bytes,

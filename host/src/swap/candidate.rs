@@ -13,16 +13,18 @@ use anyhow::Context;
 
 use super::{
     SwapError,
-    shadow::{Shadow, ShadowReport, TappedWave},
+    shadow::{Shadow, ShadowReport, TappedStep},
+    shadow_plans::{PlanShadow, TappedPlan},
+    shadow_texts::TextShadow,
     vectors,
 };
 use crate::{
     config::PluginConfig,
     error,
-    plugin::{Plugin, PluginHost, RewardPlugin},
+    plugin::{Plugin, PluginError, PluginHost},
     run::keep_component,
     setup::{self, Loaded, PluginSources},
-    types::PluginId,
+    types::{PluginId, Seat},
 };
 
 /// How much nicer than the run its thread is. Of a core that the run wants too it gets a thirtieth, so that a step which waits for
@@ -34,13 +36,15 @@ const NICENESS: i32 = 15;
 pub(super) struct Job {
     pub(super) root: PathBuf,
     pub(super) sources: Arc<PluginSources>,
+    pub(super) seat: Seat,
     pub(super) settings: PluginConfig,
     /// Steps to shadow.
     pub(super) shadow: u32,
     pub(super) max_failure_rate: f64,
-    /// A row of the run as JSON, and its prompt or what may pass for one.
+    /// A row of the run as JSON.
     pub(super) row: String,
-    pub(super) prompt: String,
+    /// What the run's curriculum will be asked next; nobody has planned it yet.
+    pub(super) next: TappedPlan,
 }
 
 /// What its thread says.
@@ -54,7 +58,7 @@ pub(super) enum Message {
         report: ShadowReport,
     },
     Ready {
-        reward: Box<RewardPlugin>,
+        plugin: Box<Plugin>,
         /// Of the component; a reference is pinned.
         source: String,
     },
@@ -67,8 +71,7 @@ pub(super) enum Message {
 /// The near end of the thread.
 pub(super) struct Worker {
     pub(super) messages: Receiver<Message>,
-    /// Takes the waves of a step.
-    pub(super) steps: Sender<Vec<TappedWave>>,
+    pub(super) steps: Sender<TappedStep>,
 }
 
 /// Starts a thread that makes a candidate of a component.
@@ -82,8 +85,8 @@ pub(super) fn start(host: Arc<PluginHost>, job: Job) -> std::io::Result<Worker> 
         .name("candidate".to_owned())
         .spawn(move || {
             let last = match prepare(&host, &job, &say, &waves) {
-                Ok((reward, source)) => Message::Ready {
-                    reward: Box::new(reward),
+                Ok((plugin, source)) => Message::Ready {
+                    plugin: Box::new(plugin),
                     source,
                 },
                 Err(refusal) => {
@@ -102,8 +105,8 @@ fn prepare(
     host: &PluginHost,
     job: &Job,
     say: &Sender<Message>,
-    steps: &Receiver<Vec<TappedWave>>,
-) -> anyhow::Result<(RewardPlugin, String)> {
+    steps: &Receiver<TappedStep>,
+) -> anyhow::Result<(Plugin, String)> {
     rustix::process::nice(NICENESS).context("cannot lower the priority of the candidate")?;
     let begun = Instant::now();
     let settings = &job.settings;
@@ -111,32 +114,68 @@ fn prepare(
         plugin,
         bytes,
         source,
-    } = setup::load_whole(host, settings, &job.sources)?;
-    let reward = match plugin {
-        Plugin::Reward(reward) => reward,
-        other => {
-            let role = format!("{:?}", other.id().role).to_lowercase();
-            let name = other.id().name.clone();
-            return Err(SwapError::NotAReward { name, role }.into());
+    } = setup::load_admitted(host, settings, &job.sources, |id| is_for(job.seat, id))?;
+    let id = plugin.id().clone();
+    match &plugin {
+        Plugin::Reward(reward) => vectors::check(reward, &job.row)?,
+        Plugin::Formatter(formatter) => {
+            let (rows, completions) = vectors::recent(&job.root)?;
+            vectors::check_formatter(formatter, &job.row, (&rows, &completions))?;
         }
-    };
-    vectors::check(&reward, &job.row, &job.prompt)?;
-    if Path::new(&source).exists() {
-        keep_component(&job.root, reward.id(), &bytes)?;
+        Plugin::Curriculum(curriculum) => vectors::check_curriculum(curriculum, &job.next)?,
     }
-    let id = reward.id().clone();
+    if Path::new(&source).exists() {
+        keep_component(&job.root, &id, &bytes)?;
+    }
     let milliseconds = begun.elapsed().as_secs_f64() * 1e3;
     drop(say.send(Message::Compiled { id, milliseconds }));
-    let mut shadow = Shadow::default();
+    let mut shadows = Shadows::default();
     for step in 1..=job.shadow {
-        let waves = steps.recv().context("the run ended")?;
-        shadow.add(&reward, &waves)?;
-        let report = shadow.report();
-        if shadow.fails(job.max_failure_rate) {
+        let tapped = steps.recv().context("the run ended")?;
+        let report = shadows.add(&plugin, &tapped)?;
+        if let ShadowReport::Reward(report) = &report
+            && shadows.reward.fails(job.max_failure_rate)
+        {
             let (failed, samples) = (report.failed, report.samples);
             return Err(SwapError::Fails { failed, samples }.into());
         }
         drop(say.send(Message::Shadowed { step, report }));
     }
-    Ok((reward, source))
+    Ok((plugin, source))
+}
+
+/// Before its `configure`, which would not know what to do with another role's settings.
+fn is_for(seat: Seat, id: &PluginId) -> anyhow::Result<()> {
+    if id.role == seat.role {
+        return Ok(());
+    }
+    let (name, role, wanted) = (id.name.clone(), id.role, seat.role);
+    Err(SwapError::AnotherRole { name, role, wanted }.into())
+}
+
+/// One for each role; a candidate has one.
+#[derive(Default)]
+struct Shadows {
+    reward: Shadow,
+    texts: TextShadow,
+    plans: PlanShadow,
+}
+
+impl Shadows {
+    fn add(&mut self, plugin: &Plugin, step: &TappedStep) -> Result<ShadowReport, PluginError> {
+        Ok(match plugin {
+            Plugin::Reward(reward) => {
+                self.reward.add(reward, &step.waves)?;
+                ShadowReport::Reward(self.reward.report())
+            }
+            Plugin::Formatter(formatter) => {
+                self.texts.add(formatter, &step.groups)?;
+                ShadowReport::Formatter(self.texts.report())
+            }
+            Plugin::Curriculum(curriculum) => {
+                self.plans.add(curriculum, &step.plans)?;
+                ShadowReport::Curriculum(self.plans.report())
+            }
+        })
+    }
 }

@@ -23,6 +23,7 @@ use std::{
 };
 
 use super::protocol::{Event, Request};
+use crate::types::Seat;
 
 /// Folder of the socket inside the run directory. Nobody else may enter it, so there is no moment at which a socket that
 /// has just been made is open to others.
@@ -40,8 +41,8 @@ const MAX_PATH: usize = 107;
 /// A request with where to tell what becomes of it.
 pub(super) struct Incoming {
     pub(super) request: Request,
-    /// The place among the rewards, if it is known.
-    pub(super) slot: Option<usize>,
+    /// Whose place it is for, if that is known.
+    pub(super) seat: Option<Seat>,
     /// `None`: nobody waits.
     pub(super) reply: Option<Sender<Event>>,
 }
@@ -157,7 +158,7 @@ fn serve(mut stream: UnixStream, requests: &SyncSender<Incoming>) -> io::Result<
     let (reply, events) = channel();
     let incoming = Incoming {
         request,
-        slot: None,
+        seat: None,
         reply: Some(reply),
     };
     match requests.try_send(incoming) {

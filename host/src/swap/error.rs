@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::protocol::Event;
+use crate::types::Role;
 
 /// Why there is no swap.
 #[derive(Debug, thiserror::Error)]
@@ -13,8 +14,12 @@ pub enum SwapError {
     Channel { run: PathBuf, reason: String },
     #[error("{event}")]
     Refused { event: Event, hint: Option<String> },
-    #[error("`{name}` is a {role}, not a reward")]
-    NotAReward { name: String, role: String },
+    #[error("`{name}` is a {role}, not a {wanted}")]
+    AnotherRole {
+        name: String,
+        role: Role,
+        wanted: Role,
+    },
     #[error("it failed on {failed} of {samples} samples")]
     Fails { failed: u64, samples: u64 },
     #[error("plugin `{name}` of an earlier swap is {found} and was {expected}")]
@@ -35,7 +40,9 @@ impl SwapError {
             ),
             Self::Channel { .. } => "is it this user's run, on this machine?".to_owned(),
             Self::Refused { hint, .. } => return hint.clone(),
-            Self::NotAReward { .. } => ONLY_REWARDS.to_owned(),
+            Self::AnotherRole { role, .. } => {
+                format!("it can take the place of a {role}: `plugin swap RUN {role} FILE`")
+            }
             Self::Fails { .. } => {
                 "`failures/` in the run has such calls once it counts; swap_max_failure_rate is the limit".to_owned()
             }
@@ -43,5 +50,3 @@ impl SwapError {
         })
     }
 }
-
-pub(super) const ONLY_REWARDS: &str = "rewards can be swapped during a run; a formatter or curriculum is another run's: its prompts and rows would be";

@@ -5,33 +5,34 @@ use std::{path::Path, sync::mpsc::Sender};
 use super::{
     candidate::Worker,
     channel,
-    error::ONLY_REWARDS,
     protocol::{Event, Line},
     shadow::ShadowReport,
+    shadow_plans::TappedPlan,
 };
 use crate::{
     config::PluginConfig,
     defaults,
-    plugin::{RewardPlugin, digest},
+    plugin::{Plugin, digest},
     registry::is_reference,
-    run::{LockedPlugin, RunError, component_path, keep_component},
+    run::{LockedPlugin, RunError, SwapEvent, SwapRecord, component_path, keep_component},
     setup::read_component,
     trainer::Trainer,
+    types::{PluginId, Role, Seat},
 };
 
 /// The candidate of the moment.
 pub(super) struct Active {
-    pub(super) slot: usize,
+    pub(super) seat: Seat,
     pub(super) settings: PluginConfig,
     pub(super) reply: Option<Sender<Event>>,
     pub(super) worker: Worker,
     pub(super) shadow: u32,
-    /// Steps handed to it, and of these those it has scored.
+    /// Steps handed to it, and of these those it is through with.
     pub(super) sent: u32,
     pub(super) done: u32,
     pub(super) report: Option<ShadowReport>,
-    pub(super) ready: Option<Box<RewardPlugin>>,
-    /// First step that it scores, once it is promoted.
+    pub(super) ready: Option<Box<Plugin>>,
+    /// First step that it takes part in, once it is promoted.
     pub(super) promoted: Option<u64>,
 }
 
@@ -44,29 +45,89 @@ impl Active {
     }
 }
 
-/// The place that a role names.
-pub(super) fn slot_of(trainer: &Trainer<'_>, role: &str) -> Result<usize, Event> {
-    let names: Vec<&str> = trainer.plugins.rewards.names().collect();
+/// A line of the journal without what a rollback or a shadow has to add: `plugin` takes the place of `replaced` under these
+/// settings from this step and wave on.
+pub(super) fn record_of(
+    event: SwapEvent,
+    (step, wave): (u64, u32),
+    (seat, plugin, replaced): (Seat, PluginId, PluginId),
+    settings: &PluginConfig,
+) -> SwapRecord {
+    SwapRecord {
+        step,
+        wave,
+        event,
+        slot: seat.slot,
+        plugin,
+        replaced,
+        source: settings.source.clone(),
+        config: settings.config.clone(),
+        limits: settings.limits.clone(),
+        grants: settings.grants.clone(),
+        warm: settings.warm.clone(),
+        reason: None,
+        shadow: None,
+    }
+}
+
+/// What the curriculum will be asked next.
+pub(super) fn next_plan(trainer: &Trainer<'_>) -> TappedPlan {
+    let prompts = trainer.config.generation.prompts_per_step;
+    TappedPlan {
+        state: trainer.state.curriculum.clone(),
+        outcomes: trainer.state.outcomes.clone(),
+        budget: trainer.budget(prompts),
+        picks: Vec::new(),
+    }
+}
+
+/// The plugin of a seat.
+pub(super) fn id_of(trainer: &Trainer<'_>, seat: Seat) -> Option<PluginId> {
+    let plugins = &trainer.plugins;
+    match seat.role {
+        Role::Reward => plugins.rewards.ids().nth(seat.slot).cloned(),
+        Role::Formatter => Some(plugins.formatter.id().clone()),
+        Role::Curriculum => Some(plugins.curriculum.id().clone()),
+    }
+}
+
+/// The seat that a role or the name of a plugin stands for.
+pub(super) fn seat_of(trainer: &Trainer<'_>, role: &str) -> Result<Seat, Event> {
+    let plugins = &trainer.plugins;
+    let reward = |slot| Seat {
+        role: Role::Reward,
+        slot,
+    };
+    let only = |role| Seat { role, slot: 0 };
+    let names: Vec<&str> = plugins.rewards.names().collect();
     let all = names.join(", ");
     match (role, names.len()) {
-        ("formatter" | "curriculum", _) => {
-            let reason = format!("a {role} cannot be swapped during a run");
-            Err(channel::refused(&reason, ONLY_REWARDS))
-        }
-        ("reward", 1) => Ok(0),
+        ("formatter", _) => return Ok(only(Role::Formatter)),
+        ("curriculum", _) => return Ok(only(Role::Curriculum)),
+        ("reward", 1) => return Ok(reward(0)),
         ("reward", n) => {
             let reason = format!("the run has {n} rewards");
-            Err(channel::refused(
-                &reason,
-                &format!("name one of them instead of `reward`: {all}"),
-            ))
+            let hint = format!("name one of them instead of `reward`: {all}");
+            return Err(channel::refused(&reason, &hint));
         }
-        _ => names.iter().position(|name| *name == role).ok_or_else(|| {
-            let role = crate::plugin::printable(role, 100);
-            let reason = format!("no reward of the run is called `{role}`");
-            channel::refused(&reason, &format!("name `reward`, or one of {all}"))
-        }),
+        _ => {}
     }
+    if let Some(slot) = names.iter().position(|name| *name == role) {
+        return Ok(reward(slot));
+    }
+    for id in [plugins.formatter.id(), plugins.curriculum.id()] {
+        if id.name == role {
+            return Ok(only(id.role));
+        }
+    }
+    let role = crate::plugin::printable(role, 100);
+    let (formatter, curriculum) = (&plugins.formatter.id().name, &plugins.curriculum.id().name);
+    Err(channel::refused(
+        &format!("no plugin of the run is called `{role}`"),
+        &format!(
+            "name a role (`reward`, `formatter`, `curriculum`), or one of {all}, {formatter}, {curriculum}"
+        ),
+    ))
 }
 
 /// Keeps the components that came from files, as they were loaded.
@@ -101,14 +162,35 @@ pub(super) fn keep_files(
 
 /// What shadowing found, under the names of metrics.
 pub(super) fn metrics_of(report: &ShadowReport) -> Vec<(&'static str, f64)> {
-    let numbers = [
-        ("swap/shadow_agreement", report.agreement),
-        ("swap/shadow_pearson", report.pearson),
-        ("swap/shadow_spearman", report.spearman),
-        ("swap/shadow_micros", report.micros),
-        ("swap/live_micros", report.live_micros),
-        ("swap/shadow_failed", Some(report.failed as f64)),
-    ];
+    let share = |part: u64, all: u64| (all > 0).then(|| part as f64 / all as f64);
+    let numbers = match report {
+        ShadowReport::Reward(report) => vec![
+            ("swap/shadow_agreement", report.agreement),
+            ("swap/shadow_pearson", report.pearson),
+            ("swap/shadow_spearman", report.spearman),
+            ("swap/shadow_micros", report.micros),
+            ("swap/live_micros", report.live_micros),
+            ("swap/shadow_failed", Some(report.failed as f64)),
+        ],
+        ShadowReport::Formatter(report) => {
+            let (prompts, completions) = (report.prompts, report.completions);
+            vec![
+                (
+                    "swap/shadow_prompts_differ",
+                    share(report.prompts_differ, prompts),
+                ),
+                (
+                    "swap/shadow_answers_differ",
+                    share(report.answers_differ, completions),
+                ),
+                ("swap/shadow_micros", report.micros),
+            ]
+        }
+        ShadowReport::Curriculum(report) => vec![
+            ("swap/shadow_overlap", report.overlap()),
+            ("swap/shadow_micros", report.micros),
+        ],
+    };
     let known = |(name, value): (_, Option<f64>)| value.map(|value| (name, value));
     numbers.into_iter().filter_map(known).collect()
 }

@@ -1,8 +1,8 @@
-//! Swapping rewards while a run goes on: requests come over a socket in the run directory or from watched files; a
+//! Swapping plugins while a run goes on: requests come over a socket in the run directory or from watched files; a
 //! candidate is compiled, checked and shadows beside the steps, is promoted between two of them, and rolled back if it fails.
 //!
-//! This file decides; threads do the work: [`channel`] talks to clients, [`candidate`] makes a reward of a file, [`watch`]
-//! looks at files. [`restore`] finds the rewards of a run again. Nobody here makes a step wait.
+//! This file decides; threads do the work: [`channel`] talks to clients, [`candidate`] makes a plugin of a file, [`watch`]
+//! looks at files. [`restore`] finds the plugins of a run again. Nobody here makes a step wait.
 
 mod candidate;
 pub mod channel;
@@ -11,6 +11,8 @@ mod intake;
 pub mod protocol;
 pub mod restore;
 pub mod shadow;
+pub mod shadow_plans;
+pub mod shadow_texts;
 mod vectors;
 mod watch;
 
@@ -24,19 +26,21 @@ use std::{
 };
 
 use crate::{
-    plugin::{LogSink, PluginHost, RewardPlugin},
+    plugin::{LogSink, Plugin, PluginHost},
     run::{LockedPlugin, RunDir, SwapEvent, SwapRecord, read_plugins_lock, read_swaps},
     setup::PluginSources,
-    trainer::{RolledBack, Trainer},
+    trainer::{RolledBack, StepReport, Trainer},
+    types::Role,
 };
 
 use candidate::{Job, Message};
 use channel::{Control, Incoming};
 pub use error::SwapError;
-use intake::{Active, keep_files, metrics_of, slot_of};
+use intake::{Active, id_of, keep_files, metrics_of, next_plan, record_of, seat_of};
 use protocol::Event;
 pub use protocol::Line;
-use shadow::Tap;
+use shadow::{Tap, TappedStep};
+use shadow_texts::TappedGroup;
 pub use vectors::ConformanceError;
 use watch::{Watch, Watched};
 
@@ -46,8 +50,6 @@ const QUEUE: usize = 8;
 pub const MAX_SHADOW: u32 = 1000;
 /// Steps that a candidate may be behind before it is handed no more.
 const BACKLOG: u32 = 4;
-/// Stands for the prompt of conformance vectors.
-const PROMPT: &str = "What is 2 + 2?";
 
 /// The swaps of a run in progress.
 pub struct Swaps {
@@ -63,11 +65,13 @@ pub struct Swaps {
     /// Changed files that wait for the candidate before them.
     waiting: VecDeque<Incoming>,
     /// Promotions that a resumed run has yet to make again.
-    pending: Vec<(SwapRecord, RewardPlugin)>,
+    pending: Vec<(SwapRecord, Plugin)>,
     /// Everything that is in `plugins.lock`.
     history: Vec<LockedPlugin>,
     /// A row of the data as JSON, for conformance vectors.
     row: String,
+    /// Whether a formatter shadows the step that is under way.
+    tap_groups: bool,
     lines: Vec<Line>,
     metrics: Vec<(&'static str, f64)>,
 }
@@ -111,6 +115,7 @@ impl Swaps {
             waiting: VecDeque::new(),
             pending: Vec::new(),
             history,
+            tap_groups: false,
             lines,
             metrics: Vec::new(),
         };
@@ -131,8 +136,8 @@ impl Swaps {
         let step = trainer.state.step;
         for record in records {
             if record.event == SwapEvent::Promoted && record.step > step {
-                let reward = restore::load(&host, &self.sources, &root, &record)?;
-                self.pending.push((record, reward));
+                let plugin = restore::load(&host, &self.sources, &root, &record)?;
+                self.pending.push((record, plugin));
             }
         }
         Ok(())
@@ -146,14 +151,10 @@ impl Swaps {
         if !trainer.config.plugins.watch_plugins {
             return Ok(());
         }
-        let slots = trainer
-            .swaps
-            .slots
-            .iter()
-            .zip(trainer.plugins.rewards.ids());
-        let files = slots.enumerate().filter_map(|(slot, (known, id))| {
-            let path = Path::new(&known.settings.source);
-            path.exists().then(|| Watched::new(slot, path, &id.digest))
+        let files = trainer.swaps.seats().into_iter().filter_map(|seat| {
+            let path = Path::new(&trainer.swaps.settings(seat)?.source);
+            let id = id_of(trainer, seat)?;
+            path.exists().then(|| Watched::new(seat, path, &id.digest))
         });
         self.watch = Some(Watch::start(files.collect(), requests)?);
         Ok(())
@@ -193,19 +194,35 @@ impl Swaps {
             .active
             .as_ref()
             .filter(|a| a.sent < a.shadow && a.sent - a.done < BACKLOG);
-        trainer.swaps.tap = shadowing.map(|active| Tap {
-            slot: active.slot,
+        let seat = shadowing.map(|active| active.seat);
+        trainer.swaps.rewards.tap = seat.filter(|s| s.role == Role::Reward).map(|seat| Tap {
+            slot: seat.slot,
             waves: Vec::new(),
         });
+        let plans = seat.filter(|s| s.role == Role::Curriculum);
+        trainer.swaps.plans = plans.map(|_| Vec::new());
+        self.tap_groups = seat.is_some_and(|s| s.role == Role::Formatter);
         Ok(())
     }
 
-    /// After a step: notes rollbacks, and hands the step's samples to a candidate that shadows.
+    /// After a step: notes rollbacks, and hands the step to a candidate that shadows.
     ///
     /// # Errors
     /// A journal or lock that cannot be written.
-    pub fn after_step(&mut self, trainer: &mut Trainer<'_>, dir: &RunDir) -> anyhow::Result<()> {
-        for rolled_back in std::mem::take(&mut trainer.swaps.rolled_back) {
+    pub fn after_step(
+        &mut self,
+        trainer: &mut Trainer<'_>,
+        report: &StepReport,
+        dir: &RunDir,
+    ) -> anyhow::Result<()> {
+        for text in std::mem::take(&mut trainer.swaps.notes) {
+            let event = Event::Note { text };
+            self.lines.push(Line::of(&event));
+            if let Some(active) = &self.active {
+                active.tell(event);
+            }
+        }
+        for rolled_back in trainer.take_rolled_back() {
             self.note_rollback(rolled_back, dir)?;
         }
         let step = trainer.state.step;
@@ -215,14 +232,30 @@ impl Swaps {
         {
             active.tell(Event::Kept { step });
         }
-        if let (Some(active), Some(tap)) = (&mut self.active, trainer.swaps.tap.take())
-            && !tap.waves.is_empty()
-            && active.worker.steps.send(tap.waves).is_ok()
+        let tapped = self.tapped(trainer, report);
+        if let Some(active) = &mut self.active
+            && !tapped.is_empty()
+            && active.worker.steps.send(tapped).is_ok()
         {
             active.sent += 1;
         }
         self.hear();
         Ok(())
+    }
+
+    /// The step, as far as somebody shadows it.
+    fn tapped(&mut self, trainer: &mut Trainer<'_>, report: &StepReport) -> TappedStep {
+        let groups = report.groups.iter().filter(|_| self.tap_groups);
+        TappedStep {
+            waves: trainer
+                .swaps
+                .rewards
+                .tap
+                .take()
+                .map_or_else(Vec::new, |tap| tap.waves),
+            groups: groups.map(|g| TappedGroup::of(&g.rollouts)).collect(),
+            plans: trainer.swaps.plans.take().unwrap_or_default(),
+        }
     }
 
     /// Tells those who wait that the run ends.
@@ -251,7 +284,7 @@ impl Swaps {
                     drop(reply.send(event));
                 }
                 (Some(_), None) => {
-                    self.waiting.retain(|known| known.slot != incoming.slot);
+                    self.waiting.retain(|known| known.seat != incoming.seat);
                     self.waiting.push_back(incoming);
                 }
             }
@@ -277,9 +310,9 @@ impl Swaps {
 
     fn start(&mut self, trainer: &Trainer<'_>, incoming: Incoming) -> Result<Active, Event> {
         let request = incoming.request;
-        let slot = match incoming.slot {
-            Some(slot) => slot,
-            None => slot_of(trainer, &request.role)?,
+        let seat = match incoming.seat {
+            Some(seat) => seat,
+            None => seat_of(trainer, &request.role)?,
         };
         let plugins = &trainer.config.plugins;
         let shadow = request.shadow.unwrap_or(plugins.swap_shadow_steps);
@@ -287,23 +320,19 @@ impl Swaps {
             let reason = format!("{shadow} steps to shadow are more than {MAX_SHADOW}");
             return Err(channel::refused(&reason, "shadow fewer"));
         }
-        let mut settings = trainer
-            .swaps
-            .slots
-            .get(slot)
-            .map(|s| s.settings.clone())
-            .unwrap_or_default();
+        let mut settings = trainer.swaps.settings(seat).cloned().unwrap_or_default();
         settings.source = request.source;
         settings.config = request.config.unwrap_or(settings.config);
         settings.limits = request.limits.unwrap_or(settings.limits);
         let job = Job {
             root: self.root.clone(),
             sources: Arc::clone(&self.sources),
+            seat,
             settings: settings.clone(),
             shadow,
             max_failure_rate: plugins.swap_max_failure_rate,
             row: self.row.clone(),
-            prompt: PROMPT.to_owned(),
+            next: next_plan(trainer),
         };
         let host = self.host();
         let worker = host.and_then(|host| Ok(candidate::start(host, job)?));
@@ -312,7 +341,7 @@ impl Swaps {
             hint: None,
         })?;
         Ok(Active {
-            slot,
+            seat,
             settings,
             reply: incoming.reply,
             worker,
@@ -353,9 +382,9 @@ impl Swaps {
                     let of = active.shadow;
                     Event::Shadowed { step, of, report }
                 }
-                Message::Ready { reward, source } => {
+                Message::Ready { plugin, source } => {
                     active.settings.source = source;
-                    active.ready = Some(reward);
+                    active.ready = Some(plugin);
                     return;
                 }
                 Message::Refused { reason, hint } => Event::Refused { reason, hint },
@@ -373,30 +402,22 @@ impl Swaps {
         let Some(active) = &mut self.active else {
             return Ok(());
         };
-        let Some(reward) = active.ready.take() else {
+        let Some(plugin) = active.ready.take() else {
             return Ok(());
         };
         let step = trainer.state.step + 1;
-        let (slot, id, settings) = (active.slot, reward.id().clone(), active.settings.clone());
-        let replaced = trainer.plugins.rewards.ids().nth(slot).cloned();
+        let (seat, id, settings) = (active.seat, plugin.id().clone(), active.settings.clone());
+        let replaced = id_of(trainer, seat);
+        let replaced = replaced.unwrap_or_else(|| id.clone());
+        let shadow = active.report.as_ref().map(serde_json::to_value);
         let record = SwapRecord {
-            step,
-            wave: 0,
-            event: SwapEvent::Promoted,
-            slot,
-            plugin: id.clone(),
-            replaced: replaced.unwrap_or_else(|| id.clone()),
-            source: settings.source.clone(),
-            config: settings.config.clone(),
-            limits: settings.limits.clone(),
-            grants: settings.grants.clone(),
-            warm: settings.warm.clone(),
-            reason: None,
-            shadow: active
-                .report
-                .as_ref()
-                .map(serde_json::to_value)
-                .transpose()?,
+            shadow: shadow.transpose()?,
+            ..record_of(
+                SwapEvent::Promoted,
+                (step, 0),
+                (seat, id.clone(), replaced),
+                &settings,
+            )
         };
         let event = Event::Promoted {
             step,
@@ -408,10 +429,10 @@ impl Swaps {
         active.tell(event);
         let source = PathBuf::from(&settings.source);
         if let Some(watch) = self.watch.as_ref().filter(|_| source.exists()) {
-            watch.follow(Watched::new(slot, &source, &id.digest));
+            watch.follow(Watched::new(seat, &source, &id.digest));
         }
         dir.swaps()?.append_swap(&record)?;
-        trainer.promote(slot, *reward, settings, step);
+        trainer.promote(seat.slot, *plugin, settings, step);
         self.lock_in(trainer, &id.digest, dir)
     }
 
@@ -422,14 +443,14 @@ impl Swaps {
             .into_iter()
             .partition(|(record, _)| record.step <= step);
         self.pending = later;
-        for (record, reward) in due {
+        for (record, plugin) in due {
             let text = format!(
                 "swap: promoted again at step {step}: {}",
                 record.plugin.digest
             );
             self.lines.push(Line::Note(text));
             self.metrics.push(("swap/promoted", 1.0));
-            trainer.promote(record.slot, reward, restore::settings(&record), step);
+            trainer.promote(record.slot, plugin, restore::settings(&record), step);
             self.lock_in(trainer, &record.plugin.digest, dir)?;
         }
         Ok(())
@@ -446,7 +467,7 @@ impl Swaps {
         let RolledBack {
             step,
             wave,
-            slot,
+            seat,
             from,
             to,
             settings,
@@ -460,24 +481,14 @@ impl Swaps {
         self.metrics.push(("swap/rolled_back", 1.0));
         if let Some(active) = self
             .active
-            .take_if(|a| a.slot == slot && a.promoted.is_some())
+            .take_if(|a| a.seat == seat && a.promoted.is_some())
         {
             active.tell(event);
         }
+        let who = (seat, to.id.clone(), from.id);
         dir.swaps()?.append_swap(&SwapRecord {
-            step,
-            wave,
-            event: SwapEvent::RolledBack,
-            slot,
-            plugin: to.id.clone(),
-            replaced: from.id,
-            source: settings.source,
-            config: settings.config,
-            limits: settings.limits,
-            grants: settings.grants,
-            warm: settings.warm,
             reason: Some(reason),
-            shadow: None,
+            ..record_of(SwapEvent::RolledBack, (step, wave), who, &settings)
         })?;
         self.history.push(to);
         Ok(dir.write_plugins_lock(&self.history)?)

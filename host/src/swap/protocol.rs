@@ -5,18 +5,18 @@ use serde_json::{Map, Value};
 
 use super::shadow::ShadowReport;
 
-/// Asks for another reward in the place of one.
+/// Asks for another plugin in the place of one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Request {
-    /// `reward`, or the name of one among several.
+    /// `reward`, `formatter` or `curriculum`, or the name of one that the run has.
     pub role: String,
     /// A component file, by its absolute path, or the name of a built-in plugin.
     pub source: String,
     /// Steps to shadow; `None`: as the run's config says.
     #[serde(default)]
     pub shadow: Option<u32>,
-    /// Settings and limits; `None`: those of the reward it replaces.
+    /// Settings and limits; `None`: those of the plugin it replaces.
     #[serde(default)]
     pub config: Option<Map<String, Value>>,
     #[serde(default)]
@@ -42,11 +42,15 @@ pub enum Event {
         report: ShadowReport,
     },
     Promoted {
-        /// First step that it scores.
+        /// First step that it takes part in.
         step: u64,
         digest: String,
     },
-    /// The first step that it scored has ended well.
+    /// Something that happened on the way.
+    Note {
+        text: String,
+    },
+    /// Its first step has ended well.
     Kept {
         step: u64,
     },
@@ -63,7 +67,10 @@ impl Event {
     pub fn is_last(&self) -> bool {
         !matches!(
             self,
-            Self::Compiled { .. } | Self::Shadowed { .. } | Self::Promoted { .. }
+            Self::Compiled { .. }
+                | Self::Shadowed { .. }
+                | Self::Promoted { .. }
+                | Self::Note { .. }
         )
     }
 }
@@ -84,6 +91,7 @@ impl std::fmt::Display for Event {
                 write!(f, "shadowed step {step} of {of}: {report}")
             }
             Self::Promoted { step, digest } => write!(f, "promoted at step {step}: {digest}"),
+            Self::Note { text } => f.write_str(text),
             Self::Kept { step } => write!(f, "kept after step {step}"),
             Self::RolledBack { step, reason } => write!(f, "rolled back at step {step}: {reason}"),
             Self::Ended {} => f.write_str("the run ended before anything came of it"),

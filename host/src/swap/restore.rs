@@ -1,4 +1,4 @@
-//! The rewards of a run that has swapped some, for going on with it and for scoring its log again.
+//! The plugins of a run that has swapped some, for going on with it and for scoring its log again.
 
 use std::{collections::HashMap, path::Path};
 
@@ -12,7 +12,7 @@ use crate::{
     },
     setup::{self, PluginSources},
     trainer::Trainer,
-    types::Sample,
+    types::{Role, Sample, Seat},
 };
 
 /// A config whose components are read from the run's own copies, where the files that it names may have changed since on
@@ -51,7 +51,7 @@ pub(super) fn load(
     sources: &PluginSources,
     root: &Path,
     record: &SwapRecord,
-) -> anyhow::Result<RewardPlugin> {
+) -> anyhow::Result<Plugin> {
     let kept = component_path(root, &record.plugin);
     let source = match kept.exists() {
         true => kept.to_string_lossy().into_owned(),
@@ -62,17 +62,22 @@ pub(super) fn load(
         ..settings(record)
     };
     let step = record.step;
-    let loaded = setup::load_plugin(host, &settings, sources)
-        .with_context(|| format!("the reward that was promoted at step {step}"))?;
-    match loaded {
-        Plugin::Reward(reward) if reward.id().digest == record.plugin.digest => Ok(reward),
-        other => Err(super::SwapError::Changed {
-            name: record.plugin.name.clone(),
-            found: other.id().digest.clone(),
-            expected: record.plugin.digest.clone(),
+    let loaded = setup::load_plugin(host, &settings, sources).with_context(|| {
+        format!(
+            "the {} that was promoted at step {step}",
+            record.plugin.role
+        )
+    })?;
+    let (found, wanted) = (loaded.id(), &record.plugin);
+    if (found.role, &found.digest) != (wanted.role, &wanted.digest) {
+        return Err(super::SwapError::Changed {
+            name: wanted.name.clone(),
+            found: found.digest.clone(),
+            expected: wanted.digest.clone(),
         }
-        .into()),
+        .into());
     }
+    Ok(loaded)
 }
 
 pub(super) fn settings(record: &SwapRecord) -> PluginConfig {
@@ -86,7 +91,7 @@ pub(super) fn settings(record: &SwapRecord) -> PluginConfig {
     }
 }
 
-/// Puts the promoted rewards of a resumed run in their places, with those before them to go back to, as they were after its
+/// Puts the promoted plugins of a resumed run in their places, with those before them to go back to, as they were after its
 /// last step.
 pub(super) fn restore(
     trainer: &mut Trainer<'_>,
@@ -95,16 +100,16 @@ pub(super) fn restore(
     records: &[SwapRecord],
 ) -> anyhow::Result<()> {
     let step = trainer.state.step;
-    for slot in 0..trainer.swaps.slots.len() {
-        let held = holder(records, slot, step, u32::MAX);
+    for seat in trainer.swaps.seats() {
+        let held = holder(records, seat, step, u32::MAX);
         let before = held.before.flatten();
         for place in before.into_iter().chain(held.now) {
             let record = &records[place];
-            let reward = load(host, sources, root, record)?;
-            trainer.promote(slot, reward, settings(record), record.step);
+            let plugin = load(host, sources, root, record)?;
+            trainer.promote(seat.slot, plugin, settings(record), record.step);
         }
         if held.before.is_none() {
-            trainer.forget_predecessor(slot);
+            trainer.forget_predecessor(seat);
         }
     }
     Ok(())
@@ -121,7 +126,7 @@ pub struct Timeline {
 }
 
 impl Timeline {
-    /// Loads every reward that the run at `root` has promoted beside those it began with.
+    /// Loads every plugin that the run at `root` has promoted beside those it began with.
     ///
     /// # Errors
     /// A component that is gone or has changed.
@@ -134,8 +139,9 @@ impl Timeline {
         let records = read_swaps(root)?;
         let mut shelf = HashMap::new();
         for (place, record) in records.iter().enumerate() {
-            if record.event == SwapEvent::Promoted {
-                let reward = load(host, sources, root, record)?;
+            if record.event == SwapEvent::Promoted
+                && let Plugin::Reward(reward) = load(host, sources, root, record)?
+            {
                 shelf.insert((record.slot, Some(place)), reward);
             }
         }
@@ -159,7 +165,8 @@ impl Timeline {
         samples: &[Sample<'_>],
     ) -> anyhow::Result<SetScoring> {
         for slot in 0..self.now.len() {
-            let wanted = holder(&self.records, slot, step, wave).now;
+            let role = Role::Reward;
+            let wanted = holder(&self.records, Seat { role, slot }, step, wave).now;
             if wanted == self.now[slot] {
                 continue;
             }
@@ -175,7 +182,7 @@ impl Timeline {
         Ok(self.rewards.score(samples)?)
     }
 
-    /// The rewards that were promoted, as `plugins.lock` has them.
+    /// The plugins that were promoted, as `plugins.lock` has them.
     pub fn promoted(&self) -> Vec<LockedPlugin> {
         let promoted = self
             .records
@@ -184,7 +191,10 @@ impl Timeline {
         let locked = promoted.map(|r| LockedPlugin {
             id: r.plugin.clone(),
             source: r.source.clone(),
-            weight: self.rewards.weight(r.slot),
+            weight: match r.plugin.role {
+                Role::Reward => self.rewards.weight(r.slot),
+                _ => None,
+            },
             since_step: r.step,
         });
         locked.collect()

@@ -1,7 +1,12 @@
-//! Shadowing: what a candidate says of the samples of a step, beside the reward that counts.
+//! Shadowing: what a candidate says of the samples of a step, beside the reward that counts. Formatters and curricula have
+//! [`super::shadow_texts`] and [`super::shadow_plans`].
 
 use serde::{Deserialize, Serialize};
 
+use super::{
+    shadow_plans::{PlanReport, TappedPlan},
+    shadow_texts::{TappedGroup, TextReport},
+};
 use crate::{
     plugin::{PluginError, RewardPlugin, SetScoring},
     replay::{pearson, spearman},
@@ -12,6 +17,39 @@ use crate::{
 const SAME: f64 = 1e-9;
 /// Samples whose pairs are kept for the correlations.
 const MAX_PAIRS: usize = 1 << 16;
+
+/// A step, for a candidate of whatever role; of the other roles nothing.
+#[derive(Default)]
+pub(super) struct TappedStep {
+    pub(super) waves: Vec<TappedWave>,
+    pub(super) groups: Vec<TappedGroup>,
+    pub(super) plans: Vec<TappedPlan>,
+}
+
+impl TappedStep {
+    pub(super) fn is_empty(&self) -> bool {
+        self.waves.is_empty() && self.groups.is_empty() && self.plans.is_empty()
+    }
+}
+
+/// What shadowing has found of a candidate.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum ShadowReport {
+    Reward(RewardReport),
+    Formatter(TextReport),
+    Curriculum(PlanReport),
+}
+
+impl std::fmt::Display for ShadowReport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Reward(report) => report.fmt(f),
+            Self::Formatter(report) => report.fmt(f),
+            Self::Curriculum(report) => report.fmt(f),
+        }
+    }
+}
 
 /// Copies the waves of a step for a candidate.
 pub struct Tap {
@@ -93,9 +131,9 @@ impl TappedWave {
     }
 }
 
-/// What has been found so far.
+/// What has been found so far of a reward.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct ShadowReport {
+pub struct RewardReport {
     pub samples: u64,
     /// Those on which the candidate failed.
     pub failed: u64,
@@ -109,7 +147,7 @@ pub struct ShadowReport {
     pub live_micros: Option<f64>,
 }
 
-impl std::fmt::Display for ShadowReport {
+impl std::fmt::Display for RewardReport {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let number = |x: Option<f64>| x.map_or("–".to_owned(), |x| format!("{x:.3}"));
         let share = self
@@ -175,9 +213,9 @@ impl Shadow {
         Ok(())
     }
 
-    pub(super) fn report(&self) -> ShadowReport {
+    pub(super) fn report(&self) -> RewardReport {
         let per_sample = |x: f64| (self.samples > 0).then(|| x / self.samples as f64);
-        ShadowReport {
+        RewardReport {
             samples: self.samples,
             failed: self.failed,
             agreement: per_sample(self.same as f64),
@@ -195,7 +233,7 @@ impl Shadow {
 }
 
 /// Processor time of the calling thread: a candidate's thread yields to the run, so the clock would measure the run.
-fn thread_seconds() -> f64 {
+pub(super) fn thread_seconds() -> f64 {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }

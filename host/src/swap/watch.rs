@@ -1,4 +1,4 @@
-//! Watch mode: a reward's file that changes is a candidate.
+//! Watch mode: a plugin's file that changes is a candidate.
 
 use std::{
     fs,
@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{channel::Incoming, protocol::Request};
-use crate::{plugin::digest, setup::read_component};
+use crate::{plugin::digest, setup::read_component, types::Seat};
 
 /// How often files are looked at. One that has changed is read once it is the same at two looks: a compiler may be
 /// writing it.
@@ -19,7 +19,7 @@ const EVERY: Duration = Duration::from_millis(250);
 
 /// A file that may change.
 pub(super) struct Watched {
-    slot: usize,
+    seat: Seat,
     path: PathBuf,
     /// Of the component that was last loaded from it, or tried.
     digest: String,
@@ -31,9 +31,9 @@ pub(super) struct Watched {
 type Stamp = (SystemTime, u64);
 
 impl Watched {
-    pub(super) fn new(slot: usize, path: &Path, digest: &str) -> Self {
+    pub(super) fn new(seat: Seat, path: &Path, digest: &str) -> Self {
         Self {
-            slot,
+            seat,
             path: path.to_owned(),
             digest: digest.to_owned(),
             read: None,
@@ -57,11 +57,11 @@ impl Watched {
         self.digest = digest;
         Some(Incoming {
             request: Request {
-                role: "reward".to_owned(),
+                role: self.seat.role.to_string(),
                 source: self.path.to_string_lossy().into_owned(),
                 ..Request::default()
             },
-            slot: Some(self.slot),
+            seat: Some(self.seat),
             reply: None,
         })
     }
@@ -75,7 +75,7 @@ impl Watched {
     }
 }
 
-/// The files of a run's rewards, and the thread that looks at them until this is dropped.
+/// The files of a run's plugins, and the thread that looks at them until this is dropped.
 pub(super) struct Watch {
     files: Arc<Mutex<Vec<Watched>>>,
     _stop: Sender<()>,
@@ -109,11 +109,11 @@ impl Watch {
         Ok(Self { files, _stop: stop })
     }
 
-    /// Watches another file for a slot from now on.
+    /// Watches another file for a seat from now on.
     pub(super) fn follow(&self, file: Watched) {
         let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        files.retain(|known| known.slot != file.slot || known.path == file.path);
-        match files.iter_mut().find(|known| known.slot == file.slot) {
+        files.retain(|known| known.seat != file.seat || known.path == file.path);
+        match files.iter_mut().find(|known| known.seat == file.seat) {
             Some(known) => known.digest = file.digest,
             None => files.push(file),
         }
@@ -129,12 +129,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("r.wasm");
         fs::write(&path, "one").unwrap();
-        let mut file = Watched::new(3, &path, &digest(b"one"));
+        let seat = Seat {
+            role: crate::types::Role::Curriculum,
+            slot: 0,
+        };
+        let mut file = Watched::new(seat, &path, &digest(b"one"));
         assert!((0..4).all(|_| file.look().is_none()));
         fs::write(&path, "three").unwrap();
         assert!(file.look().is_none(), "it may still be written");
         let incoming = file.look().unwrap();
-        assert_eq!(incoming.slot, Some(3));
+        assert_eq!(incoming.seat, Some(seat));
+        assert_eq!(incoming.request.role, "curriculum");
         assert_eq!(incoming.request.source, path.to_string_lossy());
         assert!((0..4).all(|_| file.look().is_none()));
         fs::remove_file(&path).unwrap();

@@ -10,7 +10,8 @@ use crate::{
     grpo::filter::{self, DynamicSampling, Refill},
     plugin::{PluginError, SetScoring},
     rollout::{RolledOut, Rollouts},
-    types::{Budget, Outcome, Pick, Plan, PluginId, Score},
+    run::LockedPlugin,
+    types::{Outcome, Pick, Plan, PluginId, Role, Score},
 };
 
 /// The completions of a prompt and what the rewards said of each.
@@ -126,18 +127,9 @@ impl Trainer<'_> {
         collected: &mut Collected,
     ) -> anyhow::Result<Vec<Pick>> {
         let started = Instant::now();
-        let budget = Budget {
-            step: self.state.step,
-            rows: self.rows.train.rows.len() as u64,
-            prompts,
-            group_size: self.config.generation.num_generations,
-            seed: self.config.training.seed,
-        };
+        let budget = self.budget(prompts);
         let outcomes = std::mem::take(&mut self.state.outcomes);
-        let mut plan = self
-            .plugins
-            .curriculum
-            .plan(&self.state.curriculum, &outcomes, &budget)?;
+        let mut plan = self.ask_curriculum(&outcomes, &budget, collected.sampling.refills)?;
         self.state.curriculum.clone_from(&plan.state);
         let picks = plan.picks.clone();
         let planned: u64 = picks.iter().map(|pick| u64::from(pick.rollouts)).sum();
@@ -172,7 +164,8 @@ impl Trainer<'_> {
         rollouts: Vec<Rollouts>,
         collected: &mut Collected,
     ) -> anyhow::Result<Vec<Scored>> {
-        let scored = self.halves().1.wave(rollouts)?;
+        let formatter = self.plugins.formatter.id().clone();
+        let scored = self.halves().1.wave((rollouts, formatter))?;
         let groups = self.book(scored, collected);
         self.require_scores(collected)?;
         Ok(groups)
@@ -231,8 +224,11 @@ impl Trainer<'_> {
 }
 
 impl Scorer<'_> {
-    /// Scores the groups of a wave in one batch.
-    pub(super) fn wave(&mut self, rollouts: Vec<Rollouts>) -> anyhow::Result<ScoredWave> {
+    /// Scores the groups of a wave in one batch; the second is the formatter that made them.
+    pub(super) fn wave(
+        &mut self,
+        (rollouts, formatter): (Vec<Rollouts>, PluginId),
+    ) -> anyhow::Result<ScoredWave> {
         let started = Instant::now();
         let samples: Vec<_> = rollouts.iter().flat_map(samples_of).collect();
         let wave = rollouts
@@ -241,11 +237,16 @@ impl Scorer<'_> {
             .unwrap_or(0);
         let scoring = self.score(&samples, wave)?;
         drop(samples);
+        // The formatter of a wave is known to whoever generates, who may be further by now.
+        let id = |locked: &LockedPlugin| match locked.id.role {
+            Role::Formatter => formatter.clone(),
+            _ => locked.id.clone(),
+        };
         Ok(ScoredWave {
             rollouts,
             scoring,
             wave,
-            ids: self.locked.iter().map(|l| l.id.clone()).collect(),
+            ids: self.locked.iter().map(id).collect(),
             seconds: started.elapsed().as_secs_f64(),
         })
     }

@@ -9,23 +9,25 @@ use std::{panic::resume_unwind, sync::mpsc, thread, time::Instant};
 use grpo_policy::engine::Progress;
 
 use super::{
-    TrainError, Trainer,
+    TrainError, Trainer, Trial,
     collect::{Collected, ScoredWave, outcome},
     swaps::Scorer,
 };
 use crate::{
     config::RunConfig,
+    error,
     plugin::FormatterPlugin,
     policy::Policy,
-    rollout::{Job, RolledOut, Rollouts, mix, roll},
-    types::{Pick, Row},
+    rollout::{Job, RollError, RolledOut, Rollouts, mix, roll},
+    types::{Pick, PluginId, Row},
 };
 
 /// What generates.
 pub(super) struct Roller<'t> {
     config: &'t RunConfig,
     policy: &'t mut Policy,
-    formatter: &'t FormatterPlugin,
+    formatter: &'t mut FormatterPlugin,
+    trial: &'t mut Trial,
     rows: &'t [Row],
     /// Steps done so far.
     step: u64,
@@ -38,14 +40,15 @@ impl Trainer<'_> {
         let roller = Roller {
             config: self.config,
             policy: &mut self.policy,
-            formatter: &self.plugins.formatter,
+            formatter: &mut self.plugins.formatter,
+            trial: &mut self.swaps.formatter,
             rows: &self.rows.train.rows,
             step,
         };
         let scorer = Scorer {
             rewards: &mut self.plugins.rewards,
             locked: &mut self.plugins.locked,
-            swaps: &mut self.swaps,
+            swaps: &mut self.swaps.rewards,
             step: step + 1,
         };
         (roller, scorer)
@@ -62,7 +65,7 @@ impl Trainer<'_> {
         let parts = parts(&picks, waves as usize);
         let (mut roller, mut scorer) = self.halves();
         let (rolled, scored) = thread::scope(|scope| {
-            let (hand_over, rolled_out) = mpsc::channel::<Vec<Rollouts>>();
+            let (hand_over, rolled_out) = mpsc::channel::<(Vec<Rollouts>, PluginId)>();
             let scoring = scope.spawn(move || -> anyhow::Result<Vec<ScoredWave>> {
                 rolled_out.iter().map(|wave| scorer.wave(wave)).collect()
             });
@@ -107,12 +110,13 @@ fn roll_parts<'p>(
     roller: &mut Roller<'_>,
     parts: impl Iterator<Item = &'p [Pick]>,
     collected: &mut Collected,
-    hand_over: &mpsc::Sender<Vec<Rollouts>>,
+    hand_over: &mpsc::Sender<(Vec<Rollouts>, PluginId)>,
     on_progress: &mut dyn FnMut(Progress),
 ) -> anyhow::Result<()> {
     for (picks, wave) in parts.zip(0..) {
         let rolled = roller.roll(picks, wave, collected, on_progress)?;
-        if !rolled.rollouts.is_empty() && hand_over.send(rolled.rollouts).is_err() {
+        let wave = (rolled.rollouts, roller.formatter.id().clone());
+        if !wave.0.is_empty() && hand_over.send(wave).is_err() {
             break;
         }
     }
@@ -121,7 +125,8 @@ fn roll_parts<'p>(
 
 impl Roller<'_> {
     /// Continues the prompts of `picks`; `wave` counts the calls of a step, so that each has draws of its
-    /// own.
+    /// own. A promoted formatter that fails, or leaves no prompt that fits, gives way to the one before, with which the wave
+    /// is made anew.
     pub(super) fn roll(
         &mut self,
         picks: &[Pick],
@@ -139,7 +144,22 @@ impl Roller<'_> {
             max_prompt_tokens: generation.max_prompt_length.map(|n| n as usize),
             seed: mix(mix(self.config.training.seed, self.step), u64::from(wave)),
         };
-        let rolled = roll(self.policy, self.formatter, &job, on_progress)?;
+        let rolled = loop {
+            let rolled = roll(self.policy, self.formatter, &job, on_progress);
+            let reason = match &rolled {
+                Err(RollError::Formatter(error)) => error::message_and_hint(error).0,
+                Ok(rolled) if rolled.rollouts.is_empty() => {
+                    format!("the prompts of all {} rows are too long", picks.len())
+                }
+                _ => break rolled,
+            };
+            let at = (self.step + 1, wave);
+            if !self.trial.roll_back_formatter(self.formatter, at, reason) {
+                break rolled;
+            }
+            self.policy.forget_kv();
+        };
+        let rolled = rolled.map_err(RollError::into_inner)?;
         let completions = rolled.rollouts.iter().flat_map(|r| &r.completions);
         collected.sampling.completions += completions.clone().count();
         let speculation = &mut collected.sampling.speculation;

@@ -147,8 +147,13 @@ impl Trainer<'_> {
         let wave = collected.sampling.refills + 1;
         let rolled = self.roll(&picks, wave, collected, on_progress)?;
         let groups = self.score(rolled.rollouts, collected)?;
-        for (probed, more) in unfinished.into_iter().zip(groups) {
-            probed.extend(more);
+        let mut unfinished = unfinished.into_iter();
+        for more in groups {
+            // A formatter that was rolled back since the probe has left other prompts, and maybe fewer.
+            let probed = unfinished.find(|probed| probed.group.0.row == more.0.row);
+            if let Some(probed) = probed.filter(|p| p.group.0.prompt == more.0.prompt) {
+                probed.extend(more);
+            }
         }
         Ok(())
     }

@@ -1,4 +1,5 @@
-//! What swapping rewards asks of a step: scoring under supervision, and the way back to the reward before.
+//! What swapping plugins asks of a step: scoring under supervision, and the way back to the reward before. Formatters and
+//! curricula have [`super::trial`].
 //!
 //! Which candidates there are, and when one is promoted, is the business of `crate::swap`.
 
@@ -6,15 +7,15 @@ use std::collections::VecDeque;
 
 use grpo_policy::engine::Progress;
 
-use super::Trainer;
+use super::{Trainer, trial::Trial};
 use crate::{
     config::{PluginConfig, RunConfig},
     evaluate::{EvalReport, EvalSettings, Judges, evaluate},
     failures::FailedCall,
-    plugin::{PluginError, RewardPlugin, RewardSet, SetScoring},
+    plugin::{Plugin, PluginError, RewardPlugin, RewardSet, SetScoring},
     run::LockedPlugin,
-    swap::shadow::Tap,
-    types::{PluginId, Role, Row, Sample},
+    swap::{shadow::Tap, shadow_plans::TappedPlan},
+    types::{PluginId, Role, Row, Sample, Seat},
 };
 
 /// Waves over which the failures of a promoted reward are counted.
@@ -22,17 +23,33 @@ const WINDOW: usize = 8;
 /// Failed calls that are kept of a step.
 const MAX_FAILURES: usize = 32;
 
-/// What is known of the rewards beyond the set itself.
+/// What is known of the plugins beyond themselves; empty where nobody swaps, as in `bench step`.
 #[derive(Default)]
 pub struct Supervision {
-    /// One per reward; none where nobody swaps, as in `bench step`.
+    pub rewards: Watched,
+    pub formatter: Trial,
+    pub curriculum: Trial,
+    /// Whether the next plan is the first of a curriculum that has just taken another's place.
+    pub(super) inherits: bool,
+    /// Where plans go that a candidate is to make too; `None`: nowhere.
+    pub plans: Option<Vec<TappedPlan>>,
+    /// What was rolled back since somebody last looked.
+    pub rolled_back: Vec<RolledBack>,
+    /// What the run's user should know.
+    pub notes: Vec<String>,
+}
+
+/// What is known of the rewards beyond the set itself.
+#[derive(Default)]
+pub struct Watched {
+    /// One per reward.
     pub slots: Vec<Slot>,
     /// Share of a promoted reward's samples that may fail.
     pub max_failure_rate: f64,
     /// Where samples go that a candidate is to score too.
     pub tap: Option<Tap>,
-    /// What was rolled back since somebody last looked.
-    pub rolled_back: Vec<RolledBack>,
+    /// Rewards that were rolled back since somebody last looked.
+    rolled_back: Vec<RolledBack>,
     /// Calls that failed since somebody last looked.
     pub failures: Vec<FailedCall>,
 }
@@ -51,13 +68,13 @@ struct Predecessor {
     recent: VecDeque<(u32, u32)>,
 }
 
-/// A promoted reward that had to go.
+/// A promoted plugin that had to go.
 #[derive(Clone, Debug)]
 pub struct RolledBack {
-    /// First step and wave that the one before scores again.
+    /// First step and wave of the one before again.
     pub step: u64,
     pub wave: u32,
-    pub slot: usize,
+    pub seat: Seat,
     pub from: LockedPlugin,
     pub to: LockedPlugin,
     pub settings: PluginConfig,
@@ -67,26 +84,46 @@ pub struct RolledBack {
 impl Supervision {
     /// Of a run with these components, none of them swapped yet.
     pub fn new(config: &RunConfig, locked: &[LockedPlugin]) -> Self {
-        let listed = &config.plugins.plugins;
+        let mut supervision = Self::default();
+        supervision.rewards.max_failure_rate = config.plugins.swap_max_failure_rate;
         // Components are loaded in the order of the list; what comes after it are the shipped ones of empty roles.
-        let slots = locked
-            .iter()
-            .enumerate()
-            .filter(|(_, l)| l.id.role == Role::Reward);
-        let slots = slots.map(|(place, locked)| Slot {
-            settings: PluginConfig {
+        for (place, locked) in locked.iter().enumerate() {
+            let listed = config.plugins.plugins.get(place);
+            let settings = PluginConfig {
                 source: locked.source.clone(),
-                ..listed.get(place).cloned().unwrap_or_default()
-            },
-            predecessor: None,
-        });
-        Self {
-            slots: slots.collect(),
-            max_failure_rate: config.plugins.swap_max_failure_rate,
-            ..Self::default()
+                ..listed.cloned().unwrap_or_default()
+            };
+            match locked.id.role {
+                Role::Formatter => supervision.formatter = Trial::of(settings),
+                Role::Curriculum => supervision.curriculum = Trial::of(settings),
+                Role::Reward => supervision.rewards.slots.push(Slot {
+                    settings,
+                    predecessor: None,
+                }),
+            }
+        }
+        supervision
+    }
+
+    /// The settings of what has a seat; `None` where there is no such seat.
+    pub fn settings(&self, seat: Seat) -> Option<&PluginConfig> {
+        match seat.role {
+            Role::Formatter => Some(&self.formatter.settings),
+            Role::Curriculum => Some(&self.curriculum.settings),
+            Role::Reward => self.rewards.slots.get(seat.slot).map(|slot| &slot.settings),
         }
     }
 
+    /// All seats.
+    pub fn seats(&self) -> Vec<Seat> {
+        let of = |role, slot| Seat { role, slot };
+        let rewards = (0..self.rewards.slots.len()).map(|slot| of(Role::Reward, slot));
+        let others = [of(Role::Formatter, 0), of(Role::Curriculum, 0)];
+        rewards.chain(others).collect()
+    }
+}
+
+impl Watched {
     /// The first promoted reward whose share of failures is too large with this wave, and why.
     fn over_limit(&mut self, scoring: &SetScoring) -> Option<(usize, String)> {
         for (place, (slot, member)) in self.slots.iter_mut().zip(&scoring.members).enumerate() {
@@ -115,7 +152,7 @@ impl Supervision {
 pub(super) struct Scorer<'t> {
     pub(super) rewards: &'t mut RewardSet,
     pub(super) locked: &'t mut Vec<LockedPlugin>,
-    pub(super) swaps: &'t mut Supervision,
+    pub(super) swaps: &'t mut Watched,
     /// The step that is under way, from 1.
     pub(super) step: u64,
 }
@@ -130,7 +167,7 @@ impl Scorer<'_> {
     ) -> anyhow::Result<SetScoring> {
         let step = self.step;
         loop {
-            let Supervision {
+            let Watched {
                 slots, failures, ..
             } = &mut *self.swaps;
             let mut note = |slot: usize, place: usize, error: &PluginError| {
@@ -189,7 +226,10 @@ impl Scorer<'_> {
         self.swaps.rolled_back.push(RolledBack {
             step,
             wave,
-            slot: place,
+            seat: Seat {
+                role: Role::Reward,
+                slot: place,
+            },
             from: std::mem::replace(entry, to.clone()),
             to,
             settings: slot.settings.clone(),
@@ -199,7 +239,7 @@ impl Scorer<'_> {
 }
 
 impl Trainer<'_> {
-    /// Evaluates; a promoted reward that would end the run in doing so gives way to the one before.
+    /// Evaluates; a promoted reward or formatter that would end the run in doing so gives way to the one before.
     pub(super) fn evaluate_supervised(
         &mut self,
         on_progress: &mut dyn FnMut(Progress),
@@ -217,16 +257,31 @@ impl Trainer<'_> {
                 Ok(report) => return Ok(report),
                 Err(error) => error,
             };
+            let Some(fault) = error.downcast_ref::<PluginError>() else {
+                return Err(error);
+            };
+            if self.formatter_gives_way(fault) {
+                continue;
+            }
             let (_, mut scorer) = self.halves();
-            let Some((slot, reason)) = error.downcast_ref().and_then(|e| scorer.guilty(e)) else {
+            let Some((slot, reason)) = scorer.guilty(fault) else {
                 return Err(error);
             };
             scorer.roll_back(slot, 0, reason);
         }
     }
 
-    /// Puts `reward` into a slot, from the next step on. The one before is kept for a rollback.
-    pub fn promote(
+    /// Puts `plugin` in the place of the one of its role, among rewards of that in `slot`, from step `since` on. The one before
+    /// is kept for a rollback.
+    pub fn promote(&mut self, slot: usize, plugin: Plugin, settings: PluginConfig, since: u64) {
+        match plugin {
+            Plugin::Reward(reward) => self.promote_reward(slot, reward, settings, since),
+            Plugin::Formatter(formatter) => self.promote_formatter(formatter, settings, since),
+            Plugin::Curriculum(curriculum) => self.promote_curriculum(curriculum, settings, since),
+        }
+    }
+
+    fn promote_reward(
         &mut self,
         slot: usize,
         reward: RewardPlugin,
@@ -240,7 +295,7 @@ impl Trainer<'_> {
         let source = settings.source.clone();
         let (Some(entry), Some(slot)) = (
             locked_reward(&mut self.plugins.locked, slot),
-            self.swaps.slots.get_mut(slot),
+            self.swaps.rewards.slots.get_mut(slot),
         ) else {
             return;
         };
@@ -259,11 +314,24 @@ impl Trainer<'_> {
         });
     }
 
-    /// Takes away what a rollback of the slot would bring back.
-    pub fn forget_predecessor(&mut self, slot: usize) {
-        if let Some(slot) = self.swaps.slots.get_mut(slot) {
-            slot.predecessor = None;
+    /// Takes away what a rollback of the seat would bring back.
+    pub fn forget_predecessor(&mut self, seat: Seat) {
+        match seat.role {
+            Role::Formatter => self.swaps.formatter.forget(),
+            Role::Curriculum => self.swaps.curriculum.forget(),
+            Role::Reward => {
+                if let Some(slot) = self.swaps.rewards.slots.get_mut(seat.slot) {
+                    slot.predecessor = None;
+                }
+            }
         }
+    }
+
+    /// Everything that was rolled back since this was last asked.
+    pub fn take_rolled_back(&mut self) -> Vec<RolledBack> {
+        let mut all = std::mem::take(&mut self.swaps.rewards.rolled_back);
+        all.append(&mut self.swaps.rolled_back);
+        all
     }
 }
 

@@ -2,6 +2,7 @@
 //! `cargo xtask languages`; here are their absence, their failures, and cases that fail.
 
 use super::lab::Lab;
+use serde_json::Value;
 use std::os::unix::fs::PermissionsExt;
 
 const LANGUAGES: [(&str, &str); 5] = [
@@ -167,8 +168,118 @@ fn cases_that_cannot_be_used_are_refused() {
     );
     let ended = lab.run("plugin test formatter-chat");
     let (error, hint) = ended.refused(2);
-    assert_eq!(error, "`formatter-chat` is not a reward");
-    assert!(hint.contains("plugin check"), "{hint}");
+    assert!(
+        error.contains("line 1: not a case: `expect` has a key `total`; allowed: `reasoning`"),
+        "{error}"
+    );
+    assert!(hint.contains("docs/plugins.md"), "{hint}");
+}
+
+#[test]
+fn cases_of_formatters_and_curricula_say_where_they_differ() {
+    let lab = Lab::new();
+    let outcomes = |plugin: &str, lines: &[&str]| -> Vec<Vec<String>> {
+        lab.write("cases.jsonl", lines.join("\n"));
+        let json = lab.run(&format!("plugin test {plugin} --json")).json();
+        let differences = |case: &Value| {
+            let all = case["differences"].as_array().unwrap().iter();
+            all.map(|text| text.as_str().unwrap().to_owned()).collect()
+        };
+        json["cases"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(differences)
+            .collect()
+    };
+    let found = outcomes(
+        "formatter-chat",
+        &[
+            r#"{"row": {"question": "a"}, "expect": {"messages": [{"role": "user", "content": "a"}], "stop": []}}"#,
+            r#"{"row": {"question": "a"}, "expect": {"text": "a"}}"#,
+            r#"{"row": {}, "expect": {"error": "input"}}"#,
+            r#"{"completion": "<think>b</think>c", "expect": {"reasoning": "b", "answer": "d"}}"#,
+            r#"{"config": {"raw": true}, "row": {"question": "a"}, "expect": {"text": "a"}}"#,
+            r#"{"config": {"rwa": true}, "row": {"question": "a"}, "expect": {"error": "config"}}"#,
+        ],
+    );
+    let lengths: Vec<usize> = found.iter().map(Vec::len).collect();
+    assert_eq!(lengths, [0, 1, 0, 1, 0, 0], "{found:?}");
+    assert!(
+        found[1][0].starts_with("text: expected \"a\", got {\"messages\":"),
+        "{found:?}"
+    );
+    assert_eq!(found[3], ["answer: expected \"d\", got \"c\""]);
+    let found = outcomes(
+        "curriculum-uniform",
+        &[
+            r#"{"config": {"shuffle": false}, "plans": [{"rows": 3, "prompts": 2, "expect": {"picks": [[0, 8], [1, 8]]}}, {"rows": 3, "prompts": 2, "group_size": 4, "expect": {"picks": [[2, 4], [0, 4]], "epoch": 1.5}}]}"#,
+            r#"{"plans": [{"rows": 3, "prompts": 1, "expect": {}}, {"rows": 4, "prompts": 1, "expect": {"error": "input", "message": "x"}}, {"rows": 4, "prompts": 1, "expect": {}}]}"#,
+            r#"{"config": {"group_size": 0}, "plans": [{"rows": 3, "prompts": 1, "expect": {"error": "config", "message": "group_size is 0"}}]}"#,
+        ],
+    );
+    assert!(found[0].is_empty() && found[2].is_empty(), "{found:?}");
+    let text =
+        "plan 2: message: expected \"x\", got \"state was made for 3 rows, the dataset has 4\"";
+    assert_eq!(found[1], [text, "1 plans were not made"]);
+    for (plugin, line, reason) in [
+        (
+            "formatter-chat",
+            r#"{"row": {}, "completion": "a", "expect": {"answer": "a"}}"#,
+            "either a `row` or a `completion`",
+        ),
+        (
+            "formatter-chat",
+            r#"{"completion": "a", "expect": {}}"#,
+            "it expects nothing",
+        ),
+        (
+            "curriculum-uniform",
+            r#"{"plans": []}"#,
+            "it expects nothing",
+        ),
+        (
+            "curriculum-uniform",
+            r#"{"plans": [{"rows": 3, "prompts": 1, "expect": {"pick": []}}]}"#,
+            "a key `pick`; allowed: `picks`",
+        ),
+    ] {
+        lab.write("cases.jsonl", line);
+        let ended = lab.run(&format!("plugin test {plugin}"));
+        let (error, _) = ended.refused(2);
+        assert!(
+            error.contains("line 1: not a case") && error.contains(reason),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_role_without_a_template_is_refused_before_anything_is_written() {
+    let lab = Lab::new();
+    for (args, said) in [
+        (
+            "zig a --role formatter",
+            "there is no template for a formatter in Zig",
+        ),
+        (
+            "rust a --role judge",
+            "invalid value 'judge' for '--role <ROLE>': a plugin is a `reward`, a `formatter` or a `curriculum`",
+        ),
+    ] {
+        let ended = lab.run(&format!("plugin new {args}"));
+        assert_eq!(ended.refused(2).0, said);
+        assert!(!lab.path("a").exists());
+    }
+    let json = lab
+        .run("plugin new js a --role curriculum --json")
+        .fine()
+        .json();
+    assert_eq!(
+        (&json["role"], &json["main_file"]),
+        (&"curriculum".into(), &"plugin.js".into())
+    );
+    assert!(!lab.path("a/wit/reward.wit").exists());
 }
 
 /// A pool in the config file: its keys, and a run that uses it.

@@ -19,7 +19,10 @@ mod judges;
 mod lab;
 mod replay;
 mod resume;
+#[path = "../../../tests/tests/hostile/role_guests.rs"]
+mod role_guests;
 mod sharing;
 mod speculation;
 mod stop;
 mod swap;
+mod swap_roles;

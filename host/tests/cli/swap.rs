@@ -23,11 +23,11 @@ use super::{
 };
 
 /// Steps take milliseconds here, and a run goes on until it is told to stop.
-const ENDLESS: &str = "--config run.yaml --quiet --steps 100000 --set eval_steps=0 \
+pub(super) const ENDLESS: &str = "--config run.yaml --quiet --steps 100000 --set eval_steps=0 \
                        --set eval_on_start=false --set eval_on_end=false --set save_steps=0 \
                        --set lr_scheduler_type=constant";
 
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(super) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Settings under which `reward-format` likes other letters than the lab's run does.
 const OTHER: &str = r#"{"tags":[],"answer":false,"pattern":"[n-z]"}"#;
@@ -39,14 +39,14 @@ fn trap_at_real_prompts() -> Vec<u8> {
     )
 }
 
-fn stop(child: Child) -> Ended {
+pub(super) fn stop(child: Child) -> Ended {
     signal(&child, "INT");
     let ended = Ended::from(child.wait_with_output().unwrap());
     assert_eq!(ended.status.code(), Some(1), "{ended:?}");
     ended
 }
 
-fn rollouts(lab: &Lab, run: &str) -> Vec<Rollout> {
+pub(super) fn rollouts(lab: &Lab, run: &str) -> Vec<Rollout> {
     let files = rollout_files(&lab.path(run)).unwrap();
     let each = files
         .iter()
@@ -60,7 +60,7 @@ fn scored_by(rollout: &Rollout) -> (&str, &str) {
     (&id.name, &id.digest)
 }
 
-fn states(events: &Value) -> Vec<&str> {
+pub(super) fn states(events: &Value) -> Vec<&str> {
     let events = events["events"].as_array().unwrap().iter();
     events
         .map(|event| event["state"].as_str().unwrap())
@@ -68,7 +68,7 @@ fn states(events: &Value) -> Vec<&str> {
 }
 
 /// Waits for a line of the journal.
-fn journal(lab: &Lab, run: &str, lines: usize) -> Vec<SwapRecord> {
+pub(super) fn journal(lab: &Lab, run: &str, lines: usize) -> Vec<SwapRecord> {
     let begun = Instant::now();
     loop {
         let found = read_swaps(&lab.path(run)).unwrap();
@@ -81,7 +81,7 @@ fn journal(lab: &Lab, run: &str, lines: usize) -> Vec<SwapRecord> {
 }
 
 /// Waits until the run has done `more` steps than now.
-fn some_steps(lab: &Lab, run: &str, more: u64) {
+pub(super) fn some_steps(lab: &Lab, run: &str, more: u64) {
     let last = || read_metrics(&lab.path(run)).unwrap().last().unwrap()["step"].as_u64();
     let begun = (Instant::now(), last().unwrap());
     while last().unwrap() < begun.1 + more {
@@ -90,7 +90,7 @@ fn some_steps(lab: &Lab, run: &str, more: u64) {
     }
 }
 
-fn replays(lab: &Lab, run: &str) {
+pub(super) fn replays(lab: &Lab, run: &str) {
     let ended = lab.run(&format!("replay {run} --json")).fine();
     assert_eq!(ended.json()["differing"], 0, "{ended:?}");
 }
@@ -257,19 +257,19 @@ fn what_cannot_be_swapped_is_said_so() {
     let child = lab.run_until(1, "a", &format!("{ENDLESS} --out a"));
     for (args, reason) in [
         (
-            "formatter formatter-chat",
-            "a formatter cannot be swapped during a run",
+            "curriculum formatter-chat",
+            "`formatter-chat` is a formatter, not a curriculum",
         ),
         (
-            "curriculum curriculum-kde",
-            "a curriculum cannot be swapped during a run",
+            "formatter-chat curriculum-kde",
+            "`curriculum-kde` is a curriculum, not a formatter",
         ),
         (
             "reward-math reward-math",
-            "no reward of the run is called `reward-math`",
+            "no plugin of the run is called `reward-math`",
         ),
         (
-            "reward formatter-chat --config {}",
+            "reward formatter-chat",
             "`formatter-chat` is a formatter, not a reward",
         ),
         ("reward reward-math", "unknown field"),

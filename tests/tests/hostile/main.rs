@@ -24,6 +24,7 @@ mod policy;
 mod registry_server;
 mod replay;
 mod results;
+mod role_guests;
 mod roles;
 mod sharing;
 mod storm;
