@@ -5,13 +5,13 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use super::guest_log::guest_log;
+use super::{accounts::settle, guest_log::guest_log, sources_on_trial};
 use crate::{
     authoring::{self, AuthoringError},
     cases::{self, Outcome},
-    cli::{PluginBuildArgs, PluginNewArgs, PluginTestArgs},
+    cli::{Environment, PluginBuildArgs, PluginNewArgs, PluginTestArgs},
     plugin::{PluginHost, printable},
-    setup::{self, Component, PluginSources},
+    setup::{self, Component},
 };
 
 /// Bytes of a case's name and of a difference that are printed; both may hold a guest's text.
@@ -87,21 +87,24 @@ pub(super) fn build(args: &PluginBuildArgs) -> anyhow::Result<()> {
 }
 
 /// Scores the cases and prints those that differ, and with them how.
-pub(super) fn test(args: &PluginTestArgs, sources: &PluginSources) -> anyhow::Result<()> {
+pub(super) fn test(args: &PluginTestArgs, environment: &Environment) -> anyhow::Result<()> {
     let (source, beside) = component_and_cases(&args.plugin)?;
     let all = cases::read(args.cases.as_ref().unwrap_or(&beside))?;
     let limits = cases::strict(&setup::limits(&source, &args.limits)?);
+    let sources = sources_on_trial(&args.access, args.output.quiet, environment)?;
     let Component { name, bytes, .. } = sources.component(&source, &limits)?;
-    let access = sources.access(&name, &args.grants)?;
+    let access = sources.access(&name, &args.access.grants)?;
     let prepared = PluginHost::new(guest_log())?.prepare_with(&name, &bytes, &limits, access)?;
     let outcomes = cases::run(&prepared, &all)?;
+    let asked = settle(sources.judges());
     let failed = outcomes
         .iter()
         .filter(|o| !o.differences.is_empty())
         .count();
     if args.output.json {
         let passed = outcomes.len() - failed;
-        let object = json!({ "passed": passed, "failed": failed, "cases": outcomes });
+        let object =
+            json!({ "passed": passed, "failed": failed, "cases": outcomes, "judges": asked });
         outln!("{object}");
     } else {
         let mut failures = 0;
@@ -113,6 +116,9 @@ pub(super) fn test(args: &PluginTestArgs, sources: &PluginSources) -> anyhow::Re
         }
         if failures > FAILURES {
             outln!("… and {} more that failed", failures - FAILURES);
+        }
+        for (judge, asked) in asked.iter().filter(|_| !args.output.quiet) {
+            outln!("judge  {}", asked.show(judge));
         }
         outln!("{} passed, {failed} failed", outcomes.len() - failed);
     }

@@ -186,6 +186,7 @@ impl Timeline {
             source: r.source.clone(),
             weight: self.rewards.weight(r.slot),
             since_step: r.step,
+            grants: Some(r.grants.clone()),
         });
         locked.collect()
     }
