@@ -15,7 +15,7 @@ use std::{
 };
 
 use grpo_host::registry::{
-    Artifact, Fetch, Reference, Registry, RegistryConfig, RegistryError, sign,
+    Artifact, Fetch, Reference, Registry, RegistryConfig, RegistryError, Taken, sign,
 };
 use oci_client::{
     Client,
@@ -120,11 +120,14 @@ fn what_is_pushed_is_pulled_signed_and_listed() {
     let (ours, bytes) = (registry(), component());
     let exports = ["grpo:plugin/scoring@0.1.0".to_owned()];
     let first = server.reference("me/reward:1.0");
-    let pushed = ours.push(&first, artifact(&bytes, &exports)).unwrap();
+    let pushed = ours
+        .push(&first, artifact(&bytes, &exports), Taken::Stays)
+        .unwrap();
     // Again, and under another tag: the same manifest.
     let second = server.reference("me/reward:1.1");
     assert_eq!(
-        ours.push(&second, artifact(&bytes, &exports)).unwrap(),
+        ours.push(&second, artifact(&bytes, &exports), Taken::Stays)
+            .unwrap(),
         pushed
     );
     let found = ours.fetch(&first, SIGNED).unwrap();
@@ -133,6 +136,29 @@ fn what_is_pushed_is_pulled_signed_and_listed() {
         (&bytes, &pushed.manifest, &pushed.layer)
     );
     assert!(found.signatures.is_empty());
+    // What a tag stands for stays, unless it is to move.
+    let again = ours.push(&first, artifact(&bytes, &exports), Taken::Stays);
+    assert_eq!(again.unwrap().before.as_ref(), Some(&pushed.manifest));
+    let third = server.reference("me/reward:1.2");
+    ours.push(&third, artifact(&bytes, &[]), Taken::Stays)
+        .unwrap();
+    let refused = ours
+        .push(&third, artifact(&bytes, &exports), Taken::Stays)
+        .unwrap_err();
+    assert!(
+        matches!(&refused, RegistryError::Taken { found, .. } if *found != pushed.manifest),
+        "{refused}"
+    );
+    assert_ne!(
+        ours.fetch(&third, SIGNED).unwrap().manifest,
+        pushed.manifest
+    );
+    let moved = ours.push(&third, artifact(&bytes, &exports), Taken::Moves);
+    assert_ne!(moved.unwrap().before.as_ref(), Some(&pushed.manifest));
+    assert_eq!(
+        ours.fetch(&third, SIGNED).unwrap().manifest,
+        pushed.manifest
+    );
     // This registry has no API for referrers: they go under a tag of their own, one after the other.
     let signatures = [":1.0", ":1.1"].map(|tag| {
         let reference = server.reference(&format!("me/reward{tag}"));
@@ -142,7 +168,7 @@ fn what_is_pushed_is_pulled_signed_and_listed() {
     });
     let pinned = first.pinned(&pushed.manifest);
     assert_eq!(ours.fetch(&pinned, SIGNED).unwrap().signatures, signatures);
-    assert_eq!(ours.tags(&first).unwrap(), ["1.0", "1.1"]);
+    assert_eq!(ours.tags(&first).unwrap(), ["1.0", "1.1", "1.2"]);
     let missing = ours
         .fetch(&server.reference("me/reward:9"), SIGNED)
         .unwrap_err();
@@ -155,7 +181,9 @@ fn what_is_pushed_is_pulled_signed_and_listed() {
         matches!(missing, RegistryError::NotFound { .. }),
         "{missing}"
     );
-    let chosen = ours.push(&pinned, artifact(&bytes, &exports)).unwrap_err();
+    let chosen = ours
+        .push(&pinned, artifact(&bytes, &exports), Taken::Stays)
+        .unwrap_err();
     assert!(
         matches!(chosen, RegistryError::Reference { .. }),
         "{chosen}"
@@ -168,7 +196,11 @@ fn wkgs_client_reads_ours_and_we_read_its() {
     let (ours, bytes) = (registry(), component());
     let exports = ["grpo:plugin/scoring@0.1.0".to_owned()];
     let pushed = ours
-        .push(&server.reference("me/ours:1"), artifact(&bytes, &exports))
+        .push(
+            &server.reference("me/ours:1"),
+            artifact(&bytes, &exports),
+            Taken::Stays,
+        )
         .unwrap();
     let config = ClientConfig {
         protocol: ClientProtocol::Http,
@@ -212,7 +244,7 @@ fn dockers_credentials_open_what_is_closed() {
     let bytes = component();
     let reference = server.reference("me/reward:1");
     let denied = registry()
-        .push(&reference, artifact(&bytes, &[]))
+        .push(&reference, artifact(&bytes, &[]), Taken::Stays)
         .unwrap_err();
     assert!(
         matches!(
@@ -237,7 +269,7 @@ fn dockers_credentials_open_what_is_closed() {
     };
     // `me:wrong` and `me:secret`.
     let denied = with("bWU6d3Jvbmc=")
-        .push(&reference, artifact(&bytes, &[]))
+        .push(&reference, artifact(&bytes, &[]), Taken::Stays)
         .unwrap_err();
     assert!(
         matches!(
@@ -250,7 +282,9 @@ fn dockers_credentials_open_what_is_closed() {
         "{denied}"
     );
     let known = with("bWU6c2VjcmV0");
-    known.push(&reference, artifact(&bytes, &[])).unwrap();
+    known
+        .push(&reference, artifact(&bytes, &[]), Taken::Stays)
+        .unwrap();
     assert_eq!(known.fetch(&reference, SIGNED).unwrap().bytes, bytes);
     assert!(registry().fetch(&reference, SIGNED).is_err());
 }

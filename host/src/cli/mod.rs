@@ -25,8 +25,9 @@ pub use sharing::{
 };
 pub use tools::{
     BenchCommand, BenchPluginArgs, BenchRolloutArgs, BenchSpecArgs, BenchStepArgs, BenchTrainArgs,
-    COMPILE_TRIAL, DoctorArgs, PluginBuildArgs, PluginCheckArgs, PluginCommand, PluginFileArgs,
-    PluginNewArgs, PluginSwapArgs, PluginTestArgs, ReplayArgs, ResultsArgs, ShapeArgs,
+    COMPILE_TRIAL, DoctorArgs, GrantArgs, PluginBuildArgs, PluginCheckArgs, PluginCommand,
+    PluginFileArgs, PluginNewArgs, PluginSwapArgs, PluginTestArgs, ReplayArgs, ResultsArgs,
+    ShapeArgs, judges,
 };
 pub use training::{EvalArgs, RolloutArgs, SftArgs, TrainArgs};
 
@@ -118,7 +119,7 @@ pub struct ModelArgs {
     /// YAML file of config keys; flags win over it
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Set any config key, the value in YAML; may be given several times
+    /// Set any config key, the value in YAML; a.b is the key b inside of a; may be given several times
     #[arg(long, value_name = "KEY=VALUE", value_parser = key_and_value)]
     pub set: Vec<(String, String)>,
     /// Model folder, GGUF file or hub id [default: the built-in model]
@@ -154,7 +155,7 @@ impl ModelArgs {
             base.overlay(RawConfig::from_file(path)?);
         }
         for (key, value) in &self.set {
-            base.overlay(RawConfig::from_pair(key, value, "--set")?);
+            base.set_pair(key, value, "--set")?;
         }
         set(&mut base, "model", "--model", self.model.as_ref())?;
         set(&mut base, "revision", "--revision", self.revision.as_ref())?;

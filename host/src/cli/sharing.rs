@@ -41,6 +41,9 @@ pub struct PluginPushArgs {
     /// Such as ghcr.io/me/reward:1.2 or dir:FOLDER/reward:1.2
     #[arg(value_name = "REF")]
     pub reference: String,
+    /// Move a tag that stands for something else
+    #[arg(long)]
+    pub force: bool,
     #[command(flatten)]
     pub output: OutputArgs,
 }

@@ -1,13 +1,13 @@
 //! Arguments of the commands that look and measure: `results`, `replay`, `bench`, `doctor`, `plugin`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args, Subcommand};
 use serde_json::{Map, Value};
 
-use super::{GpuArgs, ModelArgs, OutputArgs, PluginArg, SharingCommand, set, set_plugins};
+use super::{GpuArgs, ModelArgs, OutputArgs, PluginArg, SharingCommand, set};
 use crate::authoring::Language;
-use crate::config::{ConfigError, DraftKind, DraftTokens, RawConfig};
+use crate::config::{ConfigError, DraftKind, DraftTokens, PluginConfig, RawConfig};
 use crate::swap::MAX_SHADOW;
 use crate::types::Role;
 
@@ -29,9 +29,15 @@ pub struct ReplayArgs {
     /// Reward to compare with the run's own, with its weight; may be given several times
     #[arg(long = "plugin", value_name = "FILE|REF[=WEIGHT]")]
     pub plugins: Vec<PluginArg>,
-    /// YAML file whose `plugins` has the rewards to compare with, settings and limits included
+    /// YAML file whose `plugins` has the rewards to compare with, settings, limits and grants included
     #[arg(long, value_name = "FILE", conflicts_with = "plugins")]
     pub config: Option<PathBuf>,
+    /// JSON object with what each `--plugin` is granted, as under `grants` in a config
+    #[arg(long, value_name = "JSON", requires = "plugins", value_parser = json_object)]
+    pub grants: Option<Map<String, Value>>,
+    /// Judges that may be granted, as `plugin check` takes them [default: those of the run]
+    #[arg(long, value_name = "FILE|JSON", requires = "grants")]
+    pub judges: Option<String>,
     /// Draw the comparison into an HTML file
     #[arg(long, value_name = "FILE.html", requires = "other", value_parser = html_file)]
     pub out: Option<PathBuf>,
@@ -48,9 +54,42 @@ impl ReplayArgs {
         if self.plugins.is_empty() {
             return Ok(None);
         }
+        let granted = |plugin: &PluginArg| PluginConfig {
+            grants: self.grants.clone().unwrap_or_default(),
+            ..plugin.config()
+        };
         let mut raw = RawConfig::default();
-        set_plugins(&mut raw, &self.plugins)?;
+        let plugins: Vec<PluginConfig> = self.plugins.iter().map(granted).collect();
+        raw.set("plugins", "--plugin", plugins)?;
         Ok(Some(raw))
+    }
+}
+
+/// What a plugin gets beyond its arguments, for the commands that try one without a run.
+#[derive(Args, Debug)]
+pub struct GrantArgs {
+    /// JSON object with what it is granted, as under `grants` in a config
+    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
+    pub grants: Map<String, Value>,
+    /// Judges that it may be granted: a config file that has `judges`, or a JSON object of them
+    #[arg(long, value_name = "FILE|JSON")]
+    pub judges: Option<String>,
+}
+
+impl GrantArgs {
+    /// The config that has the judges: no others than those of `--judges`.
+    pub fn config(&self) -> Result<RawConfig, ConfigError> {
+        self.judges
+            .as_deref()
+            .map_or_else(|| Ok(RawConfig::default()), judges)
+    }
+}
+
+/// The config of `--judges FILE|JSON`. No name of a config file begins with a brace.
+pub fn judges(given: &str) -> Result<RawConfig, ConfigError> {
+    match given.trim_start().starts_with('{') {
+        true => RawConfig::from_pair("judges", given, "--judges"),
+        false => RawConfig::from_file(Path::new(given)),
     }
 }
 
@@ -232,6 +271,8 @@ pub struct BenchPluginArgs {
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     pub calls: u32,
     #[command(flatten)]
+    pub access: GrantArgs,
+    #[command(flatten)]
     pub output: OutputArgs,
 }
 
@@ -310,9 +351,8 @@ pub struct PluginTestArgs {
     /// JSON object with limits other than the default, as under `limits` in a config
     #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
     pub limits: Map<String, Value>,
-    /// JSON object with what it is granted, as under `grants` in a config
-    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
-    pub grants: Map<String, Value>,
+    #[command(flatten)]
+    pub access: GrantArgs,
     #[command(flatten)]
     pub output: OutputArgs,
 }
@@ -328,9 +368,8 @@ pub struct PluginCheckArgs {
     /// JSON object with limits other than the default, as under `limits` in a config
     #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
     pub limits: Map<String, Value>,
-    /// JSON object with what it is granted, as under `grants` in a config
-    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
-    pub grants: Map<String, Value>,
+    #[command(flatten)]
+    pub access: GrantArgs,
     #[command(flatten)]
     pub output: OutputArgs,
 }

@@ -1,6 +1,7 @@
 //! `bench plugin`: what a call into a reward costs: warm, with a fresh instance each time, and as a
 //! training step makes it, without and with a warm pool. Host-side lowering and result checks are included.
 
+use super::{accounts::settle, sources_on_trial};
 use crate::cli::{BenchPluginArgs, Environment};
 use crate::plugin::{
     Limits, Plugin, PluginError, PluginHost, Prepared, RewardPlugin, RewardSet, Warm, Weighted,
@@ -8,7 +9,7 @@ use crate::plugin::{
 use crate::setup::{Component, PluginSources};
 use crate::types::{Finish, Parsed, Sample, Telemetry};
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -23,7 +24,9 @@ const PROMPT_SHARE: usize = 4;
 struct PluginBench {
     /// A shipped reward or a file.
     plugin: String,
-    config: serde_json::Value,
+    config: Value,
+    /// What it is granted, as a config says it.
+    grants: Map<String, Value>,
     /// Samples per call.
     samples: usize,
     /// Bytes of row, prompt and completion of one sample together.
@@ -43,6 +46,7 @@ impl PluginBench {
         Self {
             plugin,
             config,
+            grants: args.access.grants.clone(),
             samples: args.samples as usize,
             sample_bytes: args.bytes as usize,
             calls: args.calls as usize,
@@ -76,9 +80,13 @@ impl PluginBenchError {
 /// Measures, and prints a short table or one JSON object.
 pub(super) fn run(args: &BenchPluginArgs, environment: &Environment) -> anyhow::Result<()> {
     let bench = PluginBench::of(args);
-    let measures = measure(&bench, environment)?;
+    let sources = sources_on_trial(&args.access, args.output.quiet, environment)?;
+    let measures = measure(&bench, &sources)?;
+    let asked = settle(sources.judges());
     if args.output.json {
-        outln!("{}", object(&bench, &measures)?);
+        let mut object = object(&bench, &measures)?;
+        object["judges"] = json!(asked);
+        outln!("{object}");
         return Ok(());
     }
     for m in &measures {
@@ -92,12 +100,15 @@ pub(super) fn run(args: &BenchPluginArgs, environment: &Environment) -> anyhow::
             bench.sample_bytes,
             bench.plugin
         );
+        for (judge, asked) in &asked {
+            outln!("judge  {}", asked.show(judge));
+        }
     }
     Ok(())
 }
 
 /// The warm median with the parameters, and all numbers under `metrics`.
-fn object(bench: &PluginBench, measures: &[PluginMeasure]) -> anyhow::Result<serde_json::Value> {
+fn object(bench: &PluginBench, measures: &[PluginMeasure]) -> anyhow::Result<Value> {
     #[derive(Serialize)]
     struct Object<'a> {
         #[serde(flatten)]
@@ -116,8 +127,8 @@ fn object(bench: &PluginBench, measures: &[PluginMeasure]) -> anyhow::Result<ser
 /// Median and 99th percentile of a warm call, of one into a fresh instance, of a step's scoring
 /// (a fresh instance, with weights and names on top), and of that with a warm pool of one:
 /// `plugin_warm_p50` to `plugin_pool_p99`.
-fn measure(bench: &PluginBench, environment: &Environment) -> anyhow::Result<Vec<PluginMeasure>> {
-    let prepared = prepare(&bench.plugin, environment)?;
+fn measure(bench: &PluginBench, sources: &PluginSources) -> anyhow::Result<Vec<PluginMeasure>> {
+    let prepared = prepare(&bench.plugin, &bench.grants, sources)?;
     let plugin = reward(&prepared, &bench.config, None)?;
     let texts = texts(bench);
     let parsed = Parsed::default();
@@ -160,26 +171,27 @@ fn measure(bench: &PluginBench, environment: &Environment) -> anyhow::Result<Vec
 /// [`PluginBenchError`] for a plugin of another role; those of loading it.
 pub(super) fn load_reward(
     source: &str,
-    config: &serde_json::Value,
+    config: &Value,
     environment: &Environment,
 ) -> anyhow::Result<RewardPlugin> {
-    reward(&prepare(source, environment)?, config, None)
+    let sources = PluginSources::new(environment, &[])?;
+    reward(&prepare(source, &Map::new(), &sources)?, config, None)
 }
 
-fn prepare(source: &str, environment: &Environment) -> anyhow::Result<Prepared> {
+fn prepare(
+    source: &str,
+    grants: &Map<String, Value>,
+    sources: &PluginSources,
+) -> anyhow::Result<Prepared> {
     let limits = Limits::default();
-    let sources = PluginSources::new(environment, &[])?;
     let Component { name, bytes, .. } = sources.component(source, &limits)?;
+    let access = sources.access(&name, grants)?;
     // Printing the guest's lines would be measured with it.
     let host = PluginHost::new(Arc::new(|_| {}))?;
-    Ok(host.prepare(&name, &bytes, &limits)?)
+    Ok(host.prepare_with(&name, &bytes, &limits, access)?)
 }
 
-fn reward(
-    prepared: &Prepared,
-    config: &serde_json::Value,
-    warm: Option<Warm>,
-) -> anyhow::Result<RewardPlugin> {
+fn reward(prepared: &Prepared, config: &Value, warm: Option<Warm>) -> anyhow::Result<RewardPlugin> {
     match prepared.configure(config, warm)? {
         Plugin::Reward(plugin) => Ok(plugin),
         other @ (Plugin::Formatter(_) | Plugin::Curriculum(_)) => {
@@ -275,6 +287,10 @@ fn at(sorted: &[f64], quantile: f64) -> f64 {
 mod tests {
     use super::*;
 
+    fn sources() -> PluginSources {
+        PluginSources::new(&Environment::default(), &[]).unwrap()
+    }
+
     #[test]
     fn nearest_rank() {
         let values: Vec<f64> = (1..=100).map(f64::from).collect();
@@ -287,11 +303,12 @@ mod tests {
         let bench = PluginBench {
             plugin: "reward-format".to_owned(),
             config: json!({"tags": []}),
+            grants: Map::new(),
             samples: 64,
             sample_bytes: 2500,
             calls: 20,
         };
-        let measures = measure(&bench, &Environment::default()).unwrap();
+        let measures = measure(&bench, &sources()).unwrap();
         let names: Vec<&str> = measures.iter().map(|m| m.name.as_str()).collect();
         let expected = [
             "plugin_warm_p50",
@@ -326,11 +343,12 @@ mod tests {
         let bench = PluginBench {
             plugin: "formatter-chat".to_owned(),
             config: json!({}),
+            grants: Map::new(),
             samples: 1,
             sample_bytes: 100,
             calls: 1,
         };
-        let error = measure(&bench, &Environment::default()).unwrap_err();
+        let error = measure(&bench, &sources()).unwrap_err();
         assert_eq!(error.to_string(), "`formatter-chat` is not a reward");
     }
 }

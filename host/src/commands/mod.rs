@@ -10,6 +10,7 @@ macro_rules! outln {
     ($($text:tt)*) => { $crate::commands::output::write(&format!("{}\n", format_args!($($text)*))) };
 }
 
+mod accounts;
 mod bench_flops;
 mod bench_gpu;
 mod bench_model;
@@ -35,19 +36,20 @@ mod table;
 mod train;
 
 use crate::{
-    cli::{BenchCommand, Command, Environment},
+    cli::{BenchCommand, Command, Environment, GrantArgs},
     config::{ConfigError, DraftKind, RawConfig, RunConfig},
     defaults,
     draft::{self, Untrained},
     judge::Panel,
     policy::Policy,
+    setup::PluginSources,
 };
 
 pub use bench_gpu::NothingToProfile;
 pub use bench_plugin::PluginBenchError;
 pub use plugin_project::{CasesFailed, NotBuilt};
 pub use sharing::FileExists;
-pub use train::{Interrupted, PluginChanged, ResumeChanges};
+pub use train::{GrantsChanged, Interrupted, PluginChanged, ResumeChanges};
 
 /// Runs a command to its end. Results go to stdout, progress to stderr.
 pub fn run(command: Command, environment: &Environment) -> anyhow::Result<()> {
@@ -142,6 +144,18 @@ fn tell_of_device(policy: &Policy, quiet: bool) {
     for plan in policy.memory_plans().filter(|_| !quiet) {
         eprintln!("{plan}");
     }
+}
+
+/// Where plugins come from for a command that tries one without a run, with the judges that it was given.
+fn sources_on_trial(
+    access: &GrantArgs,
+    quiet: bool,
+    environment: &Environment,
+) -> anyhow::Result<PluginSources> {
+    let config = access.config()?.validate()?;
+    let judges = Panel::of(&config, environment, &mut progress::downloads(quiet))?;
+    tell_of_judges(&judges, quiet);
+    Ok(PluginSources::new(environment, &[])?.with_judges(judges))
 }
 
 /// Says what judges in this process take.

@@ -10,16 +10,15 @@ use crate::{
     setup::{self, Component, Loaded, PluginSources},
 };
 
-use super::{guest_log::guest_log, plugin_project, sharing};
+use super::{accounts::settle, guest_log::guest_log, plugin_project, sharing, sources_on_trial};
 
 pub(super) fn run(command: &PluginCommand, environment: &Environment) -> anyhow::Result<()> {
-    let sources = || PluginSources::new(environment, &[]);
     match command {
         PluginCommand::New(args) => plugin_project::new(args),
         PluginCommand::Build(args) => plugin_project::build(args),
-        PluginCommand::Test(args) => plugin_project::test(args, &sources()?),
-        PluginCommand::Inspect(args) => inspect(args, &sources()?),
-        PluginCommand::Check(args) => check(args, &sources()?),
+        PluginCommand::Test(args) => plugin_project::test(args, environment),
+        PluginCommand::Inspect(args) => inspect(args, &PluginSources::new(environment, &[])?),
+        PluginCommand::Check(args) => check(args, environment),
         PluginCommand::Swap(args) => super::plugin_swap::run(args),
         PluginCommand::Sharing(command) => sharing::run(command, environment),
         PluginCommand::CompileTrial { mib, ms } => {
@@ -87,16 +86,19 @@ fn list(names: &[String]) -> String {
 }
 
 /// Loads the component as a run would before its first step, under the default limits or those given.
-fn check(args: &PluginCheckArgs, sources: &PluginSources) -> anyhow::Result<()> {
+fn check(args: &PluginCheckArgs, environment: &Environment) -> anyhow::Result<()> {
+    let sources = sources_on_trial(&args.access, args.output.quiet, environment)?;
     let config = PluginConfig {
         source: args.plugin.clone(),
         config: args.config.clone(),
         limits: args.limits.clone(),
-        grants: args.grants.clone(),
+        grants: args.access.grants.clone(),
         ..PluginConfig::default()
     };
     let host = PluginHost::new(guest_log())?;
-    let Loaded { plugin, bytes, .. } = setup::load_whole(&host, &config, sources)?;
+    let Loaded { plugin, bytes, .. } = setup::load_whole(&host, &config, &sources)?;
+    // Its `configure` may have asked.
+    settle(sources.judges());
     let manifest = Manifest::of(&bytes)?;
     let id = plugin.id();
     if args.output.json {

@@ -5,14 +5,14 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use super::guest_log::guest_log;
+use super::{accounts::settle, guest_log::guest_log, sources_on_trial};
 use crate::{
     authoring::{self, AuthoringError},
     cases,
-    cli::{PluginBuildArgs, PluginNewArgs, PluginTestArgs},
+    cli::{Environment, PluginBuildArgs, PluginNewArgs, PluginTestArgs},
     plugin::{PluginHost, printable},
     role_cases::{self, Outcome},
-    setup::{self, Component, PluginSources},
+    setup::{self, Component},
     types::Role,
 };
 
@@ -93,12 +93,13 @@ pub(super) fn build(args: &PluginBuildArgs) -> anyhow::Result<()> {
 }
 
 /// Scores the cases and prints those that differ, and with them how.
-pub(super) fn test(args: &PluginTestArgs, sources: &PluginSources) -> anyhow::Result<()> {
+pub(super) fn test(args: &PluginTestArgs, environment: &Environment) -> anyhow::Result<()> {
     let (source, beside) = component_and_cases(&args.plugin)?;
     let beside = args.cases.as_ref().unwrap_or(&beside);
     let limits = cases::strict(&setup::limits(&source, &args.limits)?);
+    let sources = sources_on_trial(&args.access, args.output.quiet, environment)?;
     let Component { name, bytes, .. } = sources.component(&source, &limits)?;
-    let access = sources.access(&name, &args.grants)?;
+    let access = sources.access(&name, &args.access.grants)?;
     let prepared = PluginHost::new(guest_log())?.prepare_with(&name, &bytes, &limits, access)?;
     let outcomes: Vec<Outcome> = match prepared.id().role {
         Role::Reward => {
@@ -110,13 +111,15 @@ pub(super) fn test(args: &PluginTestArgs, sources: &PluginSources) -> anyhow::Re
         Role::Formatter => role_cases::run_formatter(&prepared, &cases::read_as(beside)?)?,
         Role::Curriculum => role_cases::run_curriculum(&prepared, &cases::read_as(beside)?)?,
     };
+    let asked = settle(sources.judges());
     let failed = outcomes
         .iter()
         .filter(|o| !o.differences.is_empty())
         .count();
     if args.output.json {
         let passed = outcomes.len() - failed;
-        let object = json!({ "passed": passed, "failed": failed, "cases": outcomes });
+        let object =
+            json!({ "passed": passed, "failed": failed, "cases": outcomes, "judges": asked });
         outln!("{object}");
     } else {
         let mut failures = 0;
@@ -128,6 +131,9 @@ pub(super) fn test(args: &PluginTestArgs, sources: &PluginSources) -> anyhow::Re
         }
         if failures > FAILURES {
             outln!("… and {} more that failed", failures - FAILURES);
+        }
+        for (judge, asked) in asked.iter().filter(|_| !args.output.quiet) {
+            outln!("judge  {}", asked.show(judge));
         }
         outln!("{} passed, {failed} failed", outcomes.len() - failed);
     }

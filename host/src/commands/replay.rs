@@ -4,9 +4,12 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{guest_log::guest_log, progress::Bar, progress::downloads, train::check_lock, warn};
+use super::{
+    accounts::settle, guest_log::guest_log, progress::Bar, progress::downloads, train::check_lock,
+    warn,
+};
 use crate::{
-    cli::{Environment, ReplayArgs},
+    cli::{Environment, ReplayArgs, judges},
     config::{RawConfig, RunConfig},
     grpo::filter::DynamicSampling,
     plugin::{PluginError, PluginHost, RewardSet, SetScoring},
@@ -43,7 +46,16 @@ pub(super) fn run(args: &ReplayArgs, environment: &Environment) -> anyhow::Resul
     match args.other()? {
         None => check(args, &log, &config, environment),
         Some(other) => {
-            let other = other.validate()?;
+            let mut other = other.validate()?;
+            if args.grants.is_some() {
+                // The run's own answer for it, and `self` is its policy.
+                other.judges = match args.judges.as_deref() {
+                    Some(given) => judges(given)?.validate()?.judges,
+                    None => config.judges.clone(),
+                };
+                other.input.model.clone_from(&config.input.model);
+                other.input.revision.clone_from(&config.input.revision);
+            }
             let loaded = rewards(&other, environment, args.output.quiet)?;
             compare(args, &log, &config, &other, loaded)
         }
@@ -173,7 +185,12 @@ fn compare(
     other: &RunConfig,
     plugins: Plugins,
 ) -> anyhow::Result<()> {
-    let (rewards, locked) = (plugins.rewards, plugins.locked);
+    let Plugins {
+        rewards,
+        locked,
+        sources,
+        ..
+    } = plugins;
     let asked = |plugin: &&LockedPlugin| {
         let mut sources = other.plugins.plugins.iter().map(|p| &p.source);
         sources.any(|source| plugin.is_from(source))
@@ -191,16 +208,21 @@ fn compare(
     })?;
     let report = comparison.report();
     tell_failures(&faults, failures);
+    let judges = settle(sources.judges());
     if args.output.json {
         let mut object = serde_json::to_value(&report)?;
         object["run_dir"] = json!(args.run);
         object["missing_steps"] = json!(log.missing.len());
         object["plugins"] = json!(locked);
         object["failures"] = json!(failures);
+        object["judges"] = json!(judges);
         object["first_failure"] = json!(faults.first().map(ToString::to_string));
         outln!("{object}");
     } else {
         print(args, &report, &rewards);
+        for (judge, asked) in &judges {
+            outln!("judge  {}", asked.show(judge));
+        }
     }
     if let Some(path) = &args.out {
         let title = format!("{}: logged and other rewards", args.run.display());

@@ -15,8 +15,8 @@ use crate::{
     },
     plugin::{Limits, PluginHost, digest},
     registry::{
-        Artifact, Fetch, Fetched, Place, Reference, RegistryError, Signed, Subject, TrustError,
-        TrustList, is_reference, sign,
+        Artifact, Fetch, Fetched, Place, Reference, RegistryError, Signed, Subject, Taken,
+        TrustError, TrustList, is_reference, sign,
     },
     setup::{PluginSources, read_component, sidecar, sidecar_path, text_if_there},
 };
@@ -61,16 +61,28 @@ fn push(args: &PluginPushArgs, sources: &PluginSources) -> anyhow::Result<()> {
         exports: &what.exports,
         imports: &what.imports,
     };
-    let pushed = sources.registry().push(&reference, artifact)?;
+    let taken = match args.force {
+        true => Taken::Moves,
+        false => Taken::Stays,
+    };
+    let pushed = sources.registry().push(&reference, artifact, taken)?;
     let pinned = reference.pinned(&pushed.manifest);
+    let there = pushed.before.as_ref();
     if args.output.json {
         let object = json!({
             "reference": reference.to_string(), "pinned": pinned.to_string(), "role": what.role,
             "manifest": pushed.manifest, "digest": pushed.layer, "bytes": found.bytes.len(),
+            "before": there,
         });
         outln!("{object}");
     } else {
-        outln!("pushed  {reference}");
+        match there {
+            None => outln!("pushed  {reference}"),
+            Some(before) if *before == pushed.manifest => {
+                outln!("  same  {reference} is this already");
+            }
+            Some(before) => outln!(" moved  {reference} from {before}"),
+        }
         outln!("pinned  {pinned}");
         outln!("digest  {}", pushed.layer);
     }

@@ -1,13 +1,9 @@
 //! `grpo-host train`: opens or resumes the run directory, drives the trainer, keeps the record.
 
+mod locks;
 mod summary;
 
-use std::{
-    io::ErrorKind,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Instant,
-};
+use std::{io::ErrorKind, path::PathBuf, sync::Arc, time::Instant};
 
 use anyhow::Context;
 
@@ -16,7 +12,7 @@ use super::progress::{Bar, downloads};
 use crate::{
     cli::{Environment, OutputArgs, TrainArgs},
     config::{RawConfig, RunConfig},
-    draft::{self, DraftError},
+    draft,
     evaluate::EvalReport,
     failures,
     interrupt::Interrupt,
@@ -25,13 +21,15 @@ use crate::{
     policy::{Mode, Policy},
     record,
     run::{
-        Keep, LockedDraft, LockedPlugin, Resumed, RunDir, StepLog, TrainState, read_draft_lock,
-        read_metrics, write_report,
+        Keep, LockedDraft, LockedPlugin, Resumed, RunDir, StepLog, TrainState, read_metrics,
+        write_report,
     },
     setup,
     swap::{Line, Swaps, restore},
     trainer::{StepReport, Supervision, Trainer, loss_config},
 };
+pub(super) use locks::check_lock;
+pub use locks::{GrantsChanged, PluginChanged};
 use summary::Summary;
 
 /// Trains, and prints a short table or one JSON object.
@@ -423,7 +421,7 @@ fn folder(
         }
         Place::Resumed(resumed) => {
             check_lock(resumed.dir.root(), plugins)?;
-            check_draft_lock(&resumed.dir, draft)?;
+            locks::check_draft_lock(&resumed.dir, draft)?;
             if let Some(checkpoint) = resumed.checkpoint {
                 policy.load_checkpoint(&checkpoint.path)?;
                 *state = checkpoint.state;
@@ -440,55 +438,4 @@ fn take_up(judges: &Panel, dir: &RunDir, quiet: bool) -> anyhow::Result<()> {
     judges.count_earlier(&read_metrics(dir.root())?);
     super::tell_of_judges(judges, quiet);
     Ok(())
-}
-
-/// A component that is another than the one the run began with.
-#[derive(Debug, thiserror::Error)]
-#[error("plugin `{name}` has changed since the run began: it is {found} and was {expected}")]
-pub struct PluginChanged {
-    name: String,
-    found: String,
-    expected: String,
-}
-
-impl PluginChanged {
-    /// Bring it back, or begin anew.
-    pub fn hint(&self) -> Option<String> {
-        Some("put the component back that plugins.lock names, or start a new run".to_owned())
-    }
-}
-
-/// A resumed run must go on with the components it started with, and so must a replay.
-pub(super) fn check_lock(root: &Path, loaded: &[LockedPlugin]) -> anyhow::Result<()> {
-    let locked = crate::run::read_plugins_lock(root)?;
-    for LockedPlugin { id, .. } in loaded {
-        let same = |l: &&LockedPlugin| l.id.name == id.name && l.id.role == id.role;
-        // Two of one name may be two components.
-        let mut before = locked.iter().filter(same).map(|l| &l.id.digest);
-        let expected = before.clone().next();
-        if let Some(expected) = expected.filter(|_| !before.any(|digest| *digest == id.digest)) {
-            return Err(PluginChanged {
-                name: id.name.clone(),
-                found: id.digest.clone(),
-                expected: expected.clone(),
-            }
-            .into());
-        }
-    }
-    Ok(())
-}
-
-/// The same for its draft. It is asked of a draft that learns too, although a checkpoint has its weights: one
-/// rule, and a digest costs less than the loading that was done already.
-fn check_draft_lock(dir: &RunDir, loaded: Option<&LockedDraft>) -> anyhow::Result<()> {
-    let before = read_draft_lock(dir.root())?;
-    match (before, loaded) {
-        (Some(before), Some(now)) if before.digest != now.digest => Err(DraftError::Changed {
-            draft: now.draft.clone(),
-            found: now.digest.clone(),
-            expected: before.digest,
-        }
-        .into()),
-        _ => Ok(()),
-    }
 }

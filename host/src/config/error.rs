@@ -62,6 +62,13 @@ pub enum ConfigError {
         allowed: &'static str,
         origin: Origin,
     },
+    #[error("{flag}: `{key}` cannot be set, since `{parent}` is no map")]
+    NoMap {
+        key: String,
+        /// The part of the key that is something else.
+        parent: String,
+        flag: &'static str,
+    },
     #[error("cannot write the config as YAML: {source}")]
     Write { source: serde_norway::Error },
 }
@@ -70,7 +77,7 @@ impl ConfigError {
     /// What the reader can do about it, if there is something.
     pub fn hint(&self) -> Option<String> {
         match self {
-            Self::Read { .. } => Some("give --config the path of a YAML file".to_owned()),
+            Self::Read { .. } => Some("give the path of a YAML file".to_owned()),
             Self::NotKeys { .. } => {
                 Some("write one `key: value` a line, such as `learning_rate: 1e-5`".to_owned())
             }
@@ -94,6 +101,9 @@ impl ConfigError {
             } => Some(format!("`{flag}` sets the config key `{key}`")),
             Self::OutOfRange { key, .. } => Some(format!(
                 "docs/configuration.md says what `{key}` is for; without it the default holds"
+            )),
+            Self::NoMap { parent, flag, .. } => Some(format!(
+                "set the whole of it: {flag} {parent}=…; a list is set whole too"
             )),
             Self::Write { .. } => None,
         }

@@ -8,6 +8,7 @@ mod choices;
 mod draft;
 mod error;
 mod judges;
+mod nested;
 mod sections;
 #[cfg(test)]
 mod tests;
@@ -121,18 +122,55 @@ impl RawConfig {
         Self::from_mapping(mapping, &validate::Document { text, name })
     }
 
-    /// One key and its value as YAML, given by `flag`.
+    /// One whole key and its value as YAML, given by `flag`.
     pub fn from_pair(key: &str, yaml: &str, flag: &'static str) -> Result<Self, ConfigError> {
-        let value: Value = serde_norway::from_str(yaml).map_err(|source| ConfigError::Syntax {
+        Self::of_flag(key, Self::value(key, yaml, flag)?, flag)
+    }
+
+    fn value(key: &str, yaml: &str, flag: &'static str) -> Result<Value, ConfigError> {
+        serde_norway::from_str(yaml).map_err(|source| ConfigError::Syntax {
             name: format!("the value of {flag} {key}"),
             source,
-        })?;
+        })
+    }
+
+    fn of_flag(key: &str, value: Value, flag: &'static str) -> Result<Self, ConfigError> {
         let mapping = Mapping::from_iter([(Value::from(key), value)]);
         let document = validate::Document {
             text: "",
             name: flag,
         };
         Self::from_mapping(mapping, &document)
+    }
+
+    /// Sets a key from a command-line flag, its value as YAML; `a.b.c` sets one key inside of the map `a`, and leaves the
+    /// others of it as they are.
+    ///
+    /// # Errors
+    /// Text that is no YAML; keys that no section reads; a path into something that is no map.
+    pub fn set_pair(
+        &mut self,
+        key: &str,
+        yaml: &str,
+        flag: &'static str,
+    ) -> Result<(), ConfigError> {
+        let Some((top, rest)) = key.split_once('.') else {
+            self.overlay(Self::from_pair(key, yaml, flag)?);
+            return Ok(());
+        };
+        let known = self.entries.get(top).map(|entry| &entry.value);
+        let path = nested::path(known, rest);
+        let value = Self::value(key, yaml, flag)?;
+        let whole = nested::with(known, &path, value).map_err(|keys| {
+            let parents = [top].into_iter().chain(path.iter().map(String::as_str));
+            ConfigError::NoMap {
+                key: key.to_owned(),
+                parent: parents.take(keys + 1).collect::<Vec<_>>().join("."),
+                flag,
+            }
+        })?;
+        self.overlay(Self::of_flag(top, whole, flag)?);
+        Ok(())
     }
 
     fn from_mapping(

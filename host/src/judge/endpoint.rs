@@ -75,7 +75,12 @@ enum Fault {
     /// Would not go better.
     Useless(String),
     Refused(String),
-    Exhausted(String),
+    /// No question would go better: there is no money, or no key that the endpoint knows.
+    Closed {
+        why: JudgeError,
+        /// It may be about the question after all.
+        is_guess: bool,
+    },
 }
 
 impl Endpoint {
@@ -151,16 +156,15 @@ impl Endpoint {
             let ticket = match &pass {
                 // Known to be resting, it need not wait for its place.
                 None => {
-                    let admitted = self.health.admit().map_err(JudgeError::Unavailable)?;
-                    let pass = pass.insert(admitted);
+                    let pass = pass.insert(self.health.admit()?);
                     let ticket = self.rate.admit(call.estimate, deadline).await;
                     pass.sent();
                     ticket
                 }
                 Some(_) => {
-                    if let Err(why) = self.health.check() {
+                    if let Err(in_vain) = self.health.check() {
                         pass.into_iter().for_each(Pass::withdraw);
-                        return Err(JudgeError::Unavailable(why));
+                        return Err(in_vain);
                     }
                     self.rate.admit(call.estimate, deadline).await
                 }
@@ -170,11 +174,14 @@ impl Endpoint {
                 pass.into_iter().for_each(Pass::withdraw);
                 return Err(JudgeError::Timeout);
             };
-            let reservation = match self.ledger.reserve(call.estimate, attempt > 0) {
+            // Others may have found out while this one waited for its place.
+            let reserved = self.health.is_open();
+            let reserved = reserved.and_then(|()| self.ledger.reserve(call.estimate, attempt > 0));
+            let reservation = match reserved {
                 Ok(reservation) => reservation,
-                Err(exhausted) => {
+                Err(error) => {
                     pass.into_iter().for_each(Pass::withdraw);
-                    return Err(exhausted);
+                    return Err(error);
                 }
             };
             let fault = match timeout(self.timeout, self.attempt(call)).await {
@@ -188,14 +195,14 @@ impl Endpoint {
                 Ok(Err(fault)) => fault,
                 Err(_elapsed) => Fault::Slow,
             };
-            drop((reservation, permit));
-            match self.wait(&fault, attempt, deadline) {
-                Some(wait) => sleep(wait).await,
-                None => {
-                    pass.into_iter().for_each(|pass| fault.tell(pass));
-                    return Err(fault.into());
-                }
-            }
+            drop(reservation);
+            let Some(wait) = self.wait(&fault, attempt, deadline) else {
+                // Before the next one has the permit: it may be in vain now.
+                pass.into_iter().for_each(|pass| fault.tell(pass));
+                return Err(fault.into());
+            };
+            drop(permit);
+            sleep(wait).await;
         }
         Err(JudgeError::Timeout)
     }
@@ -206,7 +213,7 @@ impl Endpoint {
         let asked = match fault {
             Fault::Slow => Duration::ZERO,
             Fault::Transient { wait, .. } => wait.unwrap_or_default(),
-            Fault::Useless(_) | Fault::Refused(_) | Fault::Exhausted(_) => return None,
+            Fault::Useless(_) | Fault::Refused(_) | Fault::Closed { .. } => return None,
         };
         if !asked.is_zero() {
             // It is told to all that ask it. An instant too far off for the clock is one that nobody waits for.
@@ -270,13 +277,24 @@ impl Endpoint {
             .read(response, COMPLAINT_BYTES)
             .await
             .unwrap_or_default();
-        let (message, code) = wire::complaint(&body);
+        let (message, no_money) = wire::complaint(&body);
         let why = self.clean(&format!("HTTP {} {message}", status.as_u16()));
+        let for_good = || format!("{why}; it is asked no more in this run");
         match status {
             // OpenAI's word for an account without money; waiting does not help.
-            StatusCode::TOO_MANY_REQUESTS if code.as_deref() == Some("insufficient_quota") => {
-                Fault::Exhausted(why)
-            }
+            status if no_money || status == StatusCode::PAYMENT_REQUIRED => Fault::Closed {
+                why: JudgeError::Exhausted(for_good()),
+                is_guess: false,
+            },
+            StatusCode::UNAUTHORIZED => Fault::Closed {
+                why: JudgeError::Refused(for_good()),
+                is_guess: false,
+            },
+            // Some say so of a question that their moderation does not like, to a key that they know.
+            StatusCode::FORBIDDEN if !self.health.has_answered() => Fault::Closed {
+                why: JudgeError::Refused(for_good()),
+                is_guess: true,
+            },
             StatusCode::REQUEST_TIMEOUT
             | StatusCode::CONFLICT
             | StatusCode::TOO_EARLY
@@ -322,7 +340,8 @@ impl Fault {
         match self {
             Self::Slow => pass.failed("no answer in time"),
             Self::Transient { why, .. } => pass.failed(why),
-            Self::Useless(_) | Self::Refused(_) | Self::Exhausted(_) => pass.answered(),
+            Self::Useless(_) | Self::Refused(_) => pass.refused(),
+            Self::Closed { why, is_guess } => pass.closed(why.clone(), *is_guess),
         }
     }
 }
@@ -333,7 +352,7 @@ impl From<Fault> for JudgeError {
             Fault::Slow => Self::Timeout,
             Fault::Transient { why, .. } | Fault::Useless(why) => Self::Unavailable(why),
             Fault::Refused(why) => Self::Refused(why),
-            Fault::Exhausted(why) => Self::Exhausted(why),
+            Fault::Closed { why, .. } => why,
         }
     }
 }

@@ -1,10 +1,13 @@
 //! Whether an endpoint is worth asking: one that has failed many times in a row is left alone for a while, so that a
-//! dead one does not cost every batch its whole deadline. Then one question finds out whether it is back.
+//! dead one does not cost every batch its whole deadline. Then one question finds out whether it is back. One that would
+//! answer nobody, for want of money or of a key that it knows, is asked no more at all.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
+
+use super::JudgeError;
 
 /// Questions in a row that failed to the end.
 const REST_AFTER: u32 = 16;
@@ -19,6 +22,16 @@ struct State {
     rests_until: Option<Instant>,
     trying: bool,
     last: String,
+    /// It has answered a question, and so knows the key.
+    has_answered: bool,
+    /// Why nothing is asked any more.
+    closed: Option<Closed>,
+}
+
+struct Closed {
+    why: JudgeError,
+    /// An answer to what was under way would show that it is not so.
+    is_guess: bool,
 }
 
 /// Leave to ask. Dropped without a verdict after something was sent, it counts as a failure.
@@ -34,21 +47,33 @@ impl Health {
     }
 
     /// Leave to ask now, or why not.
-    pub(super) fn admit(&self) -> Result<Pass<'_>, String> {
+    pub(super) fn admit(&self) -> Result<Pass<'_>, JudgeError> {
         self.admit_at(Instant::now())
     }
 
     /// Why who has leave should not try again: others have found out meanwhile that it is in vain.
-    pub(super) fn check(&self) -> Result<(), String> {
+    pub(super) fn check(&self) -> Result<(), JudgeError> {
         let state = self.lock();
+        state.open()?;
         match state.rests_until {
             Some(until) if until > Instant::now() => Err(state.why()),
             _ => Ok(()),
         }
     }
 
-    fn admit_at(&self, now: Instant) -> Result<Pass<'_>, String> {
+    /// The error of all questions, if it is asked no more.
+    pub(super) fn is_open(&self) -> Result<(), JudgeError> {
+        self.lock().open()
+    }
+
+    /// Whether it has answered a question.
+    pub(super) fn has_answered(&self) -> bool {
+        self.lock().has_answered
+    }
+
+    fn admit_at(&self, now: Instant) -> Result<Pass<'_>, JudgeError> {
         let mut state = self.lock();
+        state.open()?;
         let is_trial = state.rests_until.is_some();
         if let Some(until) = state.rests_until
             && (until > now || state.trying)
@@ -69,9 +94,24 @@ impl Health {
 }
 
 impl State {
-    fn why(&self) -> String {
+    fn open(&self) -> Result<(), JudgeError> {
+        self.closed
+            .as_ref()
+            .map_or(Ok(()), |closed| Err(closed.why.clone()))
+    }
+
+    fn why(&self) -> JudgeError {
         let Self { failures, last, .. } = self;
-        format!("left alone after {failures} failures in a row, the last: {last}")
+        JudgeError::Unavailable(format!(
+            "left alone after {failures} failures in a row, the last: {last}"
+        ))
+    }
+
+    /// It works, whatever it says.
+    fn recover(&mut self) {
+        self.failures = 0;
+        self.rests_until = None;
+        self.trying = false;
     }
 }
 
@@ -86,10 +126,29 @@ impl Pass<'_> {
         self.sent = false;
     }
 
-    /// It has answered, be it with a refusal.
+    /// It has answered.
     pub(super) fn answered(mut self) {
         self.sent = false;
-        *self.health.lock() = State::default();
+        let mut state = self.health.lock();
+        state.recover();
+        state.has_answered = true;
+        state.closed.take_if(|closed| closed.is_guess);
+    }
+
+    /// It has refused this question.
+    pub(super) fn refused(mut self) {
+        self.sent = false;
+        self.health.lock().recover();
+    }
+
+    /// It would refuse every question, or, if that `is_guess`, seems to.
+    pub(super) fn closed(mut self, why: JudgeError, is_guess: bool) {
+        self.sent = false;
+        let mut state = self.health.lock();
+        state.recover();
+        if !state.closed.as_ref().is_some_and(|closed| !closed.is_guess) {
+            state.closed = Some(Closed { why, is_guess });
+        }
     }
 
     /// It has not.
@@ -134,8 +193,8 @@ mod tests {
         drop(cut_off);
         let refused = health.admit().err().unwrap();
         assert_eq!(
-            refused,
-            "left alone after 16 failures in a row, the last: no answer in time"
+            refused.to_string(),
+            "the judge is unavailable: left alone after 16 failures in a row, the last: no answer in time"
         );
         let later = Instant::now() + REST;
         let trial = health.admit_at(later).unwrap();
@@ -145,6 +204,29 @@ mod tests {
         let trial = health.admit_at(later).unwrap();
         trial.answered();
         assert!(health.admit().is_ok() && health.admit().is_ok());
+    }
+
+    #[test]
+    fn what_would_answer_nobody_is_asked_no_more() {
+        let (money, key) = (
+            JudgeError::Exhausted("no money".to_owned()),
+            JudgeError::Refused("no such key".to_owned()),
+        );
+        let health = Health::new();
+        let under_way = health.admit().unwrap();
+        health.admit().unwrap().closed(key.clone(), true);
+        assert_eq!(health.admit().err(), Some(key.clone()));
+        assert_eq!(health.check(), Err(key.clone()));
+        // A trial does not reopen it either.
+        let later = Instant::now() + 2 * REST;
+        assert_eq!(health.admit_at(later).err(), Some(key.clone()));
+        // An answer shows that the guess was wrong; what is certain stays.
+        under_way.answered();
+        assert!(health.has_answered());
+        let under_way = health.admit().unwrap();
+        health.admit().unwrap().closed(money.clone(), false);
+        under_way.answered();
+        assert_eq!(health.is_open(), Err(money.clone()));
     }
 
     #[test]

@@ -13,6 +13,8 @@ pub(super) const EMBEDDINGS: &str = "/embeddings";
 
 /// Tokens of a message besides its content: role and separators.
 const MESSAGE_TOKENS: u64 = 8;
+/// Tokens that an endpoint may say one request had: more than any model's context.
+const MOST_TOKENS: u32 = 1 << 24;
 
 /// An answer with what it cost, where the endpoint says so.
 #[derive(Debug)]
@@ -60,12 +62,6 @@ pub(super) fn estimate<'t>(texts: impl IntoIterator<Item = &'t str>) -> u64 {
     texts.into_iter().map(tokens).sum()
 }
 
-#[derive(Deserialize)]
-struct Usage {
-    prompt_tokens: Option<u32>,
-    completion_tokens: Option<u32>,
-}
-
 /// Reads a chat completion.
 ///
 /// # Errors
@@ -74,7 +70,8 @@ pub(super) fn read_reply(body: &[u8]) -> Result<Answer<Vec<Reply>>, Wrong> {
     #[derive(Deserialize)]
     struct Chat {
         choices: Vec<Choice>,
-        usage: Option<Usage>,
+        #[serde(default)]
+        usage: Value,
     }
     #[derive(Deserialize)]
     struct Choice {
@@ -106,7 +103,7 @@ pub(super) fn read_reply(body: &[u8]) -> Result<Answer<Vec<Reply>>, Wrong> {
         Some("length") => Finish::Length,
         Some(_) => Finish::Abort,
     };
-    let (prompt, completion) = counts(chat.usage);
+    let [prompt, completion] = counts(&chat.usage);
     Ok(Answer {
         value: vec![Reply {
             text,
@@ -127,7 +124,8 @@ pub(super) fn read_embeddings(body: &[u8], texts: usize) -> Result<Answer<Vec<Ve
     #[derive(Deserialize)]
     struct Embeddings {
         data: Vec<Item>,
-        usage: Option<Usage>,
+        #[serde(default)]
+        usage: Value,
     }
     #[derive(Deserialize)]
     struct Item {
@@ -148,7 +146,7 @@ pub(super) fn read_embeddings(body: &[u8], texts: usize) -> Result<Answer<Vec<Ve
         let why = "vectors that are empty or differ in length".to_owned();
         return Err(Wrong::Nonsense(why));
     }
-    let (prompt_tokens, _) = counts(answer.usage);
+    let [prompt_tokens, _] = counts(&answer.usage);
     Ok(Answer {
         value: vectors,
         prompt_tokens,
@@ -156,16 +154,22 @@ pub(super) fn read_embeddings(body: &[u8], texts: usize) -> Result<Answer<Vec<Ve
     })
 }
 
-fn counts(usage: Option<Usage>) -> (Option<u32>, Option<u32>) {
-    usage.map_or((None, None), |u| (u.prompt_tokens, u.completion_tokens))
+/// Tokens asked and answered. What cannot be a count is not given: an answer is worth no less for it.
+fn counts(usage: &Value) -> [Option<u32>; 2] {
+    ["prompt_tokens", "completion_tokens"].map(|key| {
+        let count = usage.get(key).and_then(Value::as_u64);
+        let count = count.and_then(|count| u32::try_from(count).ok());
+        count.filter(|count| *count <= MOST_TOKENS)
+    })
 }
 
 fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Wrong> {
     serde_json::from_slice(body).map_err(|error| Wrong::Nonsense(error.to_string()))
 }
 
-/// What an endpoint says is wrong: its message and its code, or the beginning of whatever it sent.
-pub(super) fn complaint(body: &[u8]) -> (String, Option<String>) {
+/// What an endpoint says is wrong, or the beginning of whatever it sent; and whether that is an account without money, in
+/// OpenAI's words.
+pub(super) fn complaint(body: &[u8]) -> (String, bool) {
     #[derive(Deserialize)]
     struct Complaint {
         error: Detail,
@@ -174,13 +178,18 @@ pub(super) fn complaint(body: &[u8]) -> (String, Option<String>) {
     struct Detail {
         message: Option<String>,
         code: Option<Value>,
+        r#type: Option<Value>,
     }
     match serde_json::from_slice::<Complaint>(body) {
         Ok(Complaint { error }) => {
-            let code = error.code.as_ref().and_then(Value::as_str);
-            (error.message.unwrap_or_default(), code.map(str::to_owned))
+            let words = [error.code, error.r#type];
+            let no_money = words
+                .iter()
+                .flatten()
+                .any(|word| word == "insufficient_quota");
+            (error.message.unwrap_or_default(), no_money)
         }
-        Err(_) => (String::from_utf8_lossy(body).into_owned(), None),
+        Err(_) => (String::from_utf8_lossy(body).into_owned(), false),
     }
 }
 
@@ -242,6 +251,50 @@ mod tests {
             (answer.prompt_tokens, answer.value[0].finish),
             (None, Finish::Stop)
         );
+    }
+
+    #[test]
+    fn counts_that_cannot_be_are_not_given() {
+        for usage in [
+            "null",
+            "7",
+            r#"{"prompt_tokens":-5,"completion_tokens":1e30}"#,
+            r#"{"prompt_tokens":4294967296,"completion_tokens":16777217}"#,
+            r#"{"prompt_tokens":1.5,"completion_tokens":"many"}"#,
+        ] {
+            let body =
+                format!(r#"{{"choices":[{{"message":{{"content":"7"}}}}],"usage":{usage}}}"#);
+            let answer = read_reply(body.as_bytes()).unwrap();
+            assert_eq!(answer.value[0].text, "7");
+            let given = (answer.prompt_tokens, answer.completion_tokens);
+            assert_eq!(given, (None, None), "{usage}");
+        }
+        let one = r#"{"data":[{"index":0,"embedding":[1]}],"usage":{"prompt_tokens":-5}}"#;
+        let answer = read_embeddings(one.as_bytes(), 1).unwrap();
+        assert_eq!(
+            (answer.value, answer.prompt_tokens),
+            (vec![vec![1.0]], None)
+        );
+    }
+
+    #[test]
+    fn an_account_without_money_is_known_by_code_or_type() {
+        for (error, no_money) in [
+            (r#"{"message":"m","code":"insufficient_quota"}"#, true),
+            (
+                r#"{"message":"m","type":"insufficient_quota","code":null}"#,
+                true,
+            ),
+            (r#"{"message":"m","type":"rate_limit","code":429}"#, false),
+        ] {
+            let body = format!(r#"{{"error":{error}}}"#);
+            assert_eq!(
+                complaint(body.as_bytes()),
+                ("m".to_owned(), no_money),
+                "{error}"
+            );
+        }
+        assert_eq!(complaint(b"insufficient_quota").1, false);
     }
 
     #[test]

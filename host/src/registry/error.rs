@@ -51,6 +51,12 @@ pub enum RegistryError {
     NotAPlugin { reference: String, reason: String },
     #[error("{reference} has a layer `{name}`, a name that would leave its folder")]
     UnsafeName { reference: String, name: String },
+    #[error("{reference} is there already, and is something else: {found}; this is {pushed}")]
+    Taken {
+        reference: String,
+        found: Digest,
+        pushed: Digest,
+    },
     #[error("offline, and {reference} is not in the cache")]
     Offline { reference: String },
     #[error("no credentials for {host}: {reason}")]
@@ -85,6 +91,10 @@ impl RegistryError {
                 Self::Malformed { .. } => "is it really an OCI registry, and a plugin?",
                 Self::NotAPlugin { .. } => "push components with `grpo-host plugin push` or `wkg oci push`",
                 Self::UnsafeName { .. } => "do not use it: the name is made to overwrite files",
+                Self::Taken { .. } => {
+                    "push it under another tag, or move this one with --force: runs that name the tag get the new one, those \
+                     that have its digest keep theirs"
+                }
                 Self::Offline { .. } => "unset HF_HUB_OFFLINE once to pull it, or give a file",
                 Self::Credentials { .. } => "log in again with `docker login`, or mend docker's config.json",
                 Self::File { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => {

@@ -63,7 +63,7 @@ impl Layout {
         verified(bytes, &digest, &what)
     }
 
-    fn tagged(&self, reference: &Reference) -> Result<Digest, RegistryError> {
+    pub(super) fn tagged(&self, reference: &Reference) -> Result<Digest, RegistryError> {
         let tag = reference.tag_or_latest();
         let named = |d: &&Descriptor| d.annotations.get(REF_NAME).is_some_and(|name| name == tag);
         let index = self.index()?;

@@ -96,11 +96,22 @@ pub struct Artifact<'a> {
     pub imports: &'a [String],
 }
 
+/// What becomes of a tag that stands for something else already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// It stays, and nothing is pushed.
+    Stays,
+    /// It moves.
+    Moves,
+}
+
 /// Digests of what was pushed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pushed {
     pub manifest: Digest,
     pub layer: Digest,
+    /// The manifest that the tag stood for before. The same one: there was nothing to do.
+    pub before: Option<Digest>,
 }
 
 /// Registries, and the cache of what came from them. Blocking: never use it on an async thread.
@@ -173,13 +184,16 @@ impl Registry {
     }
 
     /// Puts a component where the reference says, in the CNCF's layout. The same bytes make the same manifest, at any time.
+    /// The protocol cannot do this in one piece: of two that push a tag at the same moment both may succeed.
     ///
     /// # Errors
-    /// A reference with a digest, which nobody can choose; what the registry or the disk refuses.
+    /// A reference with a digest, which nobody can choose; a tag that is to stay and stands for something else; what the
+    /// registry or the disk refuses.
     pub fn push(
         &self,
         reference: &Reference,
         artifact: Artifact<'_>,
+        taken: Taken,
     ) -> Result<Pushed, RegistryError> {
         if reference.digest.is_some() {
             return Err(RegistryError::Reference {
@@ -192,12 +206,27 @@ impl Registry {
         let layer = Digest::of(artifact.bytes);
         let digest = Digest::of(&manifest);
         let mut store = self.open_or_create(reference)?;
-        store.put_blob(&layer, artifact.bytes)?;
-        store.put_blob(&Digest::of(&config), &config)?;
-        store.put_manifest(&manifest, reference.tag())?;
+        let before = store.tagged(reference)?;
+        match (&before, taken) {
+            (Some(found), Taken::Stays) if *found != digest => {
+                return Err(RegistryError::Taken {
+                    reference: reference.to_string(),
+                    found: found.clone(),
+                    pushed: digest,
+                });
+            }
+            (Some(_), Taken::Stays) => {}
+            // A tag that is to move may be there with blobs that are not.
+            (None, _) | (Some(_), Taken::Moves) => {
+                store.put_blob(&layer, artifact.bytes)?;
+                store.put_blob(&Digest::of(&config), &config)?;
+                store.put_manifest(&manifest, reference.tag())?;
+            }
+        }
         Ok(Pushed {
             manifest: digest,
             layer,
+            before,
         })
     }
 
@@ -332,6 +361,18 @@ impl Store<'_> {
                 remote.manifest(reference.digest.as_ref(), reference.tag_or_latest())
             }
             Self::Layout(layout) => layout.manifest(reference),
+        }
+    }
+
+    /// The manifest that a reference's tag stands for, to somebody who is going to push.
+    fn tagged(&mut self, reference: &Reference) -> Result<Option<Digest>, RegistryError> {
+        let found = match self {
+            Self::Remote(remote) => remote.tagged(reference.tag_or_latest()),
+            Self::Layout(layout) => layout.tagged(reference),
+        };
+        match found {
+            Err(error) if error.is_missing() => Ok(None),
+            found => found.map(Some),
         }
     }
 

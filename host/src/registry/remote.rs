@@ -86,11 +86,26 @@ impl<'a> Remote<'a> {
         tag: &str,
     ) -> Result<Vec<u8>, RegistryError> {
         let name = digest.map_or_else(|| tag.to_owned(), Digest::to_string);
+        self.manifest_of(digest, &name, Access::Pull)
+    }
+
+    /// What a tag stands for, to who may push: others a registry may not tell that there is none.
+    pub(super) fn tagged(&mut self, tag: &str) -> Result<Digest, RegistryError> {
+        let found = self.manifest_of(None, tag, Access::Push);
+        found.map(|bytes| Digest::of(&bytes))
+    }
+
+    fn manifest_of(
+        &mut self,
+        digest: Option<&Digest>,
+        name: &str,
+        access: Access,
+    ) -> Result<Vec<u8>, RegistryError> {
         let url = format!("{}/manifests/{name}", self.base);
         let accept = format!("{MANIFEST}, {INDEX}");
         self.retry(|remote| {
             let ask = |client: &Client| client.get(&url).header(ACCEPT, &accept);
-            let (response, begun) = remote.send(&url, Access::Pull, ask)?;
+            let (response, begun) = remote.send(&url, access, ask)?;
             // A tag has no digest of its own; what the registry says of it holds at least against a damaged line.
             let announced = header(&response, "docker-content-digest").and_then(|d| d.parse().ok());
             let bytes = remote.read(response, &url, begun, MAX_MANIFEST_BYTES)?;

@@ -1,9 +1,10 @@
-//! `plugins.lock`: which component, by digest, played which part from which step on. `draft.lock`: with which
-//! weights the draft began.
+//! `plugins.lock`: which component, by digest, played which part from which step on, and with which rights. `draft.lock`:
+//! with which weights the draft began.
 
 use std::{fs, io, path::Path};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde_json::{Map, Value};
 
 use super::{RunError, atomic};
 use crate::types::PluginId;
@@ -22,6 +23,10 @@ pub struct LockedPlugin {
     pub weight: Option<f64>,
     /// First step it took part in; later than 1 for one that was swapped in.
     pub since_step: u64,
+    /// What it was granted, as the config says it: of a secret the name of its variable. `None`: written before locks had
+    /// grants.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grants: Option<Map<String, Value>>,
 }
 
 impl LockedPlugin {

@@ -149,6 +149,7 @@ fn resuming_cuts_what_lies_after_the_checkpoint() {
         source: "embedded".into(),
         weight: Some(0.5),
         since_step,
+        grants: None,
     };
     run.write_plugins_lock(&[locked("a", 1), locked("b", 3), locked("c", 4)])
         .unwrap();

@@ -41,7 +41,8 @@ impl GrantError {
         Some(match self {
             Self::NoJudge { known, name, .. } if known.is_empty() => {
                 format!(
-                    "define it in a config file: `judges: {{{name}: {{endpoint: URL, model: NAME}}}}`"
+                    "define it in a config file: `judges: {{{name}: {{endpoint: URL, model: NAME}}}}`; without a run \
+                     --judges takes such a file, or the judges as JSON"
                 )
             }
             Self::NoJudge { known, .. } => format!("it has {known}"),

@@ -118,6 +118,7 @@ impl Slots {
             source,
             weight,
             since_step: 1,
+            grants: Some(config.grants.clone()),
         });
         match plugin {
             Plugin::Formatter(formatter) => self.formatter = Some(formatter),

@@ -196,6 +196,7 @@ impl Timeline {
                 _ => None,
             },
             since_step: r.step,
+            grants: Some(r.grants.clone()),
         });
         locked.collect()
     }

@@ -305,6 +305,7 @@ impl Trainer<'_> {
             source,
             weight,
             since_step: since,
+            grants: Some(settings.grants.clone()),
         };
         slot.predecessor = Some(Predecessor {
             reward: before,

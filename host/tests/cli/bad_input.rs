@@ -61,7 +61,7 @@ fn missing_files() {
         "--config none.yaml --out out",
         USAGE,
         &format!("cannot read config none.yaml: {no_such}"),
-        "give --config the path of a YAML file",
+        "give the path of a YAML file",
     );
     refuses(
         &lab,

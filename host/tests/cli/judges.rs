@@ -57,13 +57,51 @@ fn a_resumed_run_keeps_its_judges_but_for_their_pace() {
         .fine();
     lab.run("--quiet --resume a --steps 2 --set judges={\"own\":{\"model\":\"self\",\"concurrency\":1}}")
         .fine();
+    // One key of one judge, the others staying as they are.
+    lab.run("--quiet --resume a --steps 3 --set judges.own.max_requests=7")
+        .fine();
+    let config = std::fs::read_to_string(lab.path("a/config.yaml")).unwrap();
+    assert!(
+        config.contains("max_requests: 7\n") && config.contains("concurrency: 1\n"),
+        "{config}"
+    );
+    for (set, code, said) in [
+        (
+            "judges.own.model=other",
+            2,
+            "a resumed run cannot change `judges`",
+        ),
+        (
+            "judges.own.max_request=7",
+            2,
+            "--set: unknown key `judges.own.max_request`",
+        ),
+        (
+            "judges.own.max_requests=0",
+            2,
+            "--set: `judges.own.max_requests` is 0; allowed: 1 or more, or null",
+        ),
+        (
+            "judges.own.model.x=1",
+            2,
+            "--set: `judges.own.model.x` cannot be set, since `judges.own.model` is no map",
+        ),
+        (
+            "plugins.0.weight=2",
+            2,
+            "--set: `plugins.0.weight` cannot be set, since `plugins` is no map",
+        ),
+    ] {
+        let ended = lab.run(&format!("--quiet --resume a --steps 4 --set {set}"));
+        assert_eq!(ended.refused(code).0, said);
+    }
     for other in [
         "{}",
         r#"{"own":{"model":"other"}}"#,
         r#"{"mine":{"model":"self"}}"#,
     ] {
         let ended = lab.run(&format!(
-            "--quiet --resume a --steps 3 --set judges={other}"
+            "--quiet --resume a --steps 4 --set judges={other}"
         ));
         let (error, _) = ended.refused(2);
         assert_eq!(error, "a resumed run cannot change `judges`");

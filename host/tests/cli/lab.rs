@@ -148,6 +148,7 @@ impl Lab {
         command
             .env("HF_HOME", self.path("hub"))
             .env("HF_HUB_OFFLINE", "1")
+            .env("XDG_CACHE_HOME", self.path("cache"))
             .env("XDG_CONFIG_HOME", self.path("settings"));
     }
 

@@ -15,12 +15,18 @@ mod drafts;
 #[allow(dead_code, reason = "the hostile suite uses the rest")]
 mod guest;
 mod hostile;
+mod judged;
 mod judges;
+#[path = "../../../tests/tests/hostile/judging.rs"]
+mod judging;
 mod lab;
 mod replay;
 mod resume;
 #[path = "../../../tests/tests/hostile/role_guests.rs"]
 mod role_guests;
+#[path = "../../../tests/tests/judge/server.rs"]
+#[allow(dead_code, reason = "the judges' own tests use the rest")]
+mod server;
 mod sharing;
 mod speculation;
 mod stop;

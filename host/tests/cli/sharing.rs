@@ -101,6 +101,44 @@ fn a_folder_is_pushed_to_searched_and_pulled_from() {
     }
 }
 
+#[test]
+fn a_tag_stays_what_it_is_unless_it_is_forced() {
+    let lab = lab();
+    let push = |file: &str, flags: &str| {
+        run(
+            &lab,
+            &format!("plugin push {file} dir:shelf/reward:1 {flags}"),
+        )
+    };
+    let first = push("reward.wasm", "--json").fine().json();
+    assert!(first["before"].is_null());
+    let manifest = text(&first["manifest"]);
+    let index = || std::fs::read(lab.path("shelf/reward/index.json")).unwrap();
+    let listed = index();
+    let again = push("reward.wasm", "").fine().stdout;
+    assert!(
+        again.starts_with("  same  dir:shelf/reward:1 is this already\npinned  "),
+        "{again}"
+    );
+    copy(&lab, "reward-math", "other.wasm");
+    let refused = push("other.wasm", "");
+    let (error, hint) = refused.refused(FAILURE);
+    let said = format!("dir:shelf/reward:1 is there already, and is something else: {manifest}; ");
+    assert!(error.starts_with(&said), "{error}");
+    assert!(hint.contains("--force"), "{hint}");
+    assert_eq!(index(), listed);
+    let moved = push("other.wasm", "--force").fine().stdout;
+    let said = format!(" moved  dir:shelf/reward:1 from {manifest}\n");
+    assert!(moved.starts_with(&said), "{moved}");
+    let now = push("other.wasm", "--force --json").fine().json();
+    assert_eq!(now["before"], now["manifest"]);
+    assert_ne!(now["manifest"], first["manifest"]);
+    // Without a tag it is `latest`, for which the same holds.
+    run(&lab, "plugin push other.wasm dir:shelf/reward").fine();
+    let refused = run(&lab, "plugin push reward.wasm dir:shelf/reward");
+    assert!(refused.refused(FAILURE).0.contains("is something else"));
+}
+
 /// Commands, their exit codes, and what the error says.
 const REFUSED: &[(&str, i32, &str)] = &[
     (
@@ -310,7 +348,7 @@ fn hostile_45_a_tag_that_moves_under_a_run() {
         "{lock}"
     );
     copy(&lab, "reward-math", "other.wasm");
-    run(&lab, "plugin push other.wasm dir:shelf/reward:1").fine();
+    run(&lab, "plugin push other.wasm dir:shelf/reward:1 --force").fine();
     // The run's config has the pin, so replaying and going on mean what they meant.
     let replayed = run(&lab, "replay out").fine();
     assert!(

@@ -16,6 +16,7 @@ mod grants;
 mod guest;
 mod http;
 mod judge;
+mod judging;
 mod list;
 mod load;
 mod logs;

@@ -246,7 +246,9 @@ fn refusals_are_asked_once_and_do_not_show_the_key() {
                 "",
                 r#"{"error": {"message": "Wrong key: sk-very-secret\u001b[0m"}}"#,
             ),
-            JudgeError::Refused("HTTP 401 Wrong key: …\\u{1b}[0m".to_owned()),
+            JudgeError::Refused(
+                "HTTP 401 Wrong key: …\\u{1b}[0m; it is asked no more in this run".to_owned(),
+            ),
         ),
         (
             Fault::Status(400, "", "what?"),
@@ -262,7 +264,7 @@ fn refusals_are_asked_once_and_do_not_show_the_key() {
                 "",
                 r#"{"error": {"message": "no money", "code": "insufficient_quota"}}"#,
             ),
-            JudgeError::Exhausted("HTTP 429 no money".to_owned()),
+            JudgeError::Exhausted("HTTP 429 no money; it is asked no more in this run".to_owned()),
         ),
     ];
     for (fault, expected) in cases {
@@ -272,6 +274,86 @@ fn refusals_are_asked_once_and_do_not_show_the_key() {
         assert_eq!(ask(&judge, &["one"], in_time()), [Err(expected)]);
         assert_eq!(server.requests().len(), 1);
     }
+}
+
+/// A key that is none and an account without money are found out once.
+#[test]
+fn an_endpoint_that_would_answer_nobody_is_asked_once() {
+    let cache = tempfile::tempdir().unwrap();
+    let quota = r#"{"error": {"message": "no money", "type": "insufficient_quota"}}"#;
+    for (status, body, is_refusal, why) in [
+        (401, "who?", true, "HTTP 401 who?"),
+        (402, "pay", false, "HTTP 402 pay"),
+        (403, "no", true, "HTTP 403 no"),
+        (429, quota, false, "HTTP 429 no money"),
+    ] {
+        let server = Server::start();
+        server.fail_next(&[Fault::Status(status, "", body)]);
+        let one = JudgeConfig {
+            concurrency: 1,
+            ..config(&server)
+        };
+        let panel = panel(one, cache.path()).unwrap();
+        let judge = panel.get("good").unwrap();
+        let why = format!("{why}; it is asked no more in this run");
+        let expected = match is_refusal {
+            true => JudgeError::Refused(why),
+            false => JudgeError::Exhausted(why),
+        };
+        let texts = [
+            format!("{status} a"),
+            format!("{status} b"),
+            format!("{status} c"),
+        ];
+        let told = ask(judge, &texts, in_time());
+        assert_eq!(told, vec![Err(expected.clone()); 3]);
+        // The next batch too, though the endpoint would answer by now.
+        assert_eq!(ask(judge, &texts[..1], in_time()), [Err(expected.clone())]);
+        let vector = judge.embed("reward", &["text".to_owned()], in_time());
+        assert_eq!(vector, [Err(expected)]);
+        assert_eq!(server.requests().len(), 1, "{status}");
+        let usage = judge.usage();
+        assert_eq!((usage.requests, usage.failures), (1, 5));
+        let notes = panel.take_notes();
+        assert_eq!(notes.len(), 1, "{notes:?}");
+        assert!(notes[0].ends_with("it is asked no more in this run"));
+    }
+}
+
+/// By then the key is known, so 403 is about the question.
+#[test]
+fn a_question_that_is_forbidden_costs_itself_only() {
+    let server = Server::start();
+    let cache = tempfile::tempdir().unwrap();
+    let judge = judge(config(&server), cache.path());
+    assert_eq!(ask(&judge, &["one"], in_time()), [reply("one")]);
+    server.fail_next(&[Fault::Status(403, "", "flagged")]);
+    let flagged = JudgeError::Refused("HTTP 403 flagged".to_owned());
+    assert_eq!(ask(&judge, &["two"], in_time()), [Err(flagged)]);
+    assert_eq!(ask(&judge, &["two"], in_time()), [reply("two")]);
+    assert_eq!(server.requests().len(), 3);
+}
+
+/// What an endpoint counts wrongly costs what the question might have, and not its answer.
+#[test]
+fn an_absurd_account_of_tokens_costs_no_answer() {
+    let server = Server::start();
+    let cache = tempfile::tempdir().unwrap();
+    server.fail_next(&[Fault::Says(
+        r#"{"choices": [{"message": {"content": "9"}}], "usage": {"prompt_tokens": -5, "completion_tokens": 1e300}}"#,
+    )]);
+    let judge = judge(config(&server), cache.path());
+    let answers = ask(&judge, &["one"], in_time());
+    assert_eq!(answers[0].as_ref().map(|a| a.text.as_str()), Ok("9"));
+    let usage = judge.usage();
+    // 3 bytes are a token, a message 8 more, and the answer may have 8.
+    assert_eq!(
+        (
+            usage.requests,
+            usage.prompt_tokens + usage.completion_tokens
+        ),
+        (1, 17)
+    );
 }
 
 #[test]

@@ -5,10 +5,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::{Outcome, Run};
+use super::{super::accounts::Asked, Outcome, Run};
 use crate::{
     config::{DraftKind, DraftTokens},
     record,
@@ -46,53 +45,6 @@ pub(super) struct Summary {
     /// What each judge was asked over the run, by its name.
     judges: BTreeMap<String, Asked>,
     stopped_early: bool,
-}
-
-/// A judge's account, from the metrics of all sessions.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-struct Asked {
-    asked: u64,
-    cached: u64,
-    requests: u64,
-    retries: u64,
-    failures: u64,
-    tokens: u64,
-    cost: f64,
-}
-
-impl Asked {
-    fn of(lines: &[Map<String, Value>], judge: &str) -> Self {
-        let total = |name: &str| sum(lines, &format!("judge/{judge}/{name}"));
-        Self {
-            asked: total("asked") as u64,
-            cached: total("cached") as u64,
-            requests: total("requests") as u64,
-            retries: total("retries") as u64,
-            failures: total("failures") as u64,
-            tokens: (total("prompt_tokens") + total("completion_tokens")) as u64,
-            cost: total("cost"),
-        }
-    }
-
-    fn show(&self, judge: &str) -> String {
-        let Self {
-            asked,
-            cached,
-            requests,
-            retries,
-            failures,
-            tokens,
-            cost,
-        } = self;
-        let cost = match *cost > 0.0 {
-            true => format!(", cost {cost:.4}"),
-            false => String::new(),
-        };
-        format!(
-            "{judge}: {asked} questions, {cached} cached, {failures} unanswered   ({requests} requests, {retries} \
-             of them retries; {tokens} tokens{cost})"
-        )
-    }
 }
 
 /// What a run can leave for its user, and how the table names it.
@@ -364,24 +316,6 @@ mod tests {
         assert_eq!((ends.first, ends.last), (Some(0.5), Some(18.5)));
         let none = Ends::of(&lines, "spec_decode/acceptance_rate");
         assert_eq!((none.first, none.last), (None, None));
-    }
-
-    #[test]
-    fn a_judge_is_accounted_for_over_all_steps() {
-        let step = |asked: u32, cost: f64| {
-            line(json!({
-                "judge/a/asked": asked, "judge/a/cached": 1, "judge/a/requests": 2, "judge/a/retries": 1,
-                "judge/a/failures": 0, "judge/a/prompt_tokens": 10, "judge/a/completion_tokens": 5,
-                "judge/a/cost": cost, "judge/ab/asked": 100,
-            }))
-        };
-        let asked = Asked::of(&[step(3, 0.25), line(json!({})), step(4, 0.5)], "a");
-        assert_eq!(
-            asked.show("a"),
-            "a: 7 questions, 2 cached, 0 unanswered   (4 requests, 2 of them retries; 30 tokens, cost 0.7500)"
-        );
-        let free = Asked::of(&[step(3, 0.0)], "a");
-        assert!(free.show("a").ends_with("15 tokens)"), "{free:?}");
     }
 
     #[test]

@@ -21,6 +21,9 @@ pub use manifest::{Asks, HttpAsk, Manifest, ManifestError};
 use rules::HostRule;
 pub use secrets::{SecretError, Secrets};
 
+/// How hints say where grants are where there is no config.
+const WITHOUT_A_RUN: &str = "`plugin check`, `plugin test` and `bench plugin` take";
+
 /// What the operator gives one plugin, as the run's config says it. Every key has a default, which is nothing; an unknown
 /// key is an error.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,14 +127,19 @@ impl Mismatch {
     pub fn hint(&self) -> String {
         match self {
             Self::NotGranted { key, .. } if key == "judge" => {
-                "if you trust it with that, write `grants: {judge: NAME}` beside its source, with a name of `judges`".to_owned()
+                format!(
+                    "if you trust it with that, write `grants: {{judge: NAME}}` beside its source, with a name of `judges`; \
+                     {WITHOUT_A_RUN} --grants and --judges"
+                )
             }
             Self::NotGranted { key, .. } => match key.split_once(": ") {
                 Some(("http", host)) => format!(
-                    "if you trust it with that, write `grants: {{http: {{hosts: [\"{host}\"]}}}}` beside its source"
+                    "if you trust it with that, write `grants: {{http: {{hosts: [\"{host}\"]}}}}` beside its source; \
+                     {WITHOUT_A_RUN} --grants"
                 ),
                 Some((_, name)) => format!(
-                    "if you trust it with that, write `grants: {{secrets: {{{name}: ENVIRONMENT_VARIABLE}}}}` beside its source"
+                    "if you trust it with that, write `grants: {{secrets: {{{name}: ENVIRONMENT_VARIABLE}}}}` beside its \
+                     source; {WITHOUT_A_RUN} --grants"
                 ),
                 None => "if you trust it with that, write it under `grants` beside its source".to_owned(),
             },
