@@ -28,6 +28,7 @@ mod roles;
 mod sharing;
 mod storm;
 mod warm;
+mod wasi;
 mod wire;
 
 use grpo_host::plugin::{Call, Fault, Limits, Plugin, PluginError, PluginHost, RewardPlugin};
