@@ -24,10 +24,18 @@ pub enum Language {
     Python,
     #[value(alias = "javascript")]
     Js,
+    Go,
 }
 
 impl Language {
-    pub const ALL: [Self; 5] = [Self::Rust, Self::C, Self::Zig, Self::Python, Self::Js];
+    pub const ALL: [Self; 6] = [
+        Self::Rust,
+        Self::C,
+        Self::Zig,
+        Self::Python,
+        Self::Js,
+        Self::Go,
+    ];
 
     /// The file of a project that tells its language.
     pub fn main_file(self) -> &'static str {
@@ -37,6 +45,7 @@ impl Language {
             Self::Zig => "plugin.zig",
             Self::Python => "plugin.py",
             Self::Js => "plugin.js",
+            Self::Go => "plugin.go",
         }
     }
 
@@ -70,6 +79,7 @@ impl fmt::Display for Language {
             Self::Zig => "Zig",
             Self::Python => "Python",
             Self::Js => "JavaScript",
+            Self::Go => "Go",
         })
     }
 }
@@ -134,7 +144,7 @@ impl AuthoringError {
                     .to_owned()
             }
             Self::NotAPlugin { .. } => {
-                "a plugin may import what wit/ has only: no files, no clock, no printing".to_owned()
+                "a plugin may import what wit/ has only: no files, no clock, no printing, unless plugin.json asks for `wasi`".to_owned()
             }
         })
     }

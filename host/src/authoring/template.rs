@@ -27,7 +27,7 @@ macro_rules! wit {
     };
 }
 
-/// What every project has.
+/// What every project has, unless its language has another file of this path.
 const SHARED: [File; 10] = [
     wit!("types.wit"),
     wit!("host.wit"),
@@ -60,6 +60,14 @@ fn files(language: Language) -> &'static [File] {
             file!("zig", "plugin.zig"),
         ],
         Language::Python => &[file!("python", "README.md"), file!("python", "plugin.py")],
+        Language::Go => &[
+            file!("go", "README.md"),
+            file!("go", "abi.go"),
+            file!("go", "abi.s"),
+            file!("go", "go.mod"),
+            file!("go", "plugin.go"),
+            file!("go", "plugin.json"),
+        ],
         Language::Js => &[
             file!("js", "README.md"),
             file!("js", "package.json"),

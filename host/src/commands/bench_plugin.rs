@@ -8,7 +8,7 @@ use crate::plugin::{
 use crate::setup::{Component, PluginSources};
 use crate::types::{Finish, Parsed, Sample, Telemetry};
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Map, Value, json};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -24,6 +24,8 @@ struct PluginBench {
     /// A shipped reward or a file.
     plugin: String,
     config: serde_json::Value,
+    /// As in a run's config.
+    grants: Map<String, Value>,
     /// Samples per call.
     samples: usize,
     /// Bytes of row, prompt and completion of one sample together.
@@ -43,6 +45,7 @@ impl PluginBench {
         Self {
             plugin,
             config,
+            grants: args.grants.clone(),
             samples: args.samples as usize,
             sample_bytes: args.bytes as usize,
             calls: args.calls as usize,
@@ -117,7 +120,7 @@ fn object(bench: &PluginBench, measures: &[PluginMeasure]) -> anyhow::Result<ser
 /// (a fresh instance, with weights and names on top), and of that with a warm pool of one:
 /// `plugin_warm_p50` to `plugin_pool_p99`.
 fn measure(bench: &PluginBench, environment: &Environment) -> anyhow::Result<Vec<PluginMeasure>> {
-    let prepared = prepare(&bench.plugin, environment)?;
+    let prepared = prepare(&bench.plugin, &bench.grants, environment)?;
     let plugin = reward(&prepared, &bench.config, None)?;
     let texts = texts(bench);
     let parsed = Parsed::default();
@@ -163,16 +166,21 @@ pub(super) fn load_reward(
     config: &serde_json::Value,
     environment: &Environment,
 ) -> anyhow::Result<RewardPlugin> {
-    reward(&prepare(source, environment)?, config, None)
+    reward(&prepare(source, &Map::new(), environment)?, config, None)
 }
 
-fn prepare(source: &str, environment: &Environment) -> anyhow::Result<Prepared> {
+fn prepare(
+    source: &str,
+    grants: &Map<String, Value>,
+    environment: &Environment,
+) -> anyhow::Result<Prepared> {
     let limits = Limits::default();
     let sources = PluginSources::new(environment, &[])?;
     let Component { name, bytes, .. } = sources.component(source, &limits)?;
+    let access = sources.access(&name, grants)?;
     // Printing the guest's lines would be measured with it.
     let host = PluginHost::new(Arc::new(|_| {}))?;
-    Ok(host.prepare(&name, &bytes, &limits)?)
+    Ok(host.prepare_with(&name, &bytes, &limits, access)?)
 }
 
 fn reward(

@@ -29,6 +29,7 @@ mod sharing;
 mod storm;
 mod warm;
 mod wasi;
+mod wasi_guest;
 mod wire;
 
 use grpo_host::plugin::{Call, Fault, Limits, Plugin, PluginError, PluginHost, RewardPlugin};
