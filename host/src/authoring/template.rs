@@ -28,7 +28,7 @@ macro_rules! wit {
     };
 }
 
-/// What every project has.
+/// What every project has, unless its language has another file of this path.
 const SHARED: [File; 6] = [
     wit!("types.wit"),
     wit!("host.wit"),
@@ -70,7 +70,7 @@ fn files(language: Language, role: Role) -> Option<&'static [File]> {
     const PACKAGE: File = file!("js", "package.json");
     Some(match (role, language) {
         (Role::Reward, language) => of_reward(language),
-        (_, Language::C | Language::Zig) => return None,
+        (_, Language::C | Language::Zig | Language::Go) => return None,
         (Role::Formatter, Language::Rust) => &[
             CARGO,
             (
@@ -124,6 +124,14 @@ fn of_reward(language: Language) -> &'static [File] {
             file!("zig", "plugin.zig"),
         ],
         Language::Python => &[file!("python", "README.md"), file!("python", "plugin.py")],
+        Language::Go => &[
+            file!("go", "README.md"),
+            file!("go", "abi.go"),
+            file!("go", "abi.s"),
+            file!("go", "go.mod"),
+            file!("go", "plugin.go"),
+            file!("go", "plugin.json"),
+        ],
         Language::Js => &[
             file!("js", "README.md"),
             file!("js", "package.json"),

@@ -67,7 +67,11 @@ pub(super) fn new(args: &PluginNewArgs) -> anyhow::Result<()> {
     let (language, dir) = (args.language, dir.display());
     outln!("{dir}: a {} in {language}", args.role);
     if !args.output.quiet {
-        outln!(" next: grpo-host plugin build {dir} && grpo-host plugin test {dir}");
+        let grants = match args.language {
+            authoring::Language::Go => r#" --grants '{"wasi": true}'"#,
+            _ => "",
+        };
+        outln!(" next: grpo-host plugin build {dir} && grpo-host plugin test {dir}{grants}");
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ use super::limits::{
     MAX_COMPONENT_BYTES, MAX_CONFIG_BYTES, MAX_MEMORIES, MAX_PLUGIN_NAME_BYTES, MAX_TABLES,
 };
 use super::log::{is_printable, printable};
+use super::wasi;
 use crate::types::Role;
 use serde::Serialize;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -164,8 +165,9 @@ pub(super) fn role(component: &Component) -> Result<Role, Fault> {
     }
 }
 
-/// Imports that the host has no answer to, `INTERFACE#FUNCTION` where only a function is missing.
-pub(super) fn unknown_imports(component: &Component) -> Vec<String> {
+/// Imports that the host has no answer to, `INTERFACE#FUNCTION` where only a function is missing. WASI is one unless the
+/// plugin asks for it.
+pub(super) fn unknown_imports(component: &Component, asks_wasi: bool) -> Vec<String> {
     let engine = component.engine();
     let mut unknown = Vec::new();
     for (name, import) in component.component_type().imports(engine) {
@@ -173,6 +175,7 @@ pub(super) fn unknown_imports(component: &Component) -> Vec<String> {
             .iter()
             .find(|(offered, _)| same_track(name, offered));
         match (import.ty, offered) {
+            (ComponentItem::ComponentInstance(_), None) if asks_wasi && wasi::offers(name) => {}
             (ComponentItem::ComponentInstance(instance), Some((_, functions))) => {
                 let missing = instance.exports(engine).filter(|(function, item)| {
                     matches!(item.ty, ComponentItem::ComponentFunc(_))
@@ -200,7 +203,7 @@ pub(super) fn imported(component: &Component) -> Vec<String> {
 
 /// Whether two versioned names differ in their patch version at most; `0.1.0` and `0.1.7` are
 /// compatible by semver, and wasmtime's linker treats them so.
-fn same_track(name: &str, wanted: &str) -> bool {
+pub(super) fn same_track(name: &str, wanted: &str) -> bool {
     let track = |name: &str| {
         let (path, version) = name.split_once('@')?;
         let (track, patch) = version.rsplit_once('.')?;

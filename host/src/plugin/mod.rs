@@ -20,6 +20,7 @@ mod sandbox;
 mod trial;
 mod v0_1;
 mod warm;
+mod wasi;
 
 pub use curriculum::CurriculumPlugin;
 pub use error::{Call, Fault, GuestErrorKind, PluginError};
@@ -291,11 +292,11 @@ fn link(
     let component = inspect::compile(engine, bytes)?;
     let manifest = Manifest::of(bytes).map_err(Fault::Manifest)?;
     let role = inspect::role(&component)?;
-    let imports = inspect::unknown_imports(&component);
+    let asks = manifest.map(|manifest| manifest.asks).unwrap_or_default();
+    let imports = inspect::unknown_imports(&component, asks.wasi.is_some());
     if !imports.is_empty() {
         return Err(Fault::UnknownImports { imports });
     }
-    let asks = manifest.map(|manifest| manifest.asks).unwrap_or_default();
     let imported = inspect::imported(&component);
     grants::agree(&asks, grants, &imported, role).map_err(Fault::Grants)?;
     let signature = |error: wasmtime::Error| Fault::Signature {
@@ -303,6 +304,9 @@ fn link(
     };
     let mut linker = Linker::new(engine);
     EveryRole::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state).map_err(signature)?;
+    if grants.wasi {
+        wasi::link(&mut linker, &component).map_err(signature)?;
+    }
     let pre = linker.instantiate_pre(&component).map_err(signature)?;
     Ok((role, pre))
 }

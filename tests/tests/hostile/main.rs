@@ -30,6 +30,8 @@ mod roles;
 mod sharing;
 mod storm;
 mod warm;
+mod wasi;
+mod wasi_guest;
 mod wire;
 
 use grpo_host::plugin::{Call, Fault, Limits, Plugin, PluginError, PluginHost, RewardPlugin};

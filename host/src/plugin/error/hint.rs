@@ -62,7 +62,7 @@ fn of_loading(fault: &Fault) -> Option<String> {
             "build against one world of wit/v0.1: reward, formatter or curriculum"
         }
         Fault::UnknownImports { imports } if imports.iter().any(|i| i.starts_with("wasi:")) => {
-            "build for wasm32-unknown-unknown, or with WASI stubbed out"
+            "build for wasm32-unknown-unknown or with WASI stubbed out, or ask for `wasi` in plugin.json"
         }
         Fault::UnknownImports { .. } => {
             "a plugin may import host of grpo:plugin, and judge, http and secrets if they are granted"

@@ -42,7 +42,7 @@ pub struct Asks {
     /// By name; the operator says which environment variable has each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub secrets: Vec<String>,
-    /// Refused by this host: see [`super::Mismatch::Wasi`].
+    /// Why it cannot do without WASI.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub wasi: Option<String>,
 }

@@ -37,7 +37,7 @@ pub struct Grants {
     /// The plugin's name of a secret, and the environment variable that has it.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub secrets: BTreeMap<String, String>,
-    /// Refused by this host.
+    /// WASI 0.2 with virtual clocks and constant randomness, and without files and sockets.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub wasi: bool,
 }
@@ -116,8 +116,6 @@ pub enum Mismatch {
         "asks for `{key}`, which no curriculum gets: a plan is a function of state and outcomes"
     )]
     Curriculum { key: &'static str },
-    #[error("asks for `wasi` (\"{reason}\"), which this host does not offer")]
-    Wasi { reason: String },
     #[error("is granted the host {reason}")]
     Host { reason: String },
 }
@@ -133,6 +131,9 @@ impl Mismatch {
                 )
             }
             Self::NotGranted { key, .. } => match key.split_once(": ") {
+                None if key == "wasi" => {
+                    "if you trust it with that, write `grants: {wasi: true}` beside its source".to_owned()
+                }
                 Some(("http", host)) => format!(
                     "if you trust it with that, write `grants: {{http: {{hosts: [\"{host}\"]}}}}` beside its source; \
                      {WITHOUT_A_RUN} --grants"
@@ -151,9 +152,6 @@ impl Mismatch {
             }
             Self::Unused { .. } => "its author has to take it out of plugin.json".to_owned(),
             Self::Curriculum { .. } => "make a reward or formatter of it".to_owned(),
-            Self::Wasi { .. } => {
-                "build for wasm32-unknown-unknown, or with WASI stubbed out".to_owned()
-            }
             Self::Host { .. } => "name each as HOST, HOST:PORT or http://HOST:PORT".to_owned(),
         }
     }
@@ -174,13 +172,13 @@ pub(super) fn agree(
         let asked = reason(asks, capability);
         let import = imports.iter().find(|i| i.starts_with(capability.import()));
         match (asked, import) {
-            (None, Some(import)) if capability != Capability::Wasi => {
+            (None, Some(import)) => {
                 let import = printable(import, 200);
                 return Err(Mismatch::Hidden { import });
             }
-            (Some(_), _) if role == Role::Curriculum => return Err(Mismatch::Curriculum { key }),
-            (Some(reason), _) if capability == Capability::Wasi => {
-                return Err(Mismatch::Wasi { reason });
+            // What WASI is here, is the same in every run, so that a plan may rest on it.
+            (Some(_), _) if role == Role::Curriculum && capability != Capability::Wasi => {
+                return Err(Mismatch::Curriculum { key });
             }
             (Some(_), None) => return Err(Mismatch::Unused { key }),
             _ => {}
@@ -216,8 +214,15 @@ fn granted(asks: &Asks, grants: &Grants) -> Result<(), Mismatch> {
         (None, Some(_)) => return not_asked("judge"),
         _ => {}
     }
-    if grants.wasi {
-        return not_asked("wasi");
+    match (&asks.wasi, grants.wasi) {
+        (Some(reason), false) => {
+            return Err(Mismatch::NotGranted {
+                key: "wasi".to_owned(),
+                reason: reason.clone(),
+            });
+        }
+        (None, true) => return not_asked("wasi"),
+        _ => {}
     }
     let given: &[String] = grants.http.as_ref().map_or(&[], |http| &http.hosts);
     match &asks.http {

@@ -2,11 +2,12 @@
 
 use super::*;
 
-const IMPORTS: [&str; 4] = [
+const IMPORTS: [&str; 5] = [
     "grpo:plugin/host@0.1.0",
     "grpo:plugin/judge@0.1.3",
     "grpo:plugin/http@0.1.0",
     "grpo:plugin/secrets@0.1.0",
+    "wasi:clocks/wall-clock@0.2.6",
 ];
 
 fn asks() -> Asks {
@@ -17,7 +18,7 @@ fn asks() -> Asks {
             reason: "it looks things up".to_owned(),
         }),
         secrets: vec!["KEY".to_owned()],
-        wasi: None,
+        wasi: Some("it prints".to_owned()),
     }
 }
 
@@ -28,7 +29,7 @@ fn grants() -> Grants {
             hosts: vec!["b.example:8443".to_owned(), "a.example".to_owned()],
         }),
         secrets: [("KEY".to_owned(), "MY_KEY".to_owned())].into(),
-        wasi: false,
+        wasi: true,
     }
 }
 
@@ -49,7 +50,7 @@ fn what_agrees_in_all_three_passes() {
 
 #[test]
 fn each_disagreement_has_its_line() {
-    for (without, key) in [(1, "judge"), (2, "http"), (3, "secrets")] {
+    for (without, key) in [(1, "judge"), (2, "http"), (3, "secrets"), (4, "wasi")] {
         let mut imports = IMPORTS.to_vec();
         let import = imports.remove(without);
         let unused = format!("asks for `{key}` in its manifest and imports nothing of it");
@@ -74,10 +75,13 @@ fn each_disagreement_has_its_line() {
             },
             "is granted `secrets: MORE` by the config",
         ),
-        (|_, g| g.wasi = true, "is granted `wasi` by the config"),
         (
-            |a, _| a.wasi = Some("it prints".to_owned()),
-            "asks for `wasi` (\"it prints\"), which this host does not offer",
+            |a, _| a.wasi = None,
+            "imports `wasi:clocks/wall-clock@0.2.6`, which its manifest",
+        ),
+        (
+            |_, g| g.wasi = false,
+            "asks for `wasi` (\"it prints\"), which the config does not grant",
         ),
         (
             |_, g| {

@@ -1,0 +1,1 @@
+// No assembly: with a file of it, Go lets abi.go declare a function of the runtime's.
