@@ -146,10 +146,13 @@ fn check_role(tools: &Tools, projects: &Path, language: &str, role: &str) -> Res
         &["plugin", "new", language, &name, "--role", role, "--quiet"],
         projects,
     )?;
+    if language == "rust" {
+        // The dependencies are those of the reward, compiled already.
+        let target = projects.join("last-number-rust/target");
+        std::os::unix::fs::symlink(target, projects.join(&name).join("target"))?;
+    }
     tools.host(&["plugin", "build", &name], projects)?;
     tools.host(&["plugin", "test", &name, "--quiet"], projects)?;
-    let component = format!("{name}/{name}.wasm");
-    tools.host(&["plugin", "check", &component, "--quiet"], projects)?;
     println!("{name}: {:.1} s", begun.elapsed().as_secs_f64());
     Ok(())
 }

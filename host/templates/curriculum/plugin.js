@@ -21,7 +21,7 @@ export const planning = {
   },
 
   plan(state, outcomes, budget) {
-    // 64-bit numbers are BigInts here; rows are far fewer.
+    // Of a 64-bit number `Number` loses nothing below 2^53.
     const rows = Number(budget.rows);
     let { position, mastered } = read(state, rows);
     for (const outcome of outcomes) {
@@ -41,7 +41,7 @@ export const planning = {
       const row = position % rows;
       position += 1;
       if (!mastered.has(row)) {
-        picks.push({ row: BigInt(row), rollouts: budget.groupSize });
+        picks.push({ row, rollouts: budget.groupSize });
       }
     }
     return {
