@@ -295,6 +295,7 @@ mod tests {
         let bench = PluginBench {
             plugin: "reward-format".to_owned(),
             config: json!({"tags": []}),
+            grants: Map::new(),
             samples: 64,
             sample_bytes: 2500,
             calls: 20,
@@ -334,6 +335,7 @@ mod tests {
         let bench = PluginBench {
             plugin: "formatter-chat".to_owned(),
             config: json!({}),
+            grants: Map::new(),
             samples: 1,
             sample_bytes: 100,
             calls: 1,
