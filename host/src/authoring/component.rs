@@ -52,3 +52,37 @@ fn embed(dir: &Path, module: &mut Vec<u8>) -> Result<(), AuthoringError> {
         reason: format!("{error:#}"),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::authoring::{Language, create};
+    use crate::plugin::PluginHost;
+    use std::sync::Arc;
+
+    /// Draws a random byte by WASI's first preview, as a libc would.
+    const DRAWING: &str = r#"(module
+        (import "wasi_snapshot_preview1" "random_get" (func $random (param i32 i32) (result i32)))
+        (memory (export "memory") 2)
+        (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) (i32.const 65536))
+        (func (export "grpo:plugin/scoring@0.1.0#configure") (param i32 i32) (result i32)
+          (call $random (i32.const 8) (i32.const 1)))
+        (func (export "grpo:plugin/scoring@0.1.0#score") (param i32 i32 i32 i32) (result i32)
+          (i32.const 0)))"#;
+
+    #[test]
+    fn the_first_preview_is_translated_for_those_who_ask_for_wasi() {
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path().join("drawing");
+        create(Language::C, crate::types::Role::Reward, &dir).unwrap();
+        let module = wat::parse_str(DRAWING).unwrap();
+        let error = componentize(&dir, module.clone(), false, false).unwrap_err();
+        assert!(error.to_string().contains("random_get"), "{error}");
+        assert!(error.hint().unwrap().contains("`wasi`"));
+        let component = componentize(&dir, module, false, true).unwrap();
+        let host = PluginHost::new(Arc::new(|_| {})).unwrap();
+        let imports = host.describe("drawing", &component).unwrap().imports;
+        let random = |import: &String| import.starts_with("wasi:random/random@0.2.");
+        assert!(imports.iter().any(random), "{imports:?}");
+    }
+}

@@ -272,7 +272,9 @@ fn hostile_46_wasi_must_be_asked_for_granted_and_imported() {
         let error = load_with(&host, bytes, &limits(), access).err().unwrap();
         assert_eq!(error.call, Call::Load);
         assert!(
-            error.hint().is_some_and(|hint| hint.contains("asi")),
+            error
+                .hint()
+                .is_some_and(|hint| hint.to_lowercase().contains("wasi")),
             "{error}"
         );
         error.fault

@@ -1,6 +1,7 @@
 //! What the reader can do about each [`Fault`], in one line.
 
 use super::{Call, Fault, GuestErrorKind, PluginError};
+use crate::plugin::wasi;
 
 /// The package whose version decides whether plugin and host understand each other.
 const PACKAGE: &str = "grpo:plugin/";
@@ -61,8 +62,11 @@ fn of_loading(fault: &Fault) -> Option<String> {
         Fault::WrongWorld { .. } | Fault::ManyRoles { .. } | Fault::Signature { .. } => {
             "build against one world of wit/v0.1: reward, formatter or curriculum"
         }
-        Fault::UnknownImports { imports } if imports.iter().any(|i| i.starts_with("wasi:")) => {
+        Fault::UnknownImports { imports } if imports.iter().any(|i| wasi::offers(i)) => {
             "build for wasm32-unknown-unknown or with WASI stubbed out, or ask for `wasi` in plugin.json"
+        }
+        Fault::UnknownImports { imports } if imports.iter().any(|i| i.starts_with("wasi:")) => {
+            "of WASI there are cli, clocks, filesystem, io, random and sockets in version 0.2: build it without the rest"
         }
         Fault::UnknownImports { .. } => {
             "a plugin may import host of grpo:plugin, and judge, http and secrets if they are granted"
