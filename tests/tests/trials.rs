@@ -80,8 +80,10 @@ fn promote(trainer: &mut Trainer<'_>, bytes: &[u8]) {
     trainer.promote(0, load(bytes), settings, since);
 }
 
-/// Row, prompt, tokens and log-probs of every completion, and its reward.
-fn drawn(report: &StepReport) -> Vec<(u64, String, Vec<u32>, Vec<f32>, String)> {
+/// Row, prompt, tokens and log-probs of a completion, and its reward.
+type Drawn = (u64, String, Vec<u32>, Vec<f32>, String);
+
+fn drawn(report: &StepReport) -> Vec<Drawn> {
     let mut all = Vec::new();
     for group in &report.groups {
         let rollouts = &group.rollouts;

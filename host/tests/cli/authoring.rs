@@ -224,6 +224,11 @@ fn cases_of_formatters_and_curricula_say_where_they_differ() {
     let text =
         "plan 2: message: expected \"x\", got \"state was made for 3 rows, the dataset has 4\"";
     assert_eq!(found[1], [text, "1 plans were not made"]);
+}
+
+#[test]
+fn cases_of_formatters_and_curricula_that_ask_nothing_are_refused() {
+    let lab = Lab::new();
     for (plugin, line, reason) in [
         (
             "formatter-chat",

@@ -31,6 +31,18 @@ fn last_step(lab: &Lab) -> u64 {
     lines.last().unwrap()["step"].as_u64().unwrap()
 }
 
+/// From step `first` on, prompts are those of the formatter `own`, and the log, which goes to `last` at least, says so.
+fn prompts_change(lab: &Lab, first: u64, last: u64) {
+    let all = rollouts(lab, "a");
+    assert!(all.last().unwrap().step >= last);
+    for rollout in all {
+        let (step, swapped) = (rollout.step, rollout.step >= first);
+        assert_eq!(rollout.prompt.contains("Q:"), swapped, "step {step}");
+        let name = if swapped { "own" } else { "formatter-chat" };
+        assert_eq!(made_by(&rollout, Role::Formatter).0, name, "step {step}");
+    }
+}
+
 #[test]
 fn a_formatter_shadows_is_promoted_logged_and_resumed_with() {
     let lab = Lab::new();
@@ -64,27 +76,7 @@ fn a_formatter_shadows_is_promoted_logged_and_resumed_with() {
     assert_eq!((record.plugin.role, record.slot), (Role::Formatter, 0));
     assert_eq!(record.replaced.name, "formatter-chat");
     assert_eq!(record.shadow.unwrap()["prompts_differ"], 8);
-    let check = |from: u64| {
-        let all = rollouts(&lab, "a");
-        assert!(all.last().unwrap().step >= from);
-        for rollout in all {
-            let swapped = rollout.step >= first;
-            assert_eq!(
-                rollout.prompt.contains("Q:"),
-                swapped,
-                "step {}",
-                rollout.step
-            );
-            let name = if swapped { "own" } else { "formatter-chat" };
-            assert_eq!(
-                made_by(&rollout, Role::Formatter).0,
-                name,
-                "step {}",
-                rollout.step
-            );
-        }
-    };
-    check(first + 1);
+    prompts_change(&lab, first, first + 1);
     let own = |l: &&LockedPlugin| l.id.name == "own" && l.since_step == first;
     let locked = read_plugins_lock(&lab.path("a")).unwrap();
     assert_eq!(locked.iter().filter(own).count(), 1);
@@ -111,7 +103,7 @@ fn a_formatter_shadows_is_promoted_logged_and_resumed_with() {
     let last = last_step(&lab);
     lab.run(&format!("--quiet --resume a --steps {}", last + 2))
         .fine();
-    check(last + 2);
+    prompts_change(&lab, first, last + 2);
     replays(&lab, "a");
 }
 
