@@ -146,7 +146,7 @@ impl Pass<'_> {
         self.sent = false;
         let mut state = self.health.lock();
         state.recover();
-        if !state.closed.as_ref().is_some_and(|closed| !closed.is_guess) {
+        if state.closed.as_ref().is_none_or(|closed| closed.is_guess) {
             state.closed = Some(Closed { why, is_guess });
         }
     }

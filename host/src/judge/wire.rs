@@ -294,7 +294,7 @@ mod tests {
                 "{error}"
             );
         }
-        assert_eq!(complaint(b"insufficient_quota").1, false);
+        assert!(!complaint(b"insufficient_quota").1);
     }
 
     #[test]
