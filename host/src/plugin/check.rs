@@ -15,7 +15,7 @@ use super::v0_1::wit;
 use crate::types::{Budget, Message, Parsed, Pick, Plan, Prompt, PromptBody, Score, Scored};
 
 /// Rewards beyond this lose the precision that group statistics need.
-const MAX_REWARD: f64 = 1e9;
+pub(super) const MAX_REWARD: f64 = 1e9;
 const MAX_NAMED: usize = 64;
 const MAX_NAME_BYTES: usize = 64;
 const MAX_REASON_BYTES: usize = 256;

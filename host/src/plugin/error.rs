@@ -141,6 +141,8 @@ pub enum Fault {
         min: u64,
         max: u64,
     },
+    #[error("limit `on_failure` has the score {value}, which is not finite or beyond ±{limit:e}")]
+    FailureScore { value: f64, limit: f64 },
     #[error("warm.{key} is {value}, outside 1 to {max}")]
     WarmRange {
         key: &'static str,
@@ -231,6 +233,18 @@ impl Fault {
             _ => "load",
         }
     }
+
+    /// Whether what a call was about made it fail, and not how long others took or what its plugin returned.
+    pub(super) fn is_of_the_sample(&self) -> bool {
+        matches!(
+            self,
+            Self::Trap { .. }
+                | Self::Deadline { .. }
+                | Self::Fuel { .. }
+                | Self::Memory { .. }
+                | Self::Table { .. }
+        )
+    }
 }
 
 impl PluginError {
@@ -239,6 +253,7 @@ impl PluginError {
         matches!(
             self.fault,
             Fault::LimitRange { .. }
+                | Fault::FailureScore { .. }
                 | Fault::WarmRange { .. }
                 | Fault::WarmSlots { .. }
                 | Fault::NotWarm { .. }

@@ -2,6 +2,7 @@
 //!
 //! Numbers only: the sandbox enforces them, `check` applies those on results.
 
+use super::check::MAX_REWARD;
 use super::error::Fault;
 use serde::{Deserialize, Serialize};
 
@@ -34,7 +35,7 @@ pub enum Isolation {
 }
 
 /// What happens when a plugin fails, by trap, limit, bad result or an error of its own.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnFailure {
     /// The guilty samples are left out of their groups and counted. Formatters and curricula have
@@ -45,10 +46,13 @@ pub enum OnFailure {
     Abort,
     /// The failed call is made again up to `retries` times, then `abort`.
     Retry,
+    /// A sample that ends its call by a trap or uses up the guest's time or memory, alone too, has this total; others are
+    /// skipped. For rewards that run what a model wrote, which must gain nothing by it.
+    Score(f64),
 }
 
 /// Limits of one plugin. Every key has a default; an unknown key is an error.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
     /// Most milliseconds one call into the guest may take, enforced within 10 ms; 1 to 3 600 000.
@@ -114,7 +118,16 @@ impl Limits {
                 });
             }
         }
-        Ok(())
+        match self.on_failure {
+            // NaN is in no range.
+            OnFailure::Score(value) if !(-MAX_REWARD..=MAX_REWARD).contains(&value) => {
+                Err(Fault::FailureScore {
+                    value,
+                    limit: MAX_REWARD,
+                })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The memory cap in bytes.

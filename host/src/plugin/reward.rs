@@ -7,8 +7,11 @@ use super::limits::{Isolation, OnFailure};
 use super::sandbox::{Loaded, Session, Wall};
 use super::v0_1::{scoring, wit};
 use super::warm::{Open, Pool, Share};
-use crate::types::{Finish, PluginId, Sample, Score, Telemetry};
+use crate::types::{Finish, PluginId, Sample, Score, Scored, Telemetry};
 use std::ptr;
+
+/// Part of a score that the config has for failed calls.
+const FAILED: &str = "failed";
 
 /// A loaded reward. Calls from several threads run side by side, each in an instance of its own.
 pub struct RewardPlugin {
@@ -71,8 +74,8 @@ impl RewardPlugin {
 
     /// Scores a batch in fresh instances, as `isolation` says, or in those of a warm pool. Where a batch fails, its samples are
     /// scored one by one to find the guilty ones, and `on_failure` is applied to those alone. Never
-    /// makes up a score. Under `skip`, a plugin of which several requests in a row yielded no score is
-    /// left alone for some ([`Fault::Resting`]).
+    /// makes up a score, unless the config has one for it. Under `skip`, a plugin of which several requests in a row yielded no
+    /// score is left alone for some ([`Fault::Resting`]).
     ///
     /// # Errors
     /// Under `abort`, and under `retry` once the retries are used up: the first failure, with its row.
@@ -90,7 +93,9 @@ impl RewardPlugin {
         samples: &[Sample<'_>],
         note: &mut dyn FnMut(usize, &PluginError),
     ) -> Result<Scoring, PluginError> {
-        let rests = self.loaded.limits.on_failure == OnFailure::Skip && !samples.is_empty();
+        let on_failure = self.loaded.limits.on_failure;
+        let goes_on = matches!(on_failure, OnFailure::Skip | OnFailure::Score(_));
+        let rests = goes_on && !samples.is_empty();
         if rests && let Err(fault) = self.breaker.admit() {
             return Ok(self.refuse(samples, fault));
         }
@@ -100,26 +105,31 @@ impl RewardPlugin {
             Isolation::Batch => self.batch(samples, wall, &mut faults)?,
             Isolation::Sample => self.one_by_one(samples, wall),
         };
-        if self.loaded.limits.on_failure == OnFailure::Retry {
+        if on_failure == OnFailure::Retry {
             self.retry(samples, &mut outcomes, wall, &mut faults);
         }
+        let has_score = |outcome: &Outcome| match outcome {
+            Ok(_) => true,
+            Err(error) => made_up(on_failure, error).is_some(),
+        };
         if rests {
-            self.breaker.record(outcomes.iter().any(Result::is_ok));
+            self.breaker.record(outcomes.iter().any(has_score));
         }
         let mut scores = Vec::with_capacity(samples.len());
         let mut failed = 0;
         for (place, outcome) in outcomes.into_iter().enumerate() {
             if let Err(error) = &outcome {
                 note(place, error);
-                failed += 1;
+                failed += u32::from(!has_score(&outcome));
             }
-            match (outcome, self.loaded.limits.on_failure) {
-                (Ok(score), _) => scores.push(score),
-                (Err(error), OnFailure::Skip) => {
-                    scores.push(Score::Skip(error.fault.to_string()));
+            match outcome {
+                Ok(score) => scores.push(score),
+                Err(error) if goes_on => {
+                    let skip = || Score::Skip(error.fault.to_string());
+                    scores.push(made_up(on_failure, &error).unwrap_or_else(skip));
                     faults.push(error);
                 }
-                (Err(error), OnFailure::Abort | OnFailure::Retry) => return Err(error),
+                Err(error) => return Err(error),
             }
         }
         Ok(Scoring {
@@ -291,6 +301,17 @@ impl WarmReward<'_> {
         session.renew(self.plugin.loaded.wall());
         let outcomes = self.plugin.call(session, guest, samples)?;
         outcomes.into_iter().collect()
+    }
+}
+
+/// The score that the config has for a sample on which a call failed, with the part [`FAILED`].
+fn made_up(on_failure: OnFailure, error: &PluginError) -> Option<Score> {
+    match on_failure {
+        OnFailure::Score(total) if error.fault.is_of_the_sample() => {
+            let parts = vec![(FAILED.to_owned(), 1.0)];
+            Some(Score::Value(Scored { total, parts }))
+        }
+        _ => None,
     }
 }
 

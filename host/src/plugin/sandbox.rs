@@ -280,7 +280,7 @@ impl Loaded {
     ) -> Result<T, PluginError> {
         let retries = match self.limits.on_failure {
             OnFailure::Retry => self.limits.retries,
-            OnFailure::Skip | OnFailure::Abort => 0,
+            OnFailure::Skip | OnFailure::Abort | OnFailure::Score(_) => 0,
         };
         let mut result = request();
         for _ in 0..retries {

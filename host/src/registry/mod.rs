@@ -364,7 +364,8 @@ impl Store<'_> {
         }
     }
 
-    /// The manifest that a reference's tag stands for, to somebody who is going to push.
+    /// The manifest that a reference's tag stands for, asked with the rights of who pushes: others a registry may not even tell
+    /// that there is none.
     fn tagged(&mut self, reference: &Reference) -> Result<Option<Digest>, RegistryError> {
         let found = match self {
             Self::Remote(remote) => remote.tagged(reference.tag_or_latest()),

@@ -89,7 +89,6 @@ impl<'a> Remote<'a> {
         self.manifest_of(digest, &name, Access::Pull)
     }
 
-    /// What a tag stands for, to who may push: others a registry may not tell that there is none.
     pub(super) fn tagged(&mut self, tag: &str) -> Result<Digest, RegistryError> {
         let found = self.manifest_of(None, tag, Access::Push);
         found.map(|bytes| Digest::of(&bytes))

@@ -9,6 +9,7 @@
 //! collections, dataclasses, datetime, functools, gc, itertools, json, math, os, pathlib, re, sys, typing and unicodedata.
 //! Code that fails for such a reason is skipped and not called wrong, where it can be told apart: see `run::Failure`.
 
+pub mod nesting;
 pub mod program;
 pub mod run;
 

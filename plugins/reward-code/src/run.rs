@@ -1,5 +1,6 @@
 //! Runs programs under limits, and says what became of them.
 
+use crate::nesting::is_too_deep;
 use crate::program::Config;
 use monty::MontyRun;
 use monty_types::{BASELINE_MEMORY, LIVE_MEMORY};
@@ -62,13 +63,14 @@ pub fn report(config: &Config, code: &str, tests: &[String]) -> Result<Report, S
 }
 
 fn program(config: &Config, source: &str) -> Result<(), Failure> {
-    // What runs before this have left is not charged to it.
+    // What runs before this have left is not charged to it. Of the allocator's own limit, beyond which it aborts, no use is
+    // made: until the interpreter looks, a run may take what the instance has. Natively, where only tests run, nothing
+    // counts bytes, and there is no limit of memory.
     BASELINE_MEMORY.store(LIVE_MEMORY.load(Ordering::Relaxed), Ordering::Relaxed);
     let memory = (config.memory_mib as usize) << 20;
-    // Natively, where only tests run, nothing counts bytes: there is no such limit then.
-    #[cfg(target_arch = "wasm32")]
-    monty_alloc::set_limit(Some(memory), false)
-        .map_err(|why| Failure::Unsupported(why.to_owned()))?;
+    if is_too_deep(source) {
+        return Err(Failure::Wrong);
+    }
     let limits = ResourceLimits::default()
         .max_duration(budget(config.steps))
         .max_memory(memory)
@@ -183,6 +185,17 @@ mod tests {
             counts("open('/etc/passwd').read()", &["assert True"]),
             fails
         );
+    }
+
+    #[test]
+    fn what_nests_too_deep_is_wrong() {
+        let sum = |terms: usize| format!("x = {}", ["1"].repeat(terms).join("+"));
+        let check = ["assert x == 100"];
+        assert_eq!(counts(&sum(100), &check), (true, 1, false));
+        // The interpreter's own refusal, and ours.
+        for terms in [1000, 50_000] {
+            assert_eq!(counts(&sum(terms), &check), (false, 0, false));
+        }
     }
 
     #[test]

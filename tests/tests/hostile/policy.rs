@@ -46,6 +46,53 @@ fn skip_excludes_the_guilty_only() {
     assert_serves(&host);
 }
 
+/// A model's code that brings its judge down gains nothing by it, and the judge goes on.
+#[test]
+fn the_guilty_may_have_a_score_of_the_config() {
+    let _turn = turn();
+    let host = host();
+    let limits = Limits {
+        on_failure: OnFailure::Score(-0.5),
+        ..limits()
+    };
+    let plugin = load(&host, &picky(), &limits).unwrap();
+    let scoring = plugin.score(&samples(&["a", "trp", "spin"])).unwrap();
+    assert_eq!(totals(&scoring.scores), [Some(1.0), Some(-0.5), Some(-0.5)]);
+    let Score::Value(scored) = &scoring.scores[1] else {
+        panic!("{scoring:?}")
+    };
+    assert_eq!(scored.parts, [("failed".to_owned(), 1.0)]);
+    assert_eq!((scoring.faults.len(), scoring.failed), (2, 0));
+    // It is not left alone, however many of them there are.
+    for _ in 0..5 {
+        let scoring = plugin.score(&samples(&["trp"])).unwrap();
+        assert_eq!(totals(&scoring.scores), [Some(-0.5)]);
+    }
+    // What is the plugin's own fault is no sample's.
+    let wrong = guest::scoring(
+        "(i32.store8 (i32.const 0) (i32.const 0)) (i32.store offset=4 (i32.const 0) (i32.const 0)) (i32.store offset=8 (i32.const 0) (i32.const 0)) (i32.const 0)",
+    );
+    let plugin = load(&host, &wrong, &limits).unwrap();
+    let scoring = plugin.score(&samples(&["a"])).unwrap();
+    assert_eq!((totals(&scoring.scores), scoring.failed), (vec![None], 1));
+    let given = serde_json::from_str::<Limits>(r#"{"on_failure": {"score": 0}}"#).unwrap();
+    assert_eq!(given.on_failure, OnFailure::Score(0.0));
+    for value in [f64::NAN, f64::INFINITY, -1.1e9] {
+        let limits = Limits {
+            on_failure: OnFailure::Score(value),
+            ..limits.clone()
+        };
+        let error = load(&host, &picky(), &limits).err().unwrap();
+        assert!(error.is_of_the_config(), "{error}");
+        assert!(
+            error
+                .hint()
+                .unwrap()
+                .contains("on_failure: {score: NUMBER}")
+        );
+    }
+}
+
 #[test]
 fn abort_names_the_guilty_row() {
     let _turn = turn();

@@ -108,6 +108,11 @@ fn of_limits(plugin: &str, fault: &Fault) -> Option<String> {
         Fault::LimitRange { key, min, max, .. } => {
             return Some(format!("set limits.{key} of `{plugin}` to {min} to {max}"));
         }
+        Fault::FailureScore { .. } => {
+            return Some(format!(
+                "write on_failure: {{score: NUMBER}} under limits of `{plugin}`"
+            ));
+        }
         Fault::ConfigSize { .. } => {
             return Some(format!(
                 "shorten the config of `{plugin}`; rows are the place for data"
