@@ -23,7 +23,7 @@ fn cases() -> Vec<Case> {
         "assert f(0) == 0"
     ]);
     let ran_out = Ok([0.0, 0.0, 0.0, 1.0]);
-    vec![
+    let mut all = vec![
         (
             "def f(x):\n    return x ** 2",
             square.clone(),
@@ -46,16 +46,9 @@ fn cases() -> Vec<Case> {
             square.clone(),
             Ok([0.0, 0.0, 1.0, 0.0]),
         ),
-        // Memory bit by bit, at once, doubled, as a number and inside of a built-in function.
-        (
-            "x = []\nwhile True:\n    x.append('a' * 1000)",
-            square.clone(),
-            ran_out,
-        ),
-        ("x = 'a' * 10 ** 9", square.clone(), ran_out),
-        ("x = 'a'\nwhile True:\n    x += x", square.clone(), ran_out),
-        ("x = 10 ** 10 ** 9", square.clone(), ran_out),
-        ("x = sorted(range(10 ** 8))", square.clone(), ran_out),
+    ];
+    all.extend(hogs(&square));
+    all.extend([
         // After those there is room for a sound one.
         (
             "x = list(range(100000))",
@@ -81,6 +74,46 @@ fn cases() -> Vec<Case> {
             Ok([1.0, 2.0, 1.0, 0.0]),
         ),
         ("x = 1", json!([]), Err("holds no test")),
+    ]);
+    all
+}
+
+/// Programs that want more memory or stack than there is.
+fn hogs(square: &Value) -> Vec<Case> {
+    let ran_out = Ok([0.0, 0.0, 0.0, 1.0]);
+    vec![
+        // Memory bit by bit, at once, doubled, as a number and inside of a built-in function.
+        (
+            "x = []\nwhile True:\n    x.append('a' * 1000)",
+            square.clone(),
+            ran_out,
+        ),
+        ("x = 'a' * 10 ** 9", square.clone(), ran_out),
+        ("x = 'a'\nwhile True:\n    x += x", square.clone(), ran_out),
+        ("x = 10 ** 10 ** 9", square.clone(), ran_out),
+        ("x = sorted(range(10 ** 8))", square.clone(), ran_out),
+        // Built-in functions that take memory and look afterwards.
+        (
+            "x = 'a' * 50_000_000\ny = x.upper()\nz = x.lower()",
+            square.clone(),
+            ran_out,
+        ),
+        (
+            "x = {i: i for i in range(50_000)}\ny = []\nwhile True:\n    y.append({**x, **x})",
+            square.clone(),
+            ran_out,
+        ),
+        // Trees that would take more stack than there is.
+        (
+            format!("x = {}", ["1"].repeat(50_000).join("+")).leak(),
+            square.clone(),
+            Ok([0.0; 4]),
+        ),
+        (
+            format!("x = 'a'{}", ".strip()".repeat(50_000)).leak(),
+            square.clone(),
+            Ok([0.0; 4]),
+        ),
     ]
 }
 
