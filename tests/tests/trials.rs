@@ -80,9 +80,10 @@ fn promote(trainer: &mut Trainer<'_>, bytes: &[u8]) {
     trainer.promote(0, load(bytes), settings, since);
 }
 
-/// Row, prompt, tokens and log-probs of a completion, and its reward.
+/// Row, prompt, tokens, log-probs and reward of a completion.
 type Drawn = (u64, String, Vec<u32>, Vec<f32>, String);
 
+/// Every completion of a step.
 fn drawn(report: &StepReport) -> Vec<Drawn> {
     let mut all = Vec::new();
     for group in &report.groups {

@@ -242,7 +242,7 @@ mod tests {
                 let path = dir
                     .path()
                     .join(format!("a-{role}-{language}").to_lowercase());
-                if matches!(language, Language::C | Language::Zig) {
+                if matches!(language, Language::C | Language::Zig | Language::Go) {
                     let error = create(language, role, &path).unwrap_err();
                     let said = format!("there is no template for a {role} in {language}");
                     assert_eq!(error.to_string(), said);

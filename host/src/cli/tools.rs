@@ -270,9 +270,6 @@ pub struct BenchPluginArgs {
     /// Calls measured
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     pub calls: u32,
-    /// JSON object with what it is granted, as under `grants` in a config
-    #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
-    pub grants: Map<String, Value>,
     #[command(flatten)]
     pub access: GrantArgs,
     #[command(flatten)]

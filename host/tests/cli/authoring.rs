@@ -177,23 +177,26 @@ fn cases_that_cannot_be_used_are_refused() {
     assert!(hint.contains("docs/plugins.md"), "{hint}");
 }
 
+/// What `plugin test` says of each case.
+fn differences(lab: &Lab, plugin: &str, lines: &[&str]) -> Vec<Vec<String>> {
+    lab.write("cases.jsonl", lines.join("\n"));
+    let json = lab.run(&format!("plugin test {plugin} --json")).json();
+    let texts = |case: &Value| {
+        let all = case["differences"].as_array().unwrap().iter();
+        all.map(|text| text.as_str().unwrap().to_owned()).collect()
+    };
+    json["cases"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(texts)
+        .collect()
+}
+
 #[test]
 fn cases_of_formatters_and_curricula_say_where_they_differ() {
     let lab = Lab::new();
-    let outcomes = |plugin: &str, lines: &[&str]| -> Vec<Vec<String>> {
-        lab.write("cases.jsonl", lines.join("\n"));
-        let json = lab.run(&format!("plugin test {plugin} --json")).json();
-        let differences = |case: &Value| {
-            let all = case["differences"].as_array().unwrap().iter();
-            all.map(|text| text.as_str().unwrap().to_owned()).collect()
-        };
-        json["cases"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(differences)
-            .collect()
-    };
+    let outcomes = |plugin: &str, lines: &[&str]| differences(&lab, plugin, lines);
     let found = outcomes(
         "formatter-chat",
         &[
@@ -215,7 +218,7 @@ fn cases_of_formatters_and_curricula_say_where_they_differ() {
     let found = outcomes(
         "curriculum-uniform",
         &[
-            r#"{"config": {"shuffle": false}, "plans": [{"rows": 3, "prompts": 2, "expect": {"picks": [[0, 8], [1, 8]]}}, {"rows": 3, "prompts": 2, "group_size": 4, "expect": {"picks": [[2, 4], [0, 4]], "epoch": 1.5}}]}"#,
+            r#"{"config": {"shuffle": false}, "plans": [{"rows": 3, "prompts": 2, "expect": {"picks": [[0, 8], [1, 8]]}}, {"rows": 3, "prompts": 2, "group_size": 4, "expect": {"picks": [[2, 4], [0, 4]], "epoch": 1.3333333333333333}}]}"#,
             r#"{"plans": [{"rows": 3, "prompts": 1, "expect": {}}, {"rows": 4, "prompts": 1, "expect": {"error": "input", "message": "x"}}, {"rows": 4, "prompts": 1, "expect": {}}]}"#,
             r#"{"config": {"group_size": 0}, "plans": [{"rows": 3, "prompts": 1, "expect": {"error": "config", "message": "group_size is 0"}}]}"#,
         ],

@@ -1,6 +1,6 @@
 //! `plugin swap` and watched plugins for formatters and curricula.
 
-use std::path::Path;
+use std::{ops::Range, path::Path};
 
 use grpo_host::{
     plugin::digest,
@@ -29,18 +29,6 @@ fn copy_shipped(lab: &Lab, name: &str, to: &str) {
 fn last_step(lab: &Lab) -> u64 {
     let lines = lab.metrics("a");
     lines.last().unwrap()["step"].as_u64().unwrap()
-}
-
-/// From step `first` on, prompts are those of the formatter `own`, and the log, which goes to `last` at least, says so.
-fn prompts_change(lab: &Lab, first: u64, last: u64) {
-    let all = rollouts(lab, "a");
-    assert!(all.last().unwrap().step >= last);
-    for rollout in all {
-        let (step, swapped) = (rollout.step, rollout.step >= first);
-        assert_eq!(rollout.prompt.contains("Q:"), swapped, "step {step}");
-        let name = if swapped { "own" } else { "formatter-chat" };
-        assert_eq!(made_by(&rollout, Role::Formatter).0, name, "step {step}");
-    }
 }
 
 #[test]
@@ -76,7 +64,7 @@ fn a_formatter_shadows_is_promoted_logged_and_resumed_with() {
     assert_eq!((record.plugin.role, record.slot), (Role::Formatter, 0));
     assert_eq!(record.replaced.name, "formatter-chat");
     assert_eq!(record.shadow.unwrap()["prompts_differ"], 8);
-    prompts_change(&lab, first, first + 1);
+    prompts_are_own_from(&lab, first, first + 1);
     let own = |l: &&LockedPlugin| l.id.name == "own" && l.since_step == first;
     let locked = read_plugins_lock(&lab.path("a")).unwrap();
     assert_eq!(locked.iter().filter(own).count(), 1);
@@ -103,8 +91,20 @@ fn a_formatter_shadows_is_promoted_logged_and_resumed_with() {
     let last = last_step(&lab);
     lab.run(&format!("--quiet --resume a --steps {}", last + 2))
         .fine();
-    prompts_change(&lab, first, last + 2);
+    prompts_are_own_from(&lab, first, last + 2);
     replays(&lab, "a");
+}
+
+/// The log has prompts of the swapped formatter from step `first` on, and goes to step `last` at least.
+fn prompts_are_own_from(lab: &Lab, first: u64, last: u64) {
+    let all = rollouts(lab, "a");
+    assert!(all.last().unwrap().step >= last);
+    for rollout in all {
+        let (step, swapped) = (rollout.step, rollout.step >= first);
+        assert_eq!(rollout.prompt.contains("Q:"), swapped, "step {step}");
+        let name = if swapped { "own" } else { "formatter-chat" };
+        assert_eq!(made_by(&rollout, Role::Formatter).0, name, "step {step}");
+    }
 }
 
 #[test]
@@ -226,19 +226,14 @@ fn bad_formatters_and_curricula_are_refused_or_rolled_back_and_the_run_goes_on()
         assert!(!hint.is_empty());
     }
     assert_eq!(read_swaps(&lab.path("a")).unwrap(), []);
-    let lines = promote_and_lose(&lab);
+    let own = promote_and_lose(&lab);
     some_steps(&lab, "a", 2);
     stop(child);
     for rollout in rollouts(&lab, "a") {
-        let rolled_back = lines.iter().any(|(_, back)| *back <= rollout.step);
-        let promoted = lines
-            .iter()
-            .any(|(first, back)| (*first..*back).contains(&rollout.step));
-        assert!(!(promoted && made_by(&rollout, Role::Formatter).0 != "order"));
-        if !promoted || rolled_back && lines.len() == 1 {
-            assert_eq!(made_by(&rollout, Role::Formatter).0, "formatter-chat");
-            assert_ne!(rollout.prompt, "x");
-        }
+        let mine = own.contains(&rollout.step);
+        let name = if mine { "order" } else { "formatter-chat" };
+        assert_eq!(made_by(&rollout, Role::Formatter).0, name);
+        assert_eq!(rollout.prompt == "x", mine);
     }
     replays(&lab, "a");
     let last = last_step(&lab);
@@ -251,9 +246,9 @@ fn bad_formatters_and_curricula_are_refused_or_rolled_back_and_the_run_goes_on()
     );
 }
 
-/// Swaps to a formatter that passes the trial, whose rows stand in order, and traps where they do not; from which step on it
-/// made prompts and from which no longer.
-fn promote_and_lose(lab: &Lab) -> Vec<(u64, u64)> {
+/// Swaps to a formatter that passes the trial, whose rows stand in order, and traps where they do not; the steps
+/// whose prompts it made.
+fn promote_and_lose(lab: &Lab) -> Range<u64> {
     // The two digits of neighbours' answers; the answer is the last column of a row.
     let digits = |offset: u32| {
         let text = format!(
@@ -293,7 +288,7 @@ fn promote_and_lose(lab: &Lab) -> Vec<(u64, u64)> {
     );
     assert_eq!(records[1].plugin.name, "formatter-chat");
     assert!(records[1].reason.as_ref().unwrap().contains("trapped"));
-    vec![(records[0].step, records[1].step)]
+    records[0].step..records[1].step
 }
 
 #[test]

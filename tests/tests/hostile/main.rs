@@ -25,7 +25,7 @@ mod policy;
 mod registry_server;
 mod replay;
 mod results;
-#[allow(dead_code, reason = "other tests use the rest")]
+#[allow(dead_code, reason = "the tests of swaps use the rest")]
 mod role_guests;
 mod roles;
 mod sharing;
