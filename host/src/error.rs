@@ -12,8 +12,8 @@ use crate::{
     authoring::AuthoringError,
     cases::CasesError,
     commands::{
-        CasesFailed, FileExists, GrantsChanged, Interrupted, NotBuilt, NothingToProfile,
-        PluginBenchError, PluginChanged, ResumeChanges,
+        CasesFailed, FileExists, GrantsChanged, Interrupted, LockMissing, NotBuilt,
+        NothingToProfile, PluginBenchError, PluginChanged, ResumeChanges,
     },
     config::ConfigError,
     data::DataError,
@@ -64,6 +64,7 @@ const HINTS: &[fn(Link<'_>) -> Option<String>] = &[
     |link| hint_of(link, NothingToProfile::hint),
     |link| hint_of(link, PluginBenchError::hint),
     |link| hint_of(link, PluginChanged::hint),
+    |link| hint_of(link, LockMissing::hint),
     |link| hint_of(link, GrantsChanged::hint),
     |link| hint_of(link, ResumeChanges::hint),
     |link| hint_of(link, ReplayError::hint),

@@ -157,7 +157,7 @@ impl AuthoringError {
                     .to_owned()
             }
             Self::NoTemplate { .. } => {
-                "formatters and curricula begin in rust, python or js; rewards in c and zig too"
+                "formatters and curricula begin in rust, python or js; rewards in c, zig and go too"
                     .to_owned()
             }
             Self::Exists { .. } => "choose another name, or remove it".to_owned(),

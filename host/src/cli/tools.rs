@@ -270,6 +270,9 @@ pub struct BenchPluginArgs {
     /// Calls measured
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..))]
     pub calls: u32,
+    /// JSON object for its `configure`
+    #[arg(long, value_name = "JSON", requires = "plugin", value_parser = json_object)]
+    pub config: Option<Map<String, Value>>,
     #[command(flatten)]
     pub access: GrantArgs,
     #[command(flatten)]
@@ -284,7 +287,7 @@ pub struct DoctorArgs {
 
 #[derive(Debug, Subcommand)]
 pub enum PluginCommand {
-    /// Write a new project for a reward plugin: source, WIT, README, test cases
+    /// Write a new project for a plugin: source, WIT, README, test cases
     New(PluginNewArgs),
     /// Compile a project with its language's own tool
     Build(PluginBuildArgs),

@@ -40,7 +40,10 @@ impl PluginBench {
     /// the call itself; compare with `reward-math`, which reads the texts.
     fn of(args: &BenchPluginArgs) -> Self {
         let (plugin, config) = match &args.plugin {
-            Some(plugin) => (plugin.source.clone(), json!({})),
+            Some(plugin) => (
+                plugin.source.clone(),
+                Value::Object(args.config.clone().unwrap_or_default()),
+            ),
             None => ("reward-format".to_owned(), json!({"tags": []})),
         };
         Self {

@@ -49,7 +49,7 @@ pub use bench_gpu::NothingToProfile;
 pub use bench_plugin::PluginBenchError;
 pub use plugin_project::{CasesFailed, NotBuilt};
 pub use sharing::FileExists;
-pub use train::{GrantsChanged, Interrupted, PluginChanged, ResumeChanges};
+pub use train::{GrantsChanged, Interrupted, LockMissing, PluginChanged, ResumeChanges};
 
 /// Runs a command to its end. Results go to stdout, progress to stderr.
 pub fn run(command: Command, environment: &Environment) -> anyhow::Result<()> {

@@ -29,7 +29,7 @@ use crate::{
     trainer::{StepReport, Supervision, Trainer, loss_config},
 };
 pub(super) use locks::check_lock;
-pub use locks::{GrantsChanged, PluginChanged};
+pub use locks::{GrantsChanged, LockMissing, PluginChanged};
 use summary::Summary;
 
 /// Trains, and prints a short table or one JSON object.

@@ -99,6 +99,9 @@ impl ConfigError {
                 origin: Origin::Flag(flag),
                 ..
             } => Some(format!("`{flag}` sets the config key `{key}`")),
+            Self::OutOfRange { key, .. } if key.starts_with("plugins[") => Some(format!(
+                "docs/plugins.md says what `{key}` is for; without it the default holds"
+            )),
             Self::OutOfRange { key, .. } => Some(format!(
                 "docs/configuration.md says what `{key}` is for; without it the default holds"
             )),

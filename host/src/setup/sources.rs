@@ -3,6 +3,7 @@
 
 use std::{
     io::{ErrorKind, Read},
+    os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
 };
 
@@ -175,15 +176,28 @@ impl PluginSources {
 }
 
 fn compile_on_trial(name: &str, bytes: &[u8], limits: &Limits) -> anyhow::Result<()> {
-    let program = std::env::current_exe().context("cannot find this program's own file")?;
+    // Where there is /proc, the program that runs: its file may have been replaced since, as by a build.
+    let itself = PathBuf::from("/proc/self/exe");
+    let program = match itself.exists() {
+        true => itself,
+        false => std::env::current_exe().context("cannot find this program's own file")?,
+    };
     Ok(try_compile(&program, &COMPILE_TRIAL, name, bytes, limits)?)
 }
 
-/// No more of a file than tells that it is too large: it may be a device that never ends.
+/// No more of a file than tells that it is too large: it may be a device that never ends. A pipe is refused: nobody may ever
+/// write to it, and a run's thread would wait.
 pub fn read_component(path: &Path) -> Result<Vec<u8>, MissingPlugin> {
     let mut bytes = Vec::new();
     let limit = MAX_COMPONENT_BYTES as u64 + 1;
-    let read = std::fs::File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes));
+    let read = std::fs::metadata(path).and_then(|found| {
+        if found.file_type().is_fifo() {
+            return Err(std::io::Error::other("it is a pipe, not a file"));
+        }
+        std::fs::File::open(path)?
+            .take(limit)
+            .read_to_end(&mut bytes)
+    });
     read.map_err(|error| MissingPlugin {
         source_name: path.display().to_string(),
         error,

@@ -38,6 +38,26 @@ fn without_digest(text: &str) -> String {
 
 const TRAIN: &str = "--config run.yaml --out out";
 
+/// Whoever opened it would wait for somebody to write.
+#[test]
+fn a_pipe_is_no_component() {
+    let lab = Lab::new();
+    let made = std::process::Command::new("mkfifo")
+        .arg(lab.path("pipe.wasm"))
+        .status();
+    assert!(made.unwrap().success());
+    for command in [
+        "plugin check pipe.wasm",
+        "plugin inspect pipe.wasm",
+        "--config run.yaml --out out --plugin pipe.wasm",
+    ] {
+        let ended = lab.run(command);
+        let (error, _) = ended.refused(USAGE);
+        let expected = "cannot read plugin `pipe.wasm`: it is a pipe, not a file";
+        assert_eq!(error, expected, "{command}");
+    }
+}
+
 #[test]
 fn missing_files() {
     let lab = Lab::new();

@@ -132,6 +132,10 @@ fn a_bench_and_a_comparison_may_ask() {
         .fine()
         .json();
     assert_eq!(json["grants"], json!({ "judge": "small" }));
+    let marks = r#"{"rubric":"{completion}"}"#;
+    let shipped = bench.replace("asks.wasm", "reward-judge");
+    lab.run(&format!("{shipped} --config {marks} {}", flags(&judges)))
+        .fine();
     let asked = &json["judges"]["small"];
     // The same question every time.
     assert_eq!(

@@ -169,6 +169,21 @@ fn a_run_whose_checkpoints_are_damaged_is_left_alone() {
 }
 
 #[test]
+fn a_run_that_no_longer_says_what_it_ran_with_is_left_alone() {
+    let lab = Lab::new();
+    lab.run("--config run.yaml --out a --quiet").fine();
+    let metrics = lab.metrics("a");
+    std::fs::remove_file(lab.path("a/plugins.lock")).unwrap();
+    for command in ["--resume a --steps 9", "replay a"] {
+        let ended = lab.run(command);
+        let (error, hint) = ended.refused(1);
+        assert_eq!(error, "a has no plugins.lock, which says what it ran with");
+        assert!(hint.starts_with("put it back"), "{hint}");
+    }
+    assert_eq!(lab.metrics("a"), metrics);
+}
+
+#[test]
 fn cut_weights_cost_the_steps_since_the_checkpoint_before_them_and_no_more() {
     let lab = Lab::new();
     lab.run("--config run.yaml --out a --quiet").fine();

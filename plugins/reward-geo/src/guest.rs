@@ -84,7 +84,7 @@ fn ask(config: &Config, asked: Vec<String>) -> Result<Vec<Answer>, PluginError> 
 fn said(answer: &Answer) -> Result<String, String> {
     match answer {
         Ok(reply) => Ok(without_thinking(&reply.text)),
-        Err(error) => Err(format!("the judge did not answer: {error:?}")),
+        Err(error) => Err(format!("the judge did not answer: {}", why(error))),
     }
 }
 
@@ -112,6 +112,13 @@ fn verdict(
         total,
         parts: parts.into_iter().map(part).collect(),
     }))
+}
+
+fn why(error: &JudgeError) -> &str {
+    match error {
+        JudgeError::Timeout => "no answer in time",
+        JudgeError::Exhausted(why) | JudgeError::Refused(why) | JudgeError::Unavailable(why) => why,
+    }
 }
 
 export!(RewardGeo);

@@ -58,7 +58,7 @@ impl Guest for RewardJudge {
 fn verdict(config: &Config, answer: &Result<Reply, JudgeError>) -> Verdict {
     let reply = match answer {
         Ok(reply) => reply,
-        Err(error) => return Verdict::Skip(format!("the judge did not answer: {error:?}")),
+        Err(error) => return Verdict::Skip(format!("the judge did not answer: {}", why(error))),
     };
     match config.reward(&reply.text) {
         None => Verdict::Skip("the judge's answer holds no number within the range".to_owned()),
@@ -72,6 +72,13 @@ fn verdict(config: &Config, answer: &Result<Reply, JudgeError>) -> Verdict {
 fn part(value: f64) -> Part {
     let name = "judge".to_owned();
     Part { name, value }
+}
+
+fn why(error: &JudgeError) -> &str {
+    match error {
+        JudgeError::Timeout => "no answer in time",
+        JudgeError::Exhausted(why) | JudgeError::Refused(why) | JudgeError::Unavailable(why) => why,
+    }
 }
 
 export!(RewardJudge);

@@ -1,6 +1,6 @@
 //! What a resumed run, or a replay, is held to: components, their grants and the draft of `plugins.lock` and `draft.lock`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
@@ -22,6 +22,23 @@ impl PluginChanged {
     /// Bring it back, or begin anew.
     pub fn hint(&self) -> Option<String> {
         Some("put the component back that plugins.lock names, or start a new run".to_owned())
+    }
+}
+
+/// A run whose `plugins.lock` is gone, so that nobody knows what it began with.
+#[derive(Debug, thiserror::Error)]
+#[error("{} has no plugins.lock, which says what it ran with", root.display())]
+pub struct LockMissing {
+    root: PathBuf,
+}
+
+impl LockMissing {
+    /// Bring it back, or begin anew.
+    pub fn hint(&self) -> Option<String> {
+        Some(
+            "put it back, or start a new run; the run's `plugins` folder has its components"
+                .to_owned(),
+        )
     }
 }
 
@@ -56,6 +73,10 @@ impl GrantsChanged {
 /// A resumed run must go on with the components it started with and with their rights, and so must a replay.
 pub(in crate::commands) fn check_lock(root: &Path, loaded: &[LockedPlugin]) -> anyhow::Result<()> {
     let locked = read_plugins_lock(root)?;
+    if locked.is_empty() {
+        let root = root.to_owned();
+        return Err(LockMissing { root }.into());
+    }
     for LockedPlugin { id, grants, .. } in loaded {
         let same = |l: &&LockedPlugin| l.id.name == id.name && l.id.role == id.role;
         // Two of one name may be two components.
