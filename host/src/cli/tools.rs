@@ -354,10 +354,35 @@ pub struct PluginTestArgs {
     /// JSON object with limits other than the default, as under `limits` in a config
     #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
     pub limits: Map<String, Value>,
+    /// Name all functions that led to a trap
+    #[arg(long)]
+    pub guest_backtrace: bool,
     #[command(flatten)]
     pub access: GrantArgs,
     #[command(flatten)]
     pub output: OutputArgs,
+}
+
+impl PluginTestArgs {
+    /// Those of the command line, as under `limits` in a config.
+    pub fn limits(&self) -> Map<String, Value> {
+        with_backtrace(&self.limits, self.guest_backtrace)
+    }
+}
+
+impl PluginCheckArgs {
+    /// As [`PluginTestArgs::limits`].
+    pub fn limits(&self) -> Map<String, Value> {
+        with_backtrace(&self.limits, self.guest_backtrace)
+    }
+}
+
+fn with_backtrace(limits: &Map<String, Value>, asked: bool) -> Map<String, Value> {
+    let mut limits = limits.clone();
+    if asked {
+        limits.insert("guest_backtrace".to_owned(), true.into());
+    }
+    limits
 }
 
 #[derive(Args, Debug)]
@@ -371,6 +396,9 @@ pub struct PluginCheckArgs {
     /// JSON object with limits other than the default, as under `limits` in a config
     #[arg(long, value_name = "JSON", default_value = "{}", value_parser = json_object)]
     pub limits: Map<String, Value>,
+    /// Name all functions that led to a trap
+    #[arg(long)]
+    pub guest_backtrace: bool,
     #[command(flatten)]
     pub access: GrantArgs,
     #[command(flatten)]

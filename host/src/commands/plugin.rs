@@ -91,7 +91,7 @@ fn check(args: &PluginCheckArgs, environment: &Environment) -> anyhow::Result<()
     let config = PluginConfig {
         source: args.plugin.clone(),
         config: args.config.clone(),
-        limits: args.limits.clone(),
+        limits: args.limits(),
         grants: args.access.grants.clone(),
         ..PluginConfig::default()
     };

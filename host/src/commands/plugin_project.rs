@@ -100,7 +100,7 @@ pub(super) fn build(args: &PluginBuildArgs) -> anyhow::Result<()> {
 pub(super) fn test(args: &PluginTestArgs, environment: &Environment) -> anyhow::Result<()> {
     let (source, beside) = component_and_cases(&args.plugin)?;
     let beside = args.cases.as_ref().unwrap_or(&beside);
-    let limits = cases::strict(&setup::limits(&source, &args.limits)?);
+    let limits = cases::strict(&setup::limits(&source, &args.limits())?);
     let sources = sources_on_trial(&args.access, args.output.quiet, environment)?;
     let Component { name, bytes, .. } = sources.component(&source, &limits)?;
     let access = sources.access(&name, &args.access.grants)?;

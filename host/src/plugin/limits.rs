@@ -77,6 +77,8 @@ pub struct Limits {
     pub on_failure: OnFailure,
     /// Used by `on_failure: retry`, 0 to 100.
     pub retries: u32,
+    /// A trap's error names all functions that led to it and not only the last one.
+    pub guest_backtrace: bool,
 }
 
 impl Default for Limits {
@@ -92,6 +94,7 @@ impl Default for Limits {
             isolation: Isolation::Batch,
             on_failure: OnFailure::Skip,
             retries: 2,
+            guest_backtrace: false,
         }
     }
 }

@@ -16,10 +16,12 @@ use crate::types::PluginId;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use wasmtime::component::{Instance, InstancePre};
-use wasmtime::{ResourceLimiter, Store, Trap, UpdateDeadline, WasmBacktrace};
+use wasmtime::{FrameInfo, ResourceLimiter, Store, Trap, UpdateDeadline, WasmBacktrace};
 
 /// Bytes of a guest's error text that are kept.
 const MAX_MESSAGE_BYTES: usize = 1024;
+/// Functions that a backtrace names.
+const MAX_FRAMES: usize = 24;
 
 /// The end of one request to a plugin, however many calls it takes.
 #[derive(Clone, Copy)]
@@ -350,7 +352,7 @@ impl Loaded {
                 reason: printable(&error.root_cause().to_string(), MAX_MESSAGE_BYTES),
             },
             (_, Some(trap), None) => Fault::Trap {
-                reason: trap_reason(*trap, error),
+                reason: trap_reason(*trap, error, limits.guest_backtrace),
             },
             (None, None, None) => Fault::Abi {
                 reason: printable(&error.root_cause().to_string(), MAX_MESSAGE_BYTES),
@@ -373,14 +375,21 @@ impl Loaded {
     }
 }
 
-fn trap_reason(trap: Trap, error: &wasmtime::Error) -> String {
-    let place = error
-        .downcast_ref::<WasmBacktrace>()
-        .and_then(|trace| trace.frames().first()?.func_name());
+/// What trapped, and where: with `whole`, every function on the way, innermost first, by its number if it has no name.
+fn trap_reason(trap: Trap, error: &wasmtime::Error, whole: bool) -> String {
     let text = trap.to_string();
     let what = text.strip_prefix("wasm trap: ").unwrap_or(&text);
-    match place {
-        Some(name) => format!("{what} in `{}`", printable(name, 200)),
-        None => what.to_owned(),
+    let frames = error
+        .downcast_ref::<WasmBacktrace>()
+        .map_or(&[][..], WasmBacktrace::frames);
+    let name = |frame: &FrameInfo| frame.func_name().map(|name| printable(name, 200));
+    if !whole {
+        return match frames.first().and_then(name) {
+            Some(name) => format!("{what} in `{name}`"),
+            None => what.to_owned(),
+        };
     }
+    let numbered = |frame| name(frame).unwrap_or_else(|| format!("#{}", frame.func_index()));
+    let way: Vec<String> = frames.iter().take(MAX_FRAMES).map(numbered).collect();
+    format!("{what} in `{}`", way.join("` called by `"))
 }

@@ -119,6 +119,31 @@ fn abort_names_the_guilty_row() {
 }
 
 #[test]
+fn a_backtrace_names_the_way_to_a_trap() {
+    let _turn = turn();
+    let host = host();
+    let main = "(func $inner unreachable) (func $outer (call $inner))".to_owned()
+        + &guest::score("(call $outer) (i32.const 0)");
+    let reason = |guest_backtrace| {
+        let limits = Limits {
+            on_failure: OnFailure::Abort,
+            guest_backtrace,
+            ..limits()
+        };
+        let plugin = load(&host, &guest::component(&main), &limits).unwrap();
+        match plugin.score(&samples(&["a"])).unwrap_err().fault {
+            Fault::Trap { reason } => reason,
+            other => panic!("{other}"),
+        }
+    };
+    let what = "wasm `unreachable` instruction executed in";
+    assert_eq!(reason(false), format!("{what} `inner`"));
+    let way = format!("{what} `inner` called by `outer` called by `");
+    let whole = reason(true);
+    assert!(whole.starts_with(&way) && whole.ends_with('`'), "{whole}");
+}
+
+#[test]
 fn retry_tries_and_then_aborts() {
     let _turn = turn();
     let host = host();
