@@ -53,13 +53,13 @@ pub fn last_number(answer: &str, range: [f64; 2]) -> Option<f64> {
     let part = |c: char| c.is_ascii_digit() || matches!(c, '.' | '-');
     let words = answer.split(|c: char| !part(c) && c != '/');
     // `7/10` is seven of ten.
-    let numbers = words.filter_map(|word| {
+    let mut numbers = words.filter_map(|word| {
         let first = word.split('/').find(|number| !number.is_empty())?;
         let number: f64 = first.trim_end_matches(['.', '-']).parse().ok()?;
         number.is_finite().then_some(number)
     });
     numbers
-        .last()
+        .next_back()
         .filter(|number| (range[0]..=range[1]).contains(number))
 }
 
